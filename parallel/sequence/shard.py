@@ -1,0 +1,55 @@
+"""Row: one micro-batch with its documents, and the part of it that each sequence-parallel rank holds.
+
+This file alone knows how a row is cut: contiguous shards of equal length, in rank order. Everything else sees either
+the whole row's documents (after an exchange over heads) or its own shard of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a token whose prediction is not scored (the last token of a document, padding)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of T tokens holding packed documents.
+
+    tokens: int64 [T]. labels: int64 [T], the next token of the same document, IGNORE where there is none.
+    cu_seqlens: int32 [N+1], first 0, last T, non-decreasing; document n is tokens[cu_seqlens[n]:cu_seqlens[n+1]].
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a whole row, as mixers need them: cu_seqlens int32 [N+1] and positions int64 [T]."""
+
+    cu_seqlens: Tensor
+    positions: Tensor
+
+
+def positions_of(cu_seqlens: Tensor) -> Tensor:
+    """Position of each token inside its document. cu_seqlens int32 [N+1] -> int64 [T]."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    num_tokens = int(cu_seqlens[-1])
+    return torch.arange(num_tokens, device=cu_seqlens.device) - torch.repeat_interleave(starts, lengths)
+
+
+def shard_row(row: Row, *, rank: int, size: int) -> tuple[Tensor, Tensor, Documents]:
+    """Tokens and labels int64 [T/size] of one rank's contiguous shard, and the documents of the whole row.
+
+    Raises ValueError when the row cannot be cut evenly.
+    """
+    num_tokens = row.tokens.shape[0]
+    if num_tokens % size:
+        raise ValueError(f"layout.sp={size} does not divide a row of {num_tokens} tokens; choose an sp that does")
+    part = slice(rank * num_tokens // size, (rank + 1) * num_tokens // size)
+    return row.tokens[part], row.labels[part], Documents(row.cu_seqlens, positions_of(row.cu_seqlens))
