@@ -1,0 +1,114 @@
+"""The model in plain torch, written from the maths alone: what imports, exports and the engine are compared with.
+
+Nothing here is shared with the code under test. It is slow on purpose: the linear attention is the recurrence, token
+by token, and every document is run by itself. Arithmetic is done in the dtype of the state (use float64 to judge).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sbtrain.config.schema import ModelConfig
+
+
+def plain_logits(state: dict[str, Tensor], model: ModelConfig, tokens: Tensor, cu_seqlens: Tensor | None = None):
+    """Logits [T, vocab] of a row tokens [T] (or [B, T, vocab] of [B, T], each row by itself).
+
+    state: tensors under the names of the Hugging Face source family (Qwen2, Qwen3, Llama), and for every L layer i
+        model.layers.{i}.self_attn.gk_proj.0.weight [rank, D], .gk_proj.1.weight [Hkv*hd, rank], .gk_proj.1.bias,
+        and model.layers.{i}.self_attn.g_norm.weight [hd]. Without lm_head.weight the embedding is used.
+    cu_seqlens: [N+1] boundaries of the documents of each row; None means one document.
+    """
+    if tokens.dim() == 2:
+        return torch.stack([plain_logits(state, model, row, cu_seqlens) for row in tokens])
+    bounds = [0, tokens.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    documents = [tokens[start:stop] for start, stop in zip(bounds, bounds[1:]) if stop > start]
+    return torch.cat([_document(state, model, document) for document in documents])
+
+
+def _document(state: dict[str, Tensor], model: ModelConfig, tokens: Tensor) -> Tensor:
+    embedding = state["model.embed_tokens.weight"]
+    x = embedding[tokens]
+    for i in range(model.num_layers):
+        weights = _below(state, f"model.layers.{i}.")
+        kind = model.pattern[i % len(model.pattern)]
+        normed = _norm(x, weights["input_layernorm.weight"], model.norm_eps)
+        attention = _below(weights, "self_attn.")
+        x = x + (_gla(attention, model, normed) if kind == "L" else _softmax(attention, model, normed, kind))
+        normed = _norm(x, weights["post_attention_layernorm.weight"], model.norm_eps)
+        gate = F.silu(normed @ weights["mlp.gate_proj.weight"].T)
+        x = x + (gate * (normed @ weights["mlp.up_proj.weight"].T)) @ weights["mlp.down_proj.weight"].T
+    x = _norm(x, state["model.norm.weight"], model.norm_eps)
+    return x @ state.get("lm_head.weight", embedding).T
+
+
+def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def _heads(weights: dict[str, Tensor], name: str, x: Tensor, head_dim: int) -> Tensor:
+    """x [T, D] -> [T, H, hd]."""
+    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")).unflatten(-1, (-1, head_dim))
+
+
+def _softmax(weights: dict[str, Tensor], model: ModelConfig, x: Tensor, kind: str) -> Tensor:
+    q, k, v = (_heads(weights, name, x, model.head_dim) for name in ("q_proj", "k_proj", "v_proj"))
+    if model.qk_norm:
+        q, k = _norm(q, weights["q_norm.weight"], model.norm_eps), _norm(k, weights["k_norm.weight"], model.norm_eps)
+    q, k = _rope(q, model), _rope(k, model)
+    t = torch.arange(x.shape[0])
+    age = t[:, None] - t[None, :]
+    visible = (age >= 0) & (age < (model.window if kind == "S" else x.shape[0]))
+    outputs = []
+    for h in range(model.num_heads):
+        j = h // (model.num_heads // model.num_kv_heads)
+        scores = (q[:, h] @ k[:, j].T / math.sqrt(model.head_dim)).masked_fill(~visible, float("-inf"))
+        outputs.append(torch.softmax(scores, -1) @ v[:, j])
+    return torch.cat(outputs, -1) @ weights["o_proj.weight"].T
+
+
+def _rope(x: Tensor, model: ModelConfig) -> Tensor:
+    """Rotate x [T, H, hd]: the pair (c, c + hd/2) turns by position * frequency c."""
+    half = model.head_dim // 2
+    frequency = torch.tensor([model.rope_theta ** (-c / half) for c in range(half)], dtype=torch.float64)
+    if model.rope_scaling is not None:
+        frequency = torch.tensor([_llama3(f, model.rope_scaling) for f in frequency.tolist()], dtype=torch.float64)
+    angle = torch.arange(x.shape[0], dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _llama3(frequency: float, scaling) -> float:
+    """Llama 3.1: long waves are slowed by the factor, short ones stay, those between are blended."""
+    turns = scaling.original_max_positions * frequency / (2 * math.pi)
+    if turns < scaling.low_freq_factor:
+        return frequency / scaling.factor
+    if turns > scaling.high_freq_factor:
+        return frequency
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return (1 - blend) * frequency / scaling.factor + blend * frequency
+
+
+def _gla(weights: dict[str, Tensor], model: ModelConfig, x: Tensor) -> Tensor:
+    q, k, v = (_heads(weights, name, x, model.head_dim) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k = torch.relu(q) / math.sqrt(model.head_dim), torch.relu(k)
+    gate = F.linear(x @ weights["gk_proj.0.weight"].T, weights["gk_proj.1.weight"], weights["gk_proj.1.bias"])
+    decay = torch.sigmoid(gate).pow(1 / model.gla.gate_normalizer).unflatten(-1, (-1, model.head_dim))
+    group = model.num_heads // model.num_kv_heads
+    q = q.unflatten(1, (model.num_kv_heads, group))
+    state = x.new_zeros(model.num_kv_heads, model.head_dim, model.head_dim)
+    outputs = []
+    for t in range(x.shape[0]):
+        state = decay[t][:, :, None] * state + k[t][:, :, None] * v[t][:, None, :]
+        outputs.append(torch.einsum("jgk,jkv->jgv", q[t], state))
+    o = _norm(torch.stack(outputs).flatten(1, 2), weights["g_norm.weight"], model.norm_eps)
+    return o.flatten(1) @ weights["o_proj.weight"].T
