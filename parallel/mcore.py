@@ -1,0 +1,54 @@
+"""The one door to megatron.core: the version we are pinned to, the names we use, and the fixes it needs.
+
+Importing this file makes megatron.core usable on CPU too (see `parallel.cpu`). Nothing else imports megatron.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from parallel import cpu
+
+_ON_CPU = cpu.install()
+
+warnings.filterwarnings("ignore", category=DeprecationWarning, module="megatron")
+logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+import megatron.core  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402, F401
+from megatron.core.datasets.indexed_dataset import (  # noqa: E402, F401
+    DType,
+    IndexedDataset,
+    IndexedDatasetBuilder,
+)
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402, F401
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402, F401
+from megatron.core.distributed import finalize_model_grads  # noqa: E402, F401
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402, F401
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate  # noqa: E402, F401
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402, F401
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402, F401
+from megatron.core.tensor_parallel import (  # noqa: E402, F401
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel import random as _random  # noqa: E402
+from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402, F401
+from megatron.core.transformer.module import MegatronModule  # noqa: E402, F401
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402, F401
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402, F401
+from megatron.core.transformer.utils import sharded_state_dict_default  # noqa: E402, F401
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint, make_viewless_tensor  # noqa: E402, F401
+
+PINNED = "0.16.1"
+
+if megatron.core.__version__ != PINNED:
+    raise ImportError(f"megatron-core {megatron.core.__version__} is installed; sbtrain needs {PINNED}: "
+                      f"pip install megatron-core=={PINNED}")
+if _ON_CPU:
+    cpu.patch_megatron(_random)
