@@ -109,9 +109,6 @@ def _patch_factories() -> None:
 def _patch_tensor() -> None:
     tensor, tensor_to, tensor_type = torch.Tensor, torch.Tensor.to, torch.Tensor.type
 
-    def stay(self, *args, **kwargs):
-        return self
-
     def to(self, *args, **kwargs):
         if args and _is_cuda(args[0]):
             args = (CPU, *args[1:])
@@ -125,42 +122,43 @@ def _patch_tensor() -> None:
         # megatron's optimizers compare this string with 'torch.cuda.FloatTensor'
         return tensor_type(self).replace("torch.", "torch.cuda.", 1).replace("cuda.cuda.", "cuda.")
 
-    tensor.cuda = tensor.pin_memory = stay
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor.record_stream = lambda self, *args: None
     tensor.to, tensor.type = to, type_
-    torch.nn.Module.cuda = stay
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+def _answer(value=None):
+    """A new function that takes anything and returns value (each name needs its own: torch._dynamo indexes them)."""
+    return lambda *args, **kwargs: value
 
 
 def _patch_cuda() -> None:
     cuda, stream = torch.cuda, _Stream()
-
-    def nothing(*args, **kwargs):
-        return None
-
     cuda.current_device = lambda: CPU
     cuda.device_count = lambda: 1
-    cuda.set_device = cuda.synchronize = cuda.empty_cache = cuda.ipc_collect = nothing
     cuda.Stream, cuda.Event = _Stream, _Event
-    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
+    cuda.current_stream, cuda.default_stream = _answer(stream), _answer(stream)
     cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.is_current_stream_capturing = lambda: False
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = nothing
-    cuda.get_device_capability = lambda *args, **kwargs: (0, 0)
-    cuda.reset_peak_memory_stats = nothing
+    cuda.is_current_stream_capturing = _answer(False)
+    cuda.get_device_capability = _answer((0, 0))
+    for name in ("set_device", "synchronize", "empty_cache", "ipc_collect", "reset_peak_memory_stats"):
+        setattr(cuda, name, _answer())
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, _answer())
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(cuda, name, lambda *args, **kwargs: 0)
+        setattr(cuda, name, _answer(0))
 
 
 def _patch_random() -> None:
     """The CPU generator stands in for the GPU's."""
-    cuda, generator = torch.cuda, torch.default_generator
-
-    def seed(value):
-        return generator.manual_seed(int(value))
-
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: generator.get_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: generator.set_state(state)
-    cuda.manual_seed = cuda.manual_seed_all = cuda.random.manual_seed = cuda.random.manual_seed_all = seed
+    generator = torch.default_generator
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = lambda *args, **kwargs: generator.get_state()
+        module.set_rng_state = lambda state, *args, **kwargs: generator.set_state(state)
+        module.manual_seed = lambda seed: generator.manual_seed(int(seed))
+        module.manual_seed_all = lambda seed: generator.manual_seed(int(seed))
 
 
 def _patch_collectives() -> None:
