@@ -13,6 +13,7 @@ from parallel import cpu
 _ON_CPU = cpu.install()
 
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="megatron")
+warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 import megatron.core  # noqa: E402

@@ -6,7 +6,14 @@ Megatron calls the group over the context "context parallel"; here it is `sp`, s
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from parallel import mcore
 
 
 @dataclass(frozen=True)
@@ -39,3 +46,98 @@ class Layout:
                 f"of {world_size}; the smallest world that fits is {self.model_ranks}"
             )
         return world_size // self.model_ranks
+
+
+class Mesh:
+    """The ranks of one layout: this process's coordinates, its device and its process groups.
+
+    Use as a context: the groups exist inside it and are torn down at the end, so that one process can walk through
+    stages of different layouts. torch.distributed itself is started on first use and outlives the mesh.
+    """
+
+    def __init__(self, layout: Layout):
+        start_distributed()
+        world_size = dist.get_world_size()
+        self.layout = layout
+        self.dp = layout.dp(world_size)
+        mcore.parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.sp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
+        self.groups = mcore.ProcessGroupCollection.use_mpu_process_groups()
+        self.world_size, self.rank = world_size, dist.get_rank()
+        self.device = device()
+
+    @classmethod
+    def build(cls, layout: Layout) -> Mesh:
+        """Create the process groups of a layout over all ranks. Collective: every rank calls it with the same layout.
+
+        Raises ValueError when the layout does not fit the world.
+        """
+        return cls(layout)
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Destroy the process groups; torch.distributed stays up."""
+        mcore.parallel_state.destroy_model_parallel()
+
+    @property
+    def tp_rank(self) -> int:
+        """Rank in the tensor-parallel group."""
+        return self.groups.tp.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage of this process, 0 first."""
+        return self.groups.pp.rank()
+
+    @property
+    def sp_rank(self) -> int:
+        """Which shard of every row this process holds."""
+        return self.groups.cp.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        """Which rows this process reads."""
+        return self.groups.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the head and computes the loss."""
+        return self.pp_rank == self.layout.pp - 1
+
+
+def device() -> torch.device:
+    """The device of this process: its GPU by LOCAL_RANK, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def start_distributed() -> None:
+    """Start torch.distributed from torchrun's variables, or a world of one process without them. Idempotent."""
+    if dist.is_initialized():
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(device())
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    timeout = timedelta(minutes=30)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

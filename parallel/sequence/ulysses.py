@@ -1,0 +1,70 @@
+"""Ulysses: exchange a shard of the sequence with all heads for the whole sequence with some heads, and back.
+
+DeepSpeed-Ulysses (arXiv 2309.14509) with exact head padding, so that any head count works on any sp size:
+  sp <= Hkv  kv heads are padded to a multiple of sp, q heads to G times that (9/3 heads at sp 2 become 12/4);
+  sp >  Hkv  sp is a multiple of Hkv; each kv head goes to sp/Hkv ranks, and the q heads of its group, padded to a
+             multiple of sp/Hkv, are dealt among them (28/4 at sp 8 becomes 32 q heads, 4 a rank, one kv head each).
+Padding is zeros and dropped after the exchange; gradients of copied kv heads add up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import all_to_all
+
+_PAD = -1
+
+
+def head_plan(*, num_heads: int, num_kv_heads: int, sp: int) -> tuple[list[int], list[int]]:
+    """Which q heads and which kv heads travel, in the order of their destination ranks; -1 is a head of zeros.
+
+    Raises ValueError when sp > num_kv_heads is not a multiple of it.
+    """
+    group = num_heads // num_kv_heads
+    if sp <= num_kv_heads:
+        padded = -(-num_kv_heads // sp) * sp
+        kv = [head if head < num_kv_heads else _PAD for head in range(padded)]
+        q = [head if head < num_heads else _PAD for head in range(padded * group)]
+        return q, kv
+    if sp % num_kv_heads:
+        raise ValueError(
+            f"layout.sp={sp} is more than the {num_kv_heads} kv heads of a tp rank and not a multiple of them; "
+            f"choose sp <= {num_kv_heads} or a multiple"
+        )
+    copies = sp // num_kv_heads
+    padded_group = -(-group // copies) * copies
+    kv = [head for head in range(num_kv_heads) for _ in range(copies)]
+    q = [head * group + i if i < group else _PAD for head in range(num_kv_heads) for i in range(padded_group)]
+    return q, kv
+
+
+class Ulysses:
+    """The exchange of one mixer. Tensors are [1, T/sp, H, ...] outside and [1, T, H', ...] inside."""
+
+    def __init__(self, *, num_heads: int, num_kv_heads: int, group):
+        self.group = group
+        self.num_heads = num_heads
+        self.q_heads, self.kv_heads = head_plan(num_heads=num_heads, num_kv_heads=num_kv_heads, sp=group.size())
+
+    def gather(self, q: Tensor, *kv: Tensor) -> tuple[Tensor, ...]:
+        """Whole sequence of this rank's heads. q [1,T/sp,Hq,D] -> [1,T,Hq',D]; each kv [1,T/sp,Hkv,D] -> [1,T,Hkv',D]."""
+        if self.group.size() == 1:
+            return (q, *kv)
+        q = self._send(q, self.q_heads)
+        return (q, *(self._send(x, self.kv_heads) for x in kv))
+
+    def scatter(self, o: Tensor) -> Tensor:
+        """The way back for the output. o [1,T,Hq',V] -> [1,T/sp,Hq,V]."""
+        if self.group.size() == 1:
+            return o
+        o = all_to_all(o, group=self.group, split_dim=1, concat_dim=2)
+        slots = [self.q_heads.index(head) for head in range(self.num_heads)]
+        return o if slots == list(range(o.shape[2])) else o[:, :, slots]
+
+    def _send(self, x: Tensor, heads: list[int]) -> Tensor:
+        if heads != list(range(x.shape[2])):
+            zeros = x.new_zeros(*x.shape[:2], 1, *x.shape[3:])
+            x = torch.cat([x, zeros], dim=2)[:, :, heads]
+        return all_to_all(x, group=self.group, split_dim=2, concat_dim=1)
