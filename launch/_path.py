@@ -1,4 +1,4 @@
-"""Puts the repository root first on sys.path: a bare checkout runs, and our `ops` wins over an installed package of that name."""
+"""Puts the repository root first on sys.path: a bare checkout runs, and our `ops` wins over an installed one."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: seeds, poisoned memory, skips that name the missing device, and processes for parallel code."""
+"""Fixtures of all tests: seeds, poisoned memory, skips that name the missing device, ranks for parallel code."""
 
 from __future__ import annotations
 

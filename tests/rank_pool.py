@@ -164,7 +164,7 @@ def prepare(backend: str, case: int, fresh: bool) -> None:
 
 
 def poison_memory(on: bool = True) -> None:
-    """Make torch.empty return NaN (integers: their largest value), so that reading unwritten memory cannot pass a test."""
+    """Make torch.empty return NaN (integers: the largest value), so that reading unwritten memory fails a test."""
     import torch
 
     torch.use_deterministic_algorithms(on, warn_only=True)

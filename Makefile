@@ -1,0 +1,32 @@
+# Every target is a few plain commands; README.md names them.
+PYTHON ?= python3
+TORCH ?=
+VENV := .venv/bin
+HERE := not gpu and not multigpu and not slurm and not slow
+
+.PHONY: env demo test lint gpu clean
+
+env: .venv/.ready
+
+.venv/.ready: setup.cfg pyproject.toml .ci/env.sh
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash .ci/env.sh
+
+demo: env
+	$(VENV)/python launch/fetch_demo.py
+	$(VENV)/torchrun --nproc_per_node=2 launch/train.py recipe=demo
+
+lint: env
+	$(VENV)/python -m ruff check .
+	$(VENV)/python -c "from importlinter.cli import lint_imports_command as lint; lint()"
+
+test: lint
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m "$(HERE)"
+
+# On a machine with GPUs.
+gpu: env
+	$(VENV)/python -m pytest -m "gpu or multigpu"
+
+# Keeps .venv, runs/ and downloads.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
