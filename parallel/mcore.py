@@ -24,8 +24,10 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402, F401
     IndexedDatasetBuilder,
 )
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402, F401
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding  # noqa: E402, F401
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402, F401
 from megatron.core.distributed import finalize_model_grads  # noqa: E402, F401
+from megatron.core.models.common.language_module.language_module import LanguageModule  # noqa: E402, F401
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402, F401
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate  # noqa: E402, F401
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402, F401
@@ -36,6 +38,7 @@ from megatron.core.tensor_parallel import (  # noqa: E402, F401
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel import random as _random  # noqa: E402

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Dict, Optional
 
-from parallel.mesh import Layout
+from parallel.layout import Layout
 
 
 class Precision(Enum):

@@ -1,0 +1,41 @@
+"""Layout: how many ranks each kind of parallelism gets. Plain numbers, so that recipes load without torch.
+
+Megatron calls the group over the context "context parallel"; here it is `sp`, sequence parallelism.
+`dp` is never written down: it is what remains of the world.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks per kind of parallelism. Every field counts ranks, except the switch at the end.
+
+    tp: tensor parallel, splits heads and FFN columns; divides num_kv_heads, ffn_size and the padded vocabulary.
+    pp: pipeline stages, splits layers (uneven splits are allowed).
+    ep: expert parallel, splits the experts of MoE layers inside the data-parallel ranks.
+    sp: sequence parallel, splits the tokens of a row in contiguous shards.
+    tp_sequence_parallel: Megatron's trick of sharding norms and residuals over the tp group.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    sp: int = 1
+    tp_sequence_parallel: bool = False
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model and one row: tp · pp · sp."""
+        return self.tp * self.pp * self.sp
+
+    def dp(self, world_size: int) -> int:
+        """Data-parallel ranks of a world. Raises ValueError when the layout does not divide it."""
+        if world_size % self.model_ranks:
+            raise ValueError(
+                f"layout: tp {self.tp} x pp {self.pp} x sp {self.sp} = {self.model_ranks} ranks do not divide the world "
+                f"of {world_size}; the smallest world that fits is {self.model_ranks}"
+            )
+        return world_size // self.model_ranks

@@ -1,0 +1,76 @@
+"""From ModelConfig and Mesh to this rank's part of the model, with uninitialized weights; and their global names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel import mcore
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+from parallel.pipeline import split_layers
+from sbtrain.config.pattern import parse_pattern
+from sbtrain.config.schema import ModelConfig, Precision, Recompute
+from sbtrain.model.flops import layer_flops_per_token, head_flops_per_token
+from sbtrain.model.hybrid import HybridModel
+
+
+def transformer_config(model: ModelConfig, layout: Layout, precision: Precision) -> mcore.TransformerConfig:
+    """megatron's configuration of our model: no biases but q/k/v's, SwiGLU, losses weighted by tokens."""
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    return mcore.TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=precision is Precision.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.sp,
+        expert_model_parallel_size=layout.ep,
+        sequence_parallel=layout.tp_sequence_parallel,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def stage_layers(model: ModelConfig, pp: int, *, seq_len: int) -> list[range]:
+    """Layers of each pipeline stage, balanced by FLOPs with the head counted on the last one."""
+    costs = layer_flops_per_token(model, seq_len)
+    return split_layers(costs, pp=pp, last_extra=head_flops_per_token(model))
+
+
+def build_model(
+    model: ModelConfig, mesh: Mesh, *, precision: Precision, recompute: Recompute = Recompute.none, seq_len: int
+) -> HybridModel:
+    """This rank's stage of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill)."""
+    config = transformer_config(model, mesh.layout, precision)
+    kinds = parse_pattern(model.pattern, model.num_layers)
+    layers = stage_layers(model, mesh.layout.pp, seq_len=seq_len)[mesh.pp_rank]
+    return HybridModel(config, model, kinds, layers=layers, groups=mesh.groups, recompute=recompute)
+
+
+def global_parameters(model: HybridModel) -> dict[str, Tensor]:
+    """This rank's parameters by the name they have in the whole model: layer indices are global."""
+    first, prefix, named = model.decoder.first_layer, "decoder.layers.", {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            local, rest = name[len(prefix) :].split(".", 1)
+            name = f"{prefix}{int(local) + first}.{rest}"
+        named[name] = parameter
+    return named
