@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig
 
 
@@ -33,9 +34,9 @@ def plain_logits(state: dict[str, Tensor], model: ModelConfig, tokens: Tensor, c
 def _document(state: dict[str, Tensor], model: ModelConfig, tokens: Tensor) -> Tensor:
     embedding = state["model.embed_tokens.weight"]
     x = embedding[tokens]
-    for i in range(model.num_layers):
+    for i, layer_kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
+        (kind,) = layer_kind.mixers
         weights = _below(state, f"model.layers.{i}.")
-        kind = model.pattern[i % len(model.pattern)]
         normed = _norm(x, weights["input_layernorm.weight"], model.norm_eps)
         attention = _below(weights, "self_attn.")
         x = x + (_gla(attention, model, normed) if kind == "L" else _softmax(attention, model, normed, kind))
