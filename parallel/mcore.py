@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+import torch
+
 from parallel import cpu
 
 _ON_CPU = cpu.install()
@@ -27,8 +29,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding  # noqa: E402, F401
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402, F401
 from megatron.core.distributed import finalize_model_grads  # noqa: E402, F401
+from megatron.core.enums import ModelType  # noqa: E402, F401
 from megatron.core.models.common.language_module.language_module import LanguageModule  # noqa: E402, F401
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402, F401
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate  # noqa: E402, F401
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402, F401
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402, F401
@@ -56,3 +60,19 @@ if megatron.core.__version__ != PINNED:
                       f"pip install megatron-core=={PINNED}")
 if _ON_CPU:
     cpu.patch_megatron(_random)
+
+
+def _set_main_param_and_optimizer_states(self, model_param, tensors) -> None:
+    """Copy a loaded master weight and Adam moments into their place; `step` is not among what is loaded.
+
+    Replaces megatron 0.16.1's own, which copies None over torch Adam's step tensor, outside no_grad.
+    """
+    group_index, group_order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+    targets = {"param": main_param, **self.optimizer.state[main_param]}
+    with torch.no_grad():
+        for key, loaded in tensors.items():
+            targets[key].copy_(loaded)
+
+
+DistributedOptimizer._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states

@@ -38,6 +38,7 @@ class HybridModel(mcore.LanguageModule):
 
     def __init__(self, config, model: ModelConfig, kinds, *, layers: range, groups, recompute=Recompute.none):
         super().__init__(config, pg_collection=groups)
+        self.model_type = mcore.ModelType.encoder_or_decoder
         self.model_config, self.groups, self.kinds = model, groups, kinds
         self.pre_process, self.post_process = layers.start == 0, layers.stop == model.num_layers
         self.share_embeddings_and_output_weights = model.tie_embeddings

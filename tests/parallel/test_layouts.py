@@ -1,0 +1,71 @@
+"""n ranks equal 1 rank: loss, gradients and the loss after a step, with packed documents of odd lengths."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from layout_case import one_step, packed_rows, small_model
+from sharding import local_shard
+
+from parallel.layout import Layout
+from sbtrain.config.schema import Recompute
+
+LAYOUTS = {
+    "tp2": (2, Layout(tp=2)),
+    "pp2": (2, Layout(pp=2)),
+    "sp2": (2, Layout(sp=2)),
+    "dp2": (2, Layout()),
+    "tp2_seq": (2, Layout(tp=2, tp_sequence_parallel=True)),
+    "tp2_sp2": (4, Layout(tp=2, sp=2)),
+    "tp2_seq_sp2": (4, Layout(tp=2, sp=2, tp_sequence_parallel=True)),
+    "pp2_sp2": (4, Layout(pp=2, sp=2)),
+    "tp2_pp2": (4, Layout(tp=2, pp=2)),
+    "dp2_tp2": (4, Layout(tp=2)),
+    "sp4": (4, Layout(sp=4)),
+    "pp4": (4, Layout(pp=4)),
+}
+
+
+def check_equal(results: list[dict], whole: dict) -> None:
+    """The design's equality: loss 1e-5 relative, each gradient within 1e-4 of max(its norm, a share of the total)."""
+    grads = whole["grads"]
+    total = math.sqrt(sum(float(g.double().pow(2).sum()) for g in grads.values()))
+    floor = 1e-3 * total / math.sqrt(len(grads))
+    seen = set()
+    for result in results:
+        assert result["num_tokens"] == whole["num_tokens"]
+        for key in ("loss", "grad_norm", "after"):
+            assert result[key] == pytest.approx(whole[key], rel=1e-5), key
+        for name, grad in result["grads"].items():
+            tied = name == "output_layer.weight" and name not in grads
+            seen.add(name)
+            source = grads["embedding.word_embeddings.weight" if tied else name]
+            expected = local_shard(name, source, tp_rank=result["tp_rank"], tp=result["tp"])
+            distance = float((grad - expected).norm())
+            assert distance <= 1e-4 * max(float(expected.norm()), floor), name
+    assert seen >= set(grads)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_rank(name, run_ranks):
+    num_ranks, layout = LAYOUTS[name]
+    model, rows = small_model(), packed_rows(4, 48, 120)
+    (whole,) = run_ranks(1)(one_step, Layout(), model, rows)
+    check_equal(run_ranks(num_ranks)(one_step, layout, model, rows), whole)
+
+
+@pytest.mark.parametrize("name", ["pp2", "sp2", "tp3"])
+def test_odd_heads_and_tied_embeddings(name, run_ranks):
+    model = small_model(num_heads=9, num_kv_heads=3, tie_embeddings=True, qkv_bias=False, qk_norm=True, vocab_multiple=24)
+    rows = packed_rows(2, 42, 120)
+    num_ranks, layout = (3, Layout(tp=3)) if name == "tp3" else LAYOUTS[name]
+    (whole,) = run_ranks(1)(one_step, Layout(), model, rows)
+    check_equal(run_ranks(num_ranks)(one_step, layout, model, rows), whole)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
+def test_recompute_changes_nothing(recompute, run_ranks):
+    model, rows = small_model(), packed_rows(2, 48, 120)
+    (whole,) = run_ranks(1)(one_step, Layout(), model, rows)
+    check_equal(run_ranks(2)(one_step, Layout(tp=2, tp_sequence_parallel=True), model, rows, recompute), whole)
