@@ -47,7 +47,13 @@ class Decay(Enum):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3 frequency scaling (the only kind known here); all factors are plain ratios, the length in tokens."""
+    """Llama-3 frequency scaling of the rotary embedding (the only kind known here).
+
+    factor: ratio by which low frequencies are slowed.
+    low_freq_factor: ratio of original_max_positions to the longest wavelength that is kept.
+    high_freq_factor: the same for the shortest wavelength that is scaled fully or in part.
+    original_max_positions: context of the unscaled model, in tokens.
+    """
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -57,7 +63,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class GLAConfig:
-    """Gated linear attention as in SpikingBrain-7B (report section 2.1, `architectures` 1.4)."""
+    """Gated linear attention as in SpikingBrain-7B (report, section 2.1).
+
+    gate_rank: width of the gate's bottleneck, in channels.
+    gate_normalizer: divisor of the log decay; 16 gives a new gate a half-life of 16 tokens.
+    """
 
     gate_rank: int = 16
     gate_normalizer: float = 16.0
@@ -65,12 +75,27 @@ class GLAConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the decoder. Fields left at None are read from `start.path`/config.json; given ones must agree with it.
+    """Shape of the decoder. Fields left at null are read from `start.path`/config.json; given ones must agree with it.
 
-    pattern: one symbol a layer, tiled to num_layers: F full attention, S sliding window, L gated linear attention.
-    window: visible keys of an S layer, the query itself included.
+    pattern: layer symbols, tiled to num_layers: F full attention, S sliding window, L gated linear attention; `LS x 14`.
+    vocab_size: tokens of the vocabulary, before padding.
+    hidden_size: width of the residual stream, in channels.
+    num_layers: decoder layers.
+    num_heads: query heads a layer.
+    num_kv_heads: key/value heads a layer; divides num_heads.
+    head_dim: channels a head.
+    ffn_size: width of the SwiGLU FFN, in channels.
+    norm_eps: epsilon of every RMSNorm.
+    rope_theta: base of the rotary embedding.
+    rope_scaling: Llama-3 frequency scaling; null for none.
+    max_positions: context the checkpoint declares, in tokens; written to exports.
+    tie_embeddings: the output layer shares the embedding's weights.
+    qkv_bias: the q, k and v projections have biases.
+    qk_norm: RMSNorm on queries and keys of F and S layers.
+    window: visible keys of an S layer, in tokens, the query itself included.
     vocab_multiple: the embedding is padded to a multiple of this, independent of the layout; padding never wins
         probability.
+    gla: gated linear attention of the L layers.
     """
 
     pattern: str = "F"
@@ -100,14 +125,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the first weights come from. path: a Hugging Face folder; empty means random weights from the seed."""
+    """Where the first weights come from.
+
+    path: a Hugging Face folder; empty means random weights from the seed.
+    """
 
     path: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One tokenized corpus: `path` is the prefix of the .bin/.idx/.json files that prepare_data wrote."""
+    """One tokenized corpus.
+
+    path: prefix of the .bin/.idx/.json files that prepare_data wrote.
+    weight: share in the blend, relative to the other sources.
+    valid: prefix of its held-out text; empty for none.
+    """
 
     path: str = ""
     weight: float = 1.0
@@ -116,7 +149,11 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Corpora by name, and the folder with the tokenizer.json that made them."""
+    """What is read.
+
+    tokenizer: folder with the tokenizer.json that made the corpora.
+    sources: corpora by name.
+    """
 
     tokenizer: str = ""
     sources: Dict[str, Source] = field(default_factory=dict)
@@ -124,7 +161,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. new_lr_scale multiplies the learning rate of parameters that the teacher did not have."""
+    """AdamW.
+
+    beta1: decay of the first moment a step.
+    beta2: decay of the second moment a step.
+    eps: added to the denominator.
+    weight_decay: decoupled, relative to the learning rate; matrices only.
+    clip_grad: largest norm of the whole gradient; 0 does not clip.
+    new_lr_scale: multiplies the learning rate of parameters that the teacher did not have.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -136,7 +181,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate by tokens seen in the stage: linear warmup to `lr`, then `decay` to `min_lr`."""
+    """Learning rate by tokens seen in the stage: linear warmup to `lr`, then `decay` to `min_lr`.
+
+    lr: peak learning rate.
+    min_lr: learning rate at the end of the stage.
+    warmup_tokens: length of the warmup, in tokens.
+    decay: shape after the warmup.
+    decay_fraction: part of the stage's tokens over which wsd decays.
+    """
 
     lr: float = 3e-5
     min_lr: float = 3e-6
@@ -149,8 +201,15 @@ class Schedule:
 class Stage:
     """One leg of the training: a context length, a token budget, a layout.
 
-    seq_len, tokens, global_batch_tokens are in tokens; micro_batch is in sequences that form one row.
-    blend overrides the weights of data.sources by name; empty keeps them.
+    seq_len: context length, in tokens.
+    tokens: budget of the stage, in tokens, rounded up to whole steps.
+    global_batch_tokens: tokens of one optimizer step over all ranks; a multiple of seq_len x micro_batch x dp.
+    micro_batch: sequences that form one row, the unit of a forward pass.
+    objective: what is minimized.
+    layout: ranks per kind of parallelism.
+    schedule: learning rate.
+    recompute: what the backward pass computes again to save memory.
+    blend: weights of data.sources by name, for this stage; empty keeps theirs.
     """
 
     seq_len: int = 8192
@@ -163,10 +222,29 @@ class Stage:
     recompute: Recompute = Recompute.none
     blend: Dict[str, float] = field(default_factory=dict)
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of one row (micro-batch)."""
+        return self.seq_len * self.micro_batch
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one optimizer step, over all data-parallel ranks."""
+        return self.global_batch_tokens // self.row_tokens
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage: the budget, rounded up to whole steps."""
+        return -(-self.tokens // self.global_batch_tokens)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """every_steps: 0 saves at stage ends and signals alone. keep_last: how many step folders stay (0 keeps all)."""
+    """When checkpoints are written, and how many stay.
+
+    every_steps: steps between saves; 0 saves at stage ends and signals alone.
+    keep_last: step folders that stay; 0 keeps all.
+    """
 
     every_steps: int = 0
     keep_last: int = 2
@@ -174,7 +252,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Sinks beside the console and metrics.jsonl, and how often the console speaks (steps)."""
+    """Sinks beside the console and metrics.jsonl.
+
+    every_steps: steps between console lines.
+    wandb: log to Weights & Biases.
+    wandb_project: its project.
+    wandb_mode: offline, online or disabled.
+    tensorboard: write TensorBoard files into the run directory.
+    """
 
     every_steps: int = 1
     wandb: bool = False
@@ -185,7 +270,12 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation in bits per byte before the first and after each stage. tokens per source; 0 turns it off."""
+    """Held-out evaluation in bits per byte, before the first stage and after each.
+
+    tokens: held-out tokens read per source; 0 turns it off.
+    seq_len: context of the evaluation, in tokens; 0 takes that of the stage.
+    teacher: measure the unconverted checkpoint too, once.
+    """
 
     tokens: int = 0
     seq_len: int = 0
@@ -194,7 +284,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machine that plans and MFU refer to. Peaks in TFLOP/s (dense bf16) and bytes per GPU."""
+    """The machine that plans and MFU refer to.
+
+    name: what reports call it.
+    num_gpus: GPUs of the job; the world size of a dry run.
+    gpus_per_node: GPUs of one host.
+    peak_tflops: dense bf16 peak of one GPU, in TFLOP/s; 0 is unknown and leaves MFU out.
+    memory_gib: memory of one GPU, in GiB; 0 is unknown.
+    """
 
     name: str = "laptop"
     num_gpus: int = 1
@@ -205,7 +302,26 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `run_dir` empty means runs/NAME."""
+    """A whole run.
+
+    name: what the run is called; empty takes the recipe's.
+    run_dir: folder of the run; empty means runs/NAME.
+    seed: of the random weights and the data order.
+    precision: arithmetic of the model.
+    model: shape of the decoder.
+    start: where the first weights come from.
+    data: what is read.
+    optim: the optimizer.
+    stages: legs of the training by name, in the order they run.
+    checkpoint: when checkpoints are written.
+    log: what is logged, and where.
+    evaluation: held-out evaluation during the run.
+    cluster: the machine that plans and MFU refer to.
+    ops: backend by op name, to force one; `python -m ops` lists them.
+    export_dir: folder of the Hugging Face export at the end; empty exports nothing.
+    dry_run: print the plan of the run and exit; reads no weights.
+    layout_auto: replace layouts that do not fit the world by ones that do.
+    """
 
     name: str = ""
     run_dir: str = ""
