@@ -86,8 +86,9 @@ def _recipe_file(name: str) -> Path:
     if name.endswith(".yaml") or os.sep in name:
         path = Path(name).resolve()
         if not path.is_file():
-            raise ValueError(f"recipe={name}: there is no such file; give a recipe.yaml, or one of the names: "
-                             f"{', '.join(recipe_names())}")
+            raise ValueError(
+                f"recipe={name}: there is no such file; give a recipe.yaml, or a name: {', '.join(recipe_names())}"
+            )
         return path
     if name not in recipe_names():
         nearest = difflib.get_close_matches(name, recipe_names(), n=1)
@@ -110,8 +111,10 @@ def _sort_overrides(args: list[str], file: Path) -> tuple[list[str], list[Overri
             values.append(override)
             continue
         if not override.is_delete() and override.value() not in options:
-            raise ValueError(f"{arg}: there is no recipes/{override.key_or_group}/{override.value()}.yaml; "
-                             f"there are: {', '.join(options)}")
+            raise ValueError(
+                f"{arg}: there is no recipes/{override.key_or_group}/{override.value()}.yaml; "
+                f"there are: {', '.join(options)}"
+            )
         groups.append(arg)
     return groups, values
 
@@ -156,15 +159,23 @@ def _apply(config: DictConfig, override: Override) -> None:
     """Set or remove one key. Entries of mappings of blocks (stages, data.sources) appear only with a leading +."""
     key = override.key_or_group
     type_at(Recipe, key)
-    _check_entries(config, key, may_add=override.is_add() or override.is_force_add())
-    parent, _, name = key.rpartition(".")
-    if not override.is_delete():
-        _make_parents(config, parent)
-        OmegaConf.update(config, key, override.value(), merge=True)
+    if override.is_delete():
+        _remove(config, key)
         return
+    value = override.value()
+    if value == {}:
+        raise ValueError(f"{key}={{}} changes nothing; remove entries by name, ~{key}.NAME")
+    _check_entries(config, key, may_add=override.is_add() or override.is_force_add())
+    _make_parents(config, key.rpartition(".")[0])
+    OmegaConf.update(config, key, value, merge=True)
+
+
+def _remove(config: DictConfig, key: str) -> None:
+    parent, _, name = key.rpartition(".")
     if typing.get_origin(type_at(Recipe, parent) if parent else Recipe) is not dict:
-        raise ValueError(f"~{key}: only entries of stages, data.sources, blend and ops can be removed; "
-                         f"write {key}=VALUE")
+        raise ValueError(
+            f"~{key}: only entries of stages, data.sources, blend and ops can be removed; write {key}=VALUE"
+        )
     entries = OmegaConf.select(config, parent) or {}
     if name not in entries:
         raise unknown(key, list(entries))
@@ -179,8 +190,10 @@ def _check_entries(config: DictConfig, key: str, *, may_add: bool) -> None:
         is_blocks = typing.get_origin(kind) is dict and is_dataclass(typing.get_args(kind)[1])
         entries = list(OmegaConf.select(config, parent) or {}) if is_blocks else []
         if is_blocks and not may_add and names[depth] not in entries:
-            raise ValueError(f"{parent}.{names[depth]} does not exist (there are: {', '.join(entries) or 'none'}); "
-                             f"to add it write +{key}=VALUE")
+            raise ValueError(
+                f"{parent}.{names[depth]} does not exist (there are: {', '.join(entries) or 'none'}); "
+                f"to add it write +{key}=VALUE"
+            )
 
 
 def _make_parents(config: DictConfig, parent: str) -> None:
