@@ -1,0 +1,1 @@
+"""Files that an export carries along for transformers (trust_remote_code); they import nothing of ours."""

@@ -1,0 +1,86 @@
+"""The table between our parameters and the tensors of Qwen2, Qwen3 and Llama checkpoints, for both directions.
+
+The three families share their names; they differ in q/k/v biases, q/k norms and tied embeddings, which the model's
+configuration says. A model in this table is a list of mappings, one per parameter.
+"""
+
+from __future__ import annotations
+
+from sbtrain.config.pattern import parse_pattern
+from sbtrain.config.schema import ModelConfig
+from sbtrain.convert.attention import dropped, mixer_rows
+from sbtrain.convert.mapping import Direct, Fill, GateUp, Mapping, Source, Vocab
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+_HF_EMBEDDING = "model.embed_tokens.weight"
+_HF_OUTPUT = "lm_head.weight"
+_HF_LAYER = "model.layers."
+
+
+def symbols(model: ModelConfig) -> list[str]:
+    """The mixer of every layer, F, S or L. Raises ValueError at a kind that conversion does not know."""
+    kinds = parse_pattern(model.pattern, model.num_layers)
+    for layer, kind in enumerate(kinds):
+        if len(kind.mixers) != 1 or kind.mixers[0] not in "FSL" or kind.moe:
+            raise ValueError(
+                f"model.pattern {model.pattern!r}: layer {layer} is {'+'.join(kind.mixers)}{':m' if kind.moe else ''}; "
+                "import and export know dense F, S and L layers"
+            )
+    return [kind.mixers[0] for kind in kinds]
+
+
+def table(model: ModelConfig) -> list[Mapping]:
+    """One mapping per parameter of the unsharded model, in the order of the layers."""
+    hidden = model.hidden_size
+    rows = [_vocab(EMBEDDING, _HF_EMBEDDING, model)]
+    for layer, symbol in enumerate(symbols(model)):
+        ours, theirs = f"decoder.layers.{layer}", f"{_HF_LAYER}{layer}"
+        rows.append(_norm(f"{ours}.input_layernorm.weight", f"{theirs}.input_layernorm.weight", hidden))
+        rows += mixer_rows(layer, symbol, model)
+        rows.append(_norm(f"{ours}.pre_mlp_layernorm.weight", f"{theirs}.post_attention_layernorm.weight", hidden))
+        rows += _mlp_rows(f"{ours}.mlp", f"{theirs}.mlp", model)
+    rows.append(_norm("decoder.final_layernorm.weight", "model.norm.weight", hidden))
+    if not model.tie_embeddings:
+        rows.append(_vocab(OUTPUT, _HF_OUTPUT, model))
+    return rows
+
+
+def check_names(names: list[str], rows: list[Mapping], *, model: ModelConfig, where: str) -> None:
+    """Every tensor that the model should inherit is there, and nothing else is left over.
+
+    names: tensors of the checkpoint `where`. Left behind on purpose: q/k norms of converted L layers, the output
+    matrix of a tied model, rotary tables. Raises ValueError naming the first tensor that is missing or unused.
+    """
+    wanted = {source.name for row in rows if not row.new for source in row.sources}
+    ignored = {name for layer, symbol in enumerate(symbols(model)) for name in dropped(layer, symbol, model)}
+    if model.tie_embeddings:
+        ignored.add(_HF_OUTPUT)
+    missing = sorted(wanted - set(names))
+    if missing:
+        raise ValueError(f"{where} holds no tensor {missing[0]} ({len(missing)} missing); check start.path and model.*")
+    unused = sorted(n for n in set(names) - wanted - ignored if not n.endswith("rotary_emb.inv_freq"))
+    if unused:
+        raise ValueError(
+            f"{where} holds tensor {unused[0]}, which this model has no place for ({len(unused)} unused); "
+            "check model.num_layers, qkv_bias, qk_norm and tie_embeddings against its config.json"
+        )
+
+
+def _norm(ours: str, theirs: str, hidden: int) -> Mapping:
+    return Direct(ours, (hidden,), (Source(theirs, (hidden,)),), fill=Fill.norm)
+
+
+def _vocab(ours: str, theirs: str, model: ModelConfig) -> Mapping:
+    source = Source(theirs, (model.vocab_size, model.hidden_size))
+    return Vocab(ours, (model.padded_vocab_size, model.hidden_size), (source,), 0)
+
+
+def _mlp_rows(ours: str, theirs: str, model: ModelConfig) -> list[Mapping]:
+    hidden, ffn = model.hidden_size, model.ffn_size
+    halves = tuple(Source(f"{theirs}.{half}_proj.weight", (ffn, hidden)) for half in ("gate", "up"))
+    down = Source(f"{theirs}.down_proj.weight", (hidden, ffn))
+    return [
+        GateUp(f"{ours}.linear_fc1.weight", (2 * ffn, hidden), halves, 0),
+        Direct(f"{ours}.linear_fc2.weight", (hidden, ffn), (down,), 1),
+    ]
