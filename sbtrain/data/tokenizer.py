@@ -101,7 +101,9 @@ def _parse(folder: Path, raw: bytes) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(raw.decode())
     except Exception as error:  # the library raises plain Exception
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder / 'tokenizer.json'} is not a readable tokenizer ({reason}); fetch it again") from error
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} is not a readable tokenizer ({reason}); fetch it again"
+        ) from error
 
 
 def _configured_eos(folder: Path, ids: dict[str, int]) -> int | None:
