@@ -17,7 +17,7 @@ demo: env
 
 lint: env
 	$(VENV)/python -m ruff check .
-	$(VENV)/python -c "from importlinter.cli import lint_imports_command as lint; lint()"
+	$(VENV)/lint-imports
 
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m "$(HERE)"

@@ -8,11 +8,11 @@ python=${PYTHON:-python3}
 torch_wanted=${TORCH:-}
 cpu_torch=2.13.0
 
-command -v "$python" >/dev/null || { echo "sbtrain: $python not found; install Python >= 3.10 or run: make env PYTHON=/path/to/python3" >&2; exit 1; }
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "sbtrain: needs Python >= 3.10, $python is $("$python" -V); run: make env PYTHON=/path/to/python3" >&2
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    found=$("$python" -V 2>/dev/null || echo "not there")
+    echo "sbtrain: needs Python >= 3.10, but $python is $found; run: make env PYTHON=/path/to/python3" >&2
     exit 1
-}
+fi
 
 torch_version() { # prints the version of an importable torch >= 2.8, else fails
     "$1" - 2>/dev/null <<'PYTHON'
@@ -51,10 +51,14 @@ torch=$("$venv" -c 'from importlib.metadata import version; print(version("torch
 echo "torch==$torch" >.venv/constraints.txt
 "$venv" -m pip install --quiet --constraint .venv/constraints.txt --editable ".[dev]"
 
-# With torch from outside, torchrun on PATH would start the outer python, which lacks everything else.
-if [ ! -x .venv/bin/torchrun ]; then
-    printf '#!%s\nfrom torch.distributed.run import main\n\nmain()\n' "$PWD/.venv/bin/python" >.venv/bin/torchrun
-    chmod +x .venv/bin/torchrun
-fi
+# A package that comes from outside brings no script here, and the one on PATH would start the outer python.
+shim() { # name, module, function
+    [ -x ".venv/bin/$1" ] && return
+    printf '#!%s\nimport sys\n\nfrom %s import %s\n\nif __name__ == "__main__":\n    sys.exit(%s())\n' "$PWD/$venv" "$2" "$3" "$3" >".venv/bin/$1"
+    chmod +x ".venv/bin/$1"
+}
+shim torchrun torch.distributed.run main
+shim pytest pytest console_main
+shim lint-imports importlinter.cli lint_imports_command
 touch .venv/.ready
 echo "sbtrain: .venv is ready: $("$venv" -V), torch $torch"

@@ -8,8 +8,8 @@ import shutil
 import numpy
 import pytest
 import torch
-from rank_pool import RankPool, poison_memory
 
+from rank_pool import RankPool, poison_memory
 
 
 def pytest_runtest_setup(item):

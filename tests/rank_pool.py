@@ -11,14 +11,15 @@ import importlib.util
 import os
 import pickle
 import random
+import subprocess
 import sys
 import time
 import traceback
 from datetime import timedelta
-from multiprocessing import connection, get_context
+from multiprocessing import connection
 from pathlib import Path
 
-GRACE_S = 5.0  # what the other ranks get to finish once one of them failed: they may hang in a collective
+GRACE_S = 3.0  # what the other ranks get to finish once one of them failed: they may hang in a collective
 
 
 class RankError(RuntimeError):
@@ -50,7 +51,7 @@ class RankPool:
         answers, late = self._collect(timeout_s)
         failures = sorted((a for a in answers.values() if a["failed"]), key=lambda answer: answer["time"])
         self._fresh = bool(failures)
-        if late or not all(process.is_alive() for process in self._processes):
+        if late or not all(process.poll() is None for process in self._processes):
             self.stop()
         if failures:
             cause = "".join(f"\n--- rank {a['rank']} of {self.world_size} ---\n{a['traceback']}" for a in failures)
@@ -65,7 +66,7 @@ class RankPool:
         for process in self._processes:
             process.kill()
         for process in self._processes:
-            process.join()
+            process.wait()
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes, self._store = [], [], None
@@ -75,18 +76,19 @@ class RankPool:
 
         # The parent keeps the rendezvous store, so no port can be lost between choosing and using it.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = get_context("spawn")
-        threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            target = (rank, self.world_size, self.backend, self._store.port, theirs)
-            process = context.Process(target=serve, args=target, name=f"rank{rank}of{self.world_size}")
-            process.start()
+            ours, theirs = connection.Pipe()
+            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import rank_pool; rank_pool.main()"
+            wanted = [str(rank), str(self.world_size), self.backend, str(self._store.port), str(theirs.fileno())]
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, *wanted],
+                    pass_fds=[theirs.fileno()],
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
+            )
             theirs.close()
-            self._processes.append(process)
             self._pipes.append(ours)
-        os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
         self._fresh = False
 
     def _collect(self, timeout_s: float) -> tuple[dict[int, dict], list[int]]:
@@ -105,10 +107,15 @@ class RankPool:
         try:
             return pickle.loads(pipe.recv_bytes())
         except (EOFError, ConnectionError):
-            self._processes[rank].join(GRACE_S)
-            code = self._processes[rank].exitcode
+            code = self._processes[rank].wait(GRACE_S)
             error = RankError(f"rank {rank} of {self.world_size} died with exit code {code}")
             return {"rank": rank, "failed": True, "value": error, "traceback": str(error), "time": time.time()}
+
+
+def main() -> None:
+    """Entry of a rank's process: its place and the pipe to the parent come as arguments."""
+    rank, world_size, backend, port, handle = sys.argv[1:]
+    serve(int(rank), int(world_size), backend, int(port), connection.Connection(int(handle)))
 
 
 def serve(rank: int, world_size: int, backend: str, port: int, pipe) -> None:

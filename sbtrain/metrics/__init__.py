@@ -1,0 +1,1 @@
+"""What a step measured (meter) and where it is told (sinks)."""
