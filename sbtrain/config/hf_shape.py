@@ -65,8 +65,17 @@ def complete_shape(model: ModelConfig, folder: str, *, may_be_absent: bool = Fal
                 f"drop model.{field} or choose the checkpoint that has it"
             )
     model = replace(model, **shape)
-    for field in (*_KEYS, "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "max_positions", "tie_embeddings",
-                  "qkv_bias", "qk_norm"):
+    for field in (
+        *_KEYS,
+        "num_kv_heads",
+        "head_dim",
+        "norm_eps",
+        "rope_theta",
+        "max_positions",
+        "tie_embeddings",
+        "qkv_bias",
+        "qk_norm",
+    ):
         if getattr(model, field) is None:
             where = f"start.path={folder} does not exist" if folder else "start.path is empty"
             raise ValueError(

@@ -128,12 +128,15 @@ def _parse(arg: str) -> Override:
     key, equals, value = arg.partition("=")
     if not equals and not arg.startswith("~"):
         raise ValueError(f"{arg} is not an override; write key=value")
+    if any(name[:1].isdigit() for name in key.split(".")):
+        raise ValueError(f"{arg}: names do not begin with a digit; name a stage for example ctx_8k")
     try:
         override = OverridesParser.create().parse_override(arg)
     except HydraException:
         override = None
     if override is None or override.is_sweep_override():
-        raise ValueError(f"{arg} needs quotes around its value; write '{key}=\"{value}\"'")
+        quoted = value.replace('"', '\\"')
+        raise ValueError(f"{arg} needs quotes around its value; write '{key}=\"{quoted}\"'")
     return override
 
 

@@ -46,7 +46,9 @@ def check_world(recipe: Recipe, world_size: int) -> None:
         problem = world_problem(stage, world_size)
         if problem:
             smallest = smallest_world(recipe)
-            advice = f"the smallest world that fits all stages is {smallest}" if smallest else "no world fits all stages"
+            advice = (
+                f"the smallest world that fits all stages is {smallest}" if smallest else "no world fits all stages"
+            )
             raise ValueError(f"stages.{name}: {problem}; {advice}, or set layout_auto=true")
 
 
@@ -87,8 +89,20 @@ def layout_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str | No
 
 def check_shape(model: ModelConfig) -> None:
     """Sizes are positive, and query heads share key/value heads evenly."""
-    for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
-                  "max_positions", "vocab_multiple", "window", "norm_eps", "rope_theta"):
+    for field in (
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "ffn_size",
+        "max_positions",
+        "vocab_multiple",
+        "window",
+        "norm_eps",
+        "rope_theta",
+    ):
         if getattr(model, field) <= 0:
             raise ValueError(f"model.{field}={getattr(model, field)} must be greater than 0")
     if model.num_heads % model.num_kv_heads:
@@ -193,9 +207,7 @@ def check_objective(name: str, stage: Stage) -> None:
     """Only what can be trained."""
     if stage.objective not in OBJECTIVES:
         available = ", ".join(objective.name for objective in OBJECTIVES)
-        raise ValueError(
-            f"stages.{name}.objective={stage.objective.name} is not available yet; available: {available}"
-        )
+        raise ValueError(f"stages.{name}.objective={stage.objective.name} is not available yet; available: {available}")
 
 
 def check_schedule(name: str, stage: Stage) -> None:
@@ -269,7 +281,9 @@ def _pipeline_problem(model: ModelConfig, layout: Layout) -> str | None:
 def _expert_problem(model: ModelConfig, layout: Layout) -> str | None:
     moe = any(kind.moe for kind in parse_pattern(model.pattern, model.num_layers))
     if layout.ep > 1 and not moe:
-        return f"layout.ep={layout.ep} needs mixture-of-experts layers, which model.pattern '{model.pattern}' lacks; set 1"
+        return (
+            f"layout.ep={layout.ep} needs mixture-of-experts layers, which model.pattern '{model.pattern}' lacks; set 1"
+        )
     return None
 
 
@@ -285,7 +299,7 @@ def _sequence_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str |
     kv_heads = model.num_kv_heads // layout.tp
     if layout.sp > kv_heads and layout.sp % kv_heads:
         return (
-            f"layout.sp={layout.sp} is larger than the {kv_heads} key/value heads of a tp rank and no multiple of them; "
+            f"layout.sp={layout.sp} is larger than the {kv_heads} key/value heads of a tp rank and no multiple; "
             f"choose an sp up to {kv_heads}, or a multiple of {kv_heads}"
         )
     return None

@@ -77,7 +77,8 @@ class GLAConfig:
 class ModelConfig:
     """Shape of the decoder. Fields left at null are read from `start.path`/config.json; given ones must agree with it.
 
-    pattern: layer symbols, tiled to num_layers: F full attention, S sliding window, L gated linear attention; `LS x 14`.
+    pattern: layer symbols, tiled to num_layers: F full attention, S sliding window, L gated linear attention;
+        `LS x 14`.
     vocab_size: tokens of the vocabulary, before padding.
     hidden_size: width of the residual stream, in channels.
     num_layers: decoder layers.

@@ -39,8 +39,16 @@ def visible_keys(seq_len: int, window: int | None = None) -> float:
 def flops_per_token(model: ModelConfig, seq_len: int) -> dict[str, float]:
     """Forward FLOPs per token by part, summed over the layers, for documents of seq_len tokens."""
     parts = dict.fromkeys(
-        ("embedding", "projections", "gate", "full_attention", "sliding_window", "gated_linear_attention", "mlp",
-         "lm_head"),
+        (
+            "embedding",
+            "projections",
+            "gate",
+            "full_attention",
+            "sliding_window",
+            "gated_linear_attention",
+            "mlp",
+            "lm_head",
+        ),
         0.0,
     )
     for kind in parse_pattern(model.pattern, model.num_layers):

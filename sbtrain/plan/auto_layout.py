@@ -1,0 +1,82 @@
+"""`layout_auto=true`: a legal layout for every stage that does not fit the world as written.
+
+A stage whose own layout fits keeps it. Otherwise the first layout is taken that obeys all rules and, where the
+cluster's memory is known, fits into 90 % of it, in this order: fewest model ranks first (most data parallelism, the
+cheapest kind), then least tp x pp (sequence shards split the activations without splitting the model), then least tp.
+Where the memory is unknown, tp and pp stay 1 as long as any such layout is legal. tp stays inside one node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from parallel.layout import Layout
+from sbtrain.config.rules import check_world, layout_problem, world_problem
+from sbtrain.config.schema import Recipe, Stage
+from sbtrain.plan.memory import GIB, rank_memory
+
+USABLE_MEMORY = 0.9
+"""Part of a GPU's memory that a layout may plan with; the rest is what the estimate leaves out."""
+
+
+def fit_world(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe as `world_size` ranks run it: its layouts, or with layout_auto=true ones that fit.
+
+    Raises ValueError naming the stage and the smallest world that fits.
+    """
+    if recipe.layout_auto:
+        recipe = auto_layout(recipe, world_size)
+    check_world(recipe, world_size)
+    return recipe
+
+
+def auto_layout(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe with a legal layout in every stage. Raises ValueError where a stage has none."""
+    stages = {name: _fit_stage(recipe, name, stage, world_size) for name, stage in recipe.stages.items()}
+    return replace(recipe, stages=stages)
+
+
+def _fit_stage(recipe: Recipe, name: str, stage: Stage, world_size: int) -> Stage:
+    if not world_problem(stage, world_size):
+        return stage
+    knows_memory = recipe.cluster.memory_gib > 0
+    legal = [
+        candidate
+        for layout in _layouts(world_size, max_tp=recipe.cluster.gpus_per_node, model_ranks_first=knows_memory)
+        if not layout_problem(recipe.model, candidate := replace(stage, layout=layout), layout)
+        and not world_problem(candidate, world_size)
+    ]
+    if not legal:
+        raise ValueError(
+            f"stages.{name}: no layout of {world_size} ranks is legal for {stage.num_rows} rows of {stage.row_tokens} "
+            f"tokens a step; change stages.{name}.global_batch_tokens or the number of ranks"
+        )
+    fitting = (candidate for candidate in legal if not knows_memory or _fits_memory(recipe, candidate, world_size))
+    chosen = next(fitting, None)
+    if chosen is None:
+        raise ValueError(
+            f"stages.{name}: no layout of {world_size} ranks fits into {recipe.cluster.memory_gib:g} GiB a GPU; "
+            f"use more GPUs, a smaller micro_batch, or stages.{name}.recompute=full"
+        )
+    return chosen
+
+
+def _layouts(world_size: int, *, max_tp: int, model_ranks_first: bool) -> list[Layout]:
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    layouts = [
+        Layout(tp=tp, pp=pp, sp=sp)
+        for tp, pp, sp in product(divisors, repeat=3)
+        if world_size % (tp * pp * sp) == 0 and tp <= max_tp
+    ]
+
+    def order(layout: Layout) -> tuple[int, ...]:
+        split, ranks = layout.tp * layout.pp, layout.model_ranks
+        return (ranks, split, layout.tp) if model_ranks_first else (split, ranks, layout.tp)
+
+    return sorted(layouts, key=order)
+
+
+def _fits_memory(recipe: Recipe, stage: Stage, world_size: int) -> bool:
+    needed = sum(rank_memory(recipe, stage, world_size=world_size).values())
+    return needed <= USABLE_MEMORY * recipe.cluster.memory_gib * GIB

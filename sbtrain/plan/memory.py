@@ -1,0 +1,102 @@
+"""Bytes that one rank needs, by part: an estimate from the shape, the layout and the recompute mode.
+
+With P the parameters of a rank (tensors of a pipeline stage, divided by tp where tp cuts them), b the bytes of a
+weight (2 bf16, 4 fp32), t = row tokens / sp the tokens of a rank, and sizes D hidden, Q and KV all query and key/value
+channels, F ffn, V padded vocabulary:
+
+    weights       b P
+    gradients     4 P, summed in fp32 whatever the weights are
+    optimizer     12 P / (dp sp) for bf16: fp32 master weights and two moments, ZeRO-1; 8 P / (dp sp) for fp32, which
+                  needs no second copy of the weights
+    activations   b t per layer and row in flight, by recompute mode:
+                    none       4 D + [(Q + 2 KV) + (Q + KV) + Q + 3 F] / tp: residual and norms; q, k, v before and
+                               after rotation or ReLU; mixer output; FFN
+                    selective  the same without the FFN and its norm: 3 D + [...] / tp
+                    full       D, the input of the layer
+                  L layers also keep the log decay and its logits in fp32: 8 KV / tp bytes a token. D is divided by tp
+                  under tp_sequence_parallel. Pipeline stage i of pp holds min(rows of a step, pp - i) rows in flight.
+    recomputed    one layer without recomputation, less what it keeps: alive while its backward pass runs
+    logits        (b + 4) t V / tp on the last stage: the upper bound; a fused loss needs a small part of it
+
+Not counted: the allocator's fragmentation, communication buffers, kernels' workspaces and the device context.
+"""
+
+from __future__ import annotations
+
+from parallel.layout import Layout
+from parallel.pipeline import split_layers
+from sbtrain.config.pattern import LayerKind, parse_pattern
+from sbtrain.config.schema import ModelConfig, Precision, Recipe, Recompute, Stage
+from sbtrain.model.flops import head_flops_per_token, layer_flops_per_token, layer_parameters
+
+GIB = 1024**3
+
+
+def rank_memory(recipe: Recipe, stage: Stage, *, world_size: int) -> dict[str, float]:
+    """Bytes by part on the rank that needs most, under stage.layout. The layout must fit the world."""
+    layout = stage.layout
+    costs = layer_flops_per_token(recipe.model, stage.seq_len)
+    splits = split_layers(costs, pp=layout.pp, last_extra=head_flops_per_token(recipe.model))
+    ranks = (
+        _pipeline_rank(recipe, stage, layers, index=index, world_size=world_size) for index, layers in enumerate(splits)
+    )
+    return max(ranks, key=lambda parts: sum(parts.values()))
+
+
+def rank_parameters(model: ModelConfig, layout: Layout, layers: range) -> float:
+    """Parameters that a rank holds of the given layers, with the embedding and the head where they belong."""
+    kinds = parse_pattern(model.pattern, model.num_layers)
+    vocabulary = model.padded_vocab_size * model.hidden_size / layout.tp
+    count = sum(_layer_share(model, kinds[i], layout.tp) for i in layers)
+    first, last = layers.start == 0, layers.stop == model.num_layers
+    count += vocabulary if first else 0
+    count += model.hidden_size if last else 0
+    return count + (vocabulary if last and not (first and model.tie_embeddings) else 0)
+
+
+def layer_activation_bytes(
+    model: ModelConfig, kind: LayerKind, layout: Layout, *, recompute: Recompute, precision: Precision
+) -> float:
+    """Bytes per token that one layer keeps for its backward pass."""
+    element = _element_bytes(precision)
+    residual = model.hidden_size / (layout.tp if layout.tp_sequence_parallel else 1)
+    if recompute is Recompute.full:
+        return element * residual
+    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    mixer = (3 * query + 3 * key_value) / layout.tp
+    gate = 8 * key_value / layout.tp if "L" in kind.mixers else 0
+    if recompute is Recompute.selective:
+        return element * (3 * residual + mixer) + gate
+    return element * (4 * residual + mixer + 3 * model.ffn_size / layout.tp) + gate
+
+
+def _pipeline_rank(recipe: Recipe, stage: Stage, layers: range, *, index: int, world_size: int) -> dict[str, float]:
+    model, layout, precision = recipe.model, stage.layout, recipe.precision
+    kinds = [parse_pattern(model.pattern, model.num_layers)[i] for i in layers]
+    element, num_tokens, dp = _element_bytes(precision), stage.row_tokens / layout.sp, layout.dp(world_size)
+    count = rank_parameters(model, layout, layers)
+    rows_in_flight = min(stage.num_rows // dp, layout.pp - index)
+
+    def kept(kind: LayerKind, recompute: Recompute) -> float:
+        return num_tokens * layer_activation_bytes(model, kind, layout, recompute=recompute, precision=precision)
+
+    last = layers.stop == model.num_layers
+    return {
+        "weights": element * count,
+        "gradients": 4 * count,
+        "optimizer": (12 if precision is Precision.bf16 else 8) * count / (dp * layout.sp),
+        "activations": rows_in_flight * sum(kept(kind, stage.recompute) for kind in kinds),
+        "recomputed": max(kept(kind, Recompute.none) - kept(kind, stage.recompute) for kind in kinds),
+        "logits": (element + 4) * num_tokens * model.padded_vocab_size / layout.tp if last else 0.0,
+    }
+
+
+def _layer_share(model: ModelConfig, kind: LayerKind, tp: int) -> float:
+    """Parameters of one layer on one tp rank: norms and the bottleneck of the gate are whole on every rank."""
+    parts = layer_parameters(model, kind)
+    whole = parts["norms"] + (model.gla.gate_rank * model.hidden_size if "gate" in parts else 0)
+    return whole + (sum(parts.values()) - whole) / tp
+
+
+def _element_bytes(precision: Precision) -> int:
+    return 2 if precision is Precision.bf16 else 4
