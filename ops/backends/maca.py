@@ -1,0 +1,60 @@
+"""maca: MetaX GPUs (C500, C550). Their torch calls itself CUDA, so this is probed before cuda and never falls to it.
+
+Tested by emulation of the published device facts only; never executed on MetaX hardware.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from ops.backends import Backend, Limits
+from ops.device import EnvFacts
+
+
+def sign(facts: EnvFacts) -> Optional[str]:
+    """What shows a MetaX torch or device, most reliable first; None without a sign."""
+    if facts.version_maca:
+        return f"torch.version.maca is {facts.version_maca}"
+    if "+metax" in facts.torch_version:
+        return f"torch is {facts.torch_version}"
+    if "metax" in facts.device_name.lower():
+        return f"the device is called {facts.device_name!r}"
+    return None
+
+
+def probe(facts: EnvFacts) -> tuple:
+    """Usable when there is a sign and a device answers."""
+    found = sign(facts)
+    if not found:
+        return False, "no sign of MetaX in torch or in the device name"
+    if not facts.cuda_available:
+        return False, f"{found}, but no device answers"
+    return True, found
+
+
+def contradiction(facts: EnvFacts) -> Optional[str]:
+    """Facts about MetaX that cannot hold together: they mean a broken installation, and a guess would run the wrong
+    kernels."""
+    found = sign(facts)
+    if found and "nvidia" in facts.device_name.lower():
+        return f"{found}, but the device is called {facts.device_name!r}"
+    if found and facts.version_hip is not None:
+        return f"{found}, but torch is built for ROCm {facts.version_hip}"
+    if found and facts.cuda_available and facts.triton_backend not in (None, "maca"):
+        return f"{found}, but Triton compiles for {facts.triton_backend!r}: install MetaX's Triton"
+    if not found and facts.triton_backend == "maca":
+        return "Triton compiles for 'maca', but neither torch nor the device is MetaX's: install MetaX's torch"
+    if not found and facts.maca_path and facts.cuda_available:
+        return f"MACA_PATH is {facts.maca_path!r}, but torch drives {facts.device_name!r}: unset MACA_PATH"
+    return None
+
+
+BACKEND = Backend(
+    name="maca",
+    rank=10,
+    probe=probe,
+    contradiction=contradiction,
+    fallback=("reference",),
+    optional_packages=("triton", "fla", "einops", "flash_attn", "mcoplib"),
+    limits=Limits(warp_size=64, shared_memory_bytes=64 * 1024, max_num_warps=8, min_dot_size=16),
+)
