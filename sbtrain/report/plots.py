@@ -1,0 +1,143 @@
+"""The plots of a run as PNG files: loss, learning rate, speed and gradient norm over tokens, bits per byte as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sbtrain.metrics.sinks import short
+from sbtrain.report.run_files import RunFiles
+from sbtrain.report.tables import bits_rows, source_names
+
+INK, GRAY, LINE, PALE = "#1f2933", "#7b8794", "#1f6feb", "#a9c8f7"
+TEACHER, START = "#3e4c59", "#cbd2d9"
+STAGES = ("#b6d4fe", "#6ea8fe", "#1f6feb", "#0b3d91", "#062a66")
+
+CURVES = (
+    ("loss", "loss", "Training loss (nats per token)", "linear"),
+    ("lr", "lr", "Learning rate", "linear"),
+    ("tokens_per_s", "tokens_per_s_per_gpu", "Tokens per second per GPU", "linear"),
+    ("grad_norm", "grad_norm", "Gradient norm before clipping", "log"),
+)
+
+
+def write_plots(run: RunFiles, folder: Path) -> dict[str, Path]:
+    """Write every plot that the run has numbers for; name -> PNG path."""
+    plots = {}
+    for name, key, title, scale in CURVES:
+        series = [(record["tokens"], record.get(key)) for record in run.records]
+        if any(value is not None for _, value in series):
+            plots[name] = save(curve(run, key, title, scale), folder / f"{name}.png")
+    if run.points:
+        plots["bits_per_byte"] = save(bits_figure(run), folder / "bits_per_byte.png")
+    return plots
+
+
+def curve(run: RunFiles, key: str, title: str, scale: str) -> Figure:
+    """One number of the records over tokens, with the stages marked; a running mean where the number is noisy."""
+    records = [record for record in run.records if record.get(key) is not None]
+    if key == "tokens_per_s_per_gpu":  # the first step also pays for start-up
+        records = [record for record in records if "first_step" not in record] or records
+    figure, axes = blank(title)
+    tokens, values = [record["tokens"] for record in records], [record[key] for record in records]
+    smooth = running_mean(values, max(1, len(values) // 40)) if key in ("loss", "grad_norm") else values
+    if smooth != values:
+        axes.plot(tokens, values, color=PALE, linewidth=1)
+    axes.plot(tokens, smooth, color=LINE, linewidth=1.8, marker="o" if len(values) < 3 else None, markersize=4)
+    if scale == "log" and min(values) > 0 and max(values) / min(values) > 20:
+        axes.set_yscale("log")
+    elif key != "loss":
+        axes.set_ylim(bottom=0)
+    if key == "lr":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.set_xlim(0, max(record["tokens"] for record in run.records))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.set_xlabel("tokens", color=GRAY)
+    mark_stages(axes, run)
+    return figure
+
+
+def mark_stages(axes, run: RunFiles) -> None:
+    """Shade every second stage, draw its boundary and write its name above the plot."""
+    for index, (name, begin, end) in enumerate(stage_spans(run)):
+        if index % 2:
+            axes.axvspan(begin, end, color=INK, alpha=0.035, linewidth=0)
+        if index:
+            axes.axvline(begin, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)))
+        middle = (begin + end) / 2
+        axes.text(middle, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", color=GRAY, fontsize=9)
+
+
+def stage_spans(run: RunFiles) -> Iterator[tuple[str, int, int]]:
+    """(stage, first token, last token) of each stretch of steps in one stage."""
+    begin = 0
+    for name, records in groupby(run.records, key=lambda record: record["stage"]):
+        end = list(records)[-1]["tokens"]
+        yield name, begin, end
+        begin = end
+
+
+def bits_figure(run: RunFiles) -> Figure:
+    """Bits per byte as grouped bars: a group for each source, a bar for each model."""
+    rows, sources = bits_rows(run), source_names(run)
+    groups = [*sources, "mean"] if len(sources) > 1 else sources
+    figure, axes = blank("Bits per byte on held-out text (lower is better)", height=3.8)
+    width = 0.82 / max(1, len(rows))
+    stage_rows = [row.name for row in rows if row.name not in ("teacher", "start")]
+    for index, row in enumerate(rows):
+        values = [row.mean if group == "mean" and group not in row.bits else row.bits[group] for group in groups]
+        places = [group + (index - (len(rows) - 1) / 2) * width for group in range(len(groups))]
+        heights = [value or 0.0 for value in values]
+        axes.bar(places, heights, 0.92 * width, color=bar_color(row.name, stage_rows), label=row.name)
+        for place, value in zip(places, values):
+            text = "n/a" if value is None else f"{value:.2f}"
+            crowded = len(rows) * len(groups) > 16
+            axes.annotate(text, (place, value or 0.0), xytext=(0, 3), textcoords="offset points", ha="center",
+                          fontsize=6.5 if crowded else 8, color=INK)  # fmt: skip
+    axes.set_xticks(range(len(groups)), groups)
+    axes.tick_params(axis="x", length=0, labelsize=10)
+    axes.margins(x=0.02, y=0.12)
+    figure.legend(loc="outside lower center", ncols=min(6, len(rows)), frameon=False, fontsize=9)
+    return figure
+
+
+def bar_color(name: str, stages: list[str]) -> str:
+    """Gray for the two anchors, a blue that darkens with every stage."""
+    if name in ("teacher", "start"):
+        return TEACHER if name == "teacher" else START
+    position = stages.index(name) / max(1, len(stages) - 1)
+    return STAGES[round(position * (len(STAGES) - 1))] if len(stages) > 1 else LINE
+
+
+def running_mean(values: list[float], reach: int) -> list[float]:
+    """Mean over up to `reach` neighbors on either side."""
+    if reach < 2 and len(values) < 40:
+        reach = 1 if len(values) >= 8 else 0
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows] if reach else values
+
+
+def blank(title: str, height: float = 3.2):
+    """A figure with one empty set of axes in the report's style."""
+    figure = Figure(figsize=(8, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=20)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#cbd2d9")
+    axes.tick_params(colors=GRAY, labelsize=9)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure as a PNG."""
+    figure.savefig(path, facecolor="white")
+    return path
