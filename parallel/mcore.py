@@ -76,3 +76,21 @@ def _set_main_param_and_optimizer_states(self, model_param, tensors) -> None:
 
 
 DistributedOptimizer._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states
+
+
+def mark_tensor_parallel(module: torch.nn.Module) -> None:
+    """Say which weights are sharded over tp. megatron does it while initializing them, which we skip.
+
+    Without the mark the gradient norm would count each sharded weight on the first tp rank alone.
+    """
+    for part in module.modules():
+        if isinstance(part, (ColumnParallelLinear, VocabParallelEmbedding)):
+            sharded = [part.weight, getattr(part, "bias", None)]
+        elif isinstance(part, RowParallelLinear):
+            sharded = [part.weight]
+        else:
+            continue
+        dim = 1 if isinstance(part, RowParallelLinear) else 0
+        for weight in sharded:
+            if weight is not None:
+                weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1

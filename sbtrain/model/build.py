@@ -11,7 +11,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline import split_layers
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
-from sbtrain.model.flops import layer_flops_per_token, head_flops_per_token
+from sbtrain.model.flops import flops_per_token, layer_flops
 from sbtrain.model.hybrid import HybridModel
 
 
@@ -51,8 +51,9 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision)
 
 def stage_layers(model: ModelConfig, pp: int, *, seq_len: int) -> list[range]:
     """Layers of each pipeline stage, balanced by FLOPs with the head counted on the last one."""
-    costs = layer_flops_per_token(model, seq_len)
-    return split_layers(costs, pp=pp, last_extra=head_flops_per_token(model))
+    kinds = parse_pattern(model.pattern, model.num_layers)
+    costs = [sum(layer_flops(model, kind, seq_len).values()) for kind in kinds]
+    return split_layers(costs, pp=pp, last_extra=flops_per_token(model, seq_len)["lm_head"])
 
 
 def build_model(

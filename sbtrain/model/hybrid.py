@@ -48,6 +48,7 @@ class HybridModel(mcore.LanguageModule):
         )
         self.output_layer = self._head(config, model) if self.post_process else None
         self._mark_shared_embedding()
+        mcore.mark_tensor_parallel(self)
         self._input: Tensor | None = None
 
     def _head(self, config, model: ModelConfig) -> nn.Module:

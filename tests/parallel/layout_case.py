@@ -12,7 +12,7 @@ from parallel.sequence.shard import IGNORE, Row
 from sbtrain.config.schema import GLAConfig, ModelConfig, Precision, Recompute
 from sbtrain.model.build import build_model, global_parameters
 
-ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_grad=1.0, new_lr_scale=2.0)
+ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=1.0, new_lr_scale=2.0)
 
 
 def small_model(**changes) -> ModelConfig:
