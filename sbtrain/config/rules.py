@@ -46,10 +46,9 @@ def check_world(recipe: Recipe, world_size: int) -> None:
         problem = world_problem(stage, world_size)
         if problem:
             smallest = smallest_world(recipe)
-            advice = (
-                f"the smallest world that fits all stages is {smallest}" if smallest else "no world fits all stages"
-            )
-            raise ValueError(f"stages.{name}: {problem}; {advice}, or set layout_auto=true")
+            fits = f"the smallest world that fits all stages is {smallest}"
+            none = "no world fits all stages as they are"
+            raise ValueError(f"stages.{name}: {problem}; {fits if smallest else none}, or set layout_auto=true")
 
 
 def smallest_world(recipe: Recipe) -> int | None:

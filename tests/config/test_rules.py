@@ -1,0 +1,156 @@
+"""Cross-field rules: one table of refusals, and the world sizes that fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from parallel.layout import Layout
+from sbtrain.config.load import load
+from sbtrain.config.rules import check, check_world, layout_problem, smallest_world
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load(["recipe=7b_cpt", "dry_run=true"])
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(["recipe=demo", "dry_run=true"])
+
+
+def changed(value, path: str, new):
+    """`value` with the field at the dotted path replaced; Dict entries by name."""
+    name, _, rest = path.partition(".")
+    if isinstance(value, dict):
+        return {**value, name: changed(value[name], rest, new) if rest else new}
+    return replace(value, **{name: changed(getattr(value, name), rest, new) if rest else new})
+
+
+S = "stages.ctx_8k"
+REFUSALS = [
+    ({"model.hidden_size": 0}, ["model.hidden_size=0"]),
+    ({"model.window": 0}, ["model.window=0"]),
+    ({"model.num_kv_heads": 3}, ["model.num_kv_heads=3", "model.num_heads=28"]),
+    ({"model.head_dim": 127}, ["model.head_dim=127"]),
+    ({"model.gla.gate_rank": 0}, ["model.gla.gate_rank"]),
+    ({"model.pattern": "LSX"}, ["model.pattern", "position 3"]),
+    ({"model.pattern": "LB x 14"}, ["layer 1 is B", "not trainable yet", "F, S, L"]),
+    ({"model.pattern": "LE"}, ["layer 1 is E"]),
+    ({"model.pattern": "(LS)"}, ["layer 0 is (LS)"]),
+    ({"model.pattern": "L S:m"}, ["layer 1 is S:m"]),
+    ({"dry_run": False}, ["start.path=models/Qwen2.5-7B does not exist"]),
+    ({"optim.beta1": 1.0}, ["optim.beta1=1.0"]),
+    ({"optim.eps": 0.0}, ["optim.eps=0.0"]),
+    ({"optim.weight_decay": -0.1}, ["optim.weight_decay=-0.1"]),
+    ({"seed": -1}, ["seed=-1"]),
+    ({"log.every_steps": 0}, ["log.every_steps=0"]),
+    ({"log.wandb_mode": "on"}, ["log.wandb_mode=on", "offline, online, disabled"]),
+    ({"cluster.num_gpus": 0}, ["cluster.num_gpus=0"]),
+    ({"stages": {}}, ["stages is empty"]),
+    ({"data.sources.pretrain.path": ""}, ["data.sources.pretrain.path is empty"]),
+    ({"data.sources.pretrain.weight": -1.0}, ["data.sources.pretrain.weight=-1.0"]),
+    ({"data.sources.pretrain.weight": float("nan")}, ["data.sources.pretrain.weight=nan"]),
+    ({"data.sources.pretrain.weight": 0.0}, ["data.sources: all weights are 0"]),
+    ({"evaluation.tokens": 5}, ["evaluation.tokens", "data.sources.NAME.valid"]),
+    ({f"{S}.seq_len": 0}, [f"{S}.seq_len=0"]),
+    ({f"{S}.micro_batch": 0}, [f"{S}.micro_batch=0"]),
+    ({f"{S}.tokens": 0}, [f"{S}.tokens=0"]),
+    ({f"{S}.global_batch_tokens": 10_000}, [f"{S}.global_batch_tokens=10000", "the nearest is 8192"]),
+    ({f"{S}.tokens": 8192}, [f"{S}.tokens=8192 is less than one step"]),
+    ({f"{S}.schedule.lr": -1.0}, [f"{S}.schedule.lr=-1.0 is negative"]),
+    ({f"{S}.schedule.min_lr": 1.0}, [f"{S}.schedule.min_lr=1.0 exceeds"]),
+    ({f"{S}.schedule.warmup_tokens": 10**12}, [f"{S}.schedule.warmup_tokens", f"{S}.tokens"]),
+    ({f"{S}.schedule.decay_fraction": 1.5}, [f"{S}.schedule.decay_fraction=1.5"]),
+    ({f"{S}.blend": {"pretrian": 1.0}}, [f"{S}.blend.pretrian", "did you mean pretrain?"]),
+    ({f"{S}.blend": {"pretrain": 0.0}}, [f"{S}.blend: all weights are 0"]),
+    ({f"{S}.layout.tp": 0}, [f"{S}.layout.tp=0"]),
+    ({f"{S}.layout.tp": 3}, [f"{S}.layout.tp=3", "model.num_heads=28"]),
+    ({f"{S}.layout.tp": 7}, [f"{S}.layout.tp=7", "model.num_kv_heads=4"]),
+    ({f"{S}.layout.tp": 4, "model.ffn_size": 18942}, [f"{S}.layout.tp=4", "model.ffn_size=18942"]),
+    ({f"{S}.layout.tp": 4, "model.vocab_size": 101, "model.vocab_multiple": 1}, ["padded vocabulary of 101"]),
+    ({f"{S}.layout.pp": 29}, [f"{S}.layout.pp=29", "model.num_layers=28"]),
+    ({f"{S}.layout.ep": 2}, [f"{S}.layout.ep=2", "mixture-of-experts"]),
+    ({f"{S}.layout.tp_sequence_parallel": True}, [f"{S}.layout.tp_sequence_parallel=true needs"]),
+    ({f"{S}.layout.sp": 3}, [f"{S}.layout.sp=3", "seq_len=8192"]),
+    ({f"{S}.layout.sp": 6, f"{S}.seq_len": 6144, f"{S}.global_batch_tokens": 6144}, ["layout.sp=6", "multiple of 4"]),
+    (
+        {f"{S}.layout": Layout(tp=2, sp=3), f"{S}.seq_len": 6144, f"{S}.global_batch_tokens": 6144},
+        ["layout.sp=3", "the 2 key/value heads", "multiple of 2"],
+    ),
+    (
+        {f"{S}.layout": Layout(tp=4, tp_sequence_parallel=True), f"{S}.seq_len": 6, f"{S}.global_batch_tokens": 6},
+        ["tp=4 under tp_sequence_parallel", "row of 6 tokens"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "parts"), REFUSALS, ids=[" ".join(changes) for changes, _ in REFUSALS])
+def test_refusals_are_one_line_with_key_and_reason(recipe, changes, parts):
+    for path, new in changes.items():
+        recipe = changed(recipe, path, new)
+    with pytest.raises(ValueError) as caught:
+        check(recipe)
+    text = str(caught.value)
+    assert all(part in text for part in parts) and "\n" not in text, text
+
+
+def test_objectives_that_cannot_be_trained_are_refused():
+    with pytest.raises(ValueError, match="stages.ctx_8k.objective=kd is not available yet; available: ce"):
+        load(["recipe=7b_cpt", "dry_run=true", "stages.ctx_8k.objective=kd"])
+
+
+def test_wsd_may_not_decay_during_warmup(demo):
+    args = ["stages.ctx_256.schedule.decay=wsd", "stages.ctx_256.schedule.decay_fraction=0.95"]
+    with pytest.raises(ValueError, match="stages.ctx_256.schedule: warmup_tokens=.* overlap"):
+        load(["recipe=demo", "dry_run=true", *args])
+
+
+def test_a_corpus_is_listed_once(demo):
+    with pytest.raises(ValueError, match="data.sources.shakespeare.path=.*wiki_train is already the path of wiki"):
+        check(changed(demo, "data.sources.shakespeare.path", demo.data.sources["wiki"].path))
+
+
+@pytest.mark.parametrize(
+    ("sp", "tp", "legal"),
+    [(1, 1, True), (2, 1, True), (3, 1, True), (4, 1, True), (8, 1, True), (12, 1, True), (6, 1, False),
+     (10, 1, False), (2, 2, True), (4, 2, True), (5, 2, False), (5, 4, True)],
+)  # fmt: skip
+def test_ulysses_rule_of_4_kv_heads(recipe, sp, tp, legal):
+    stage = replace(recipe.stages["ctx_8k"], seq_len=120, global_batch_tokens=120)
+    assert (layout_problem(recipe.model, stage, Layout(sp=sp, tp=tp)) is None) == legal
+
+
+def test_worlds_of_the_7b_recipe(recipe):
+    check_world(recipe, 256)
+    check_world(recipe, 8)
+    assert smallest_world(recipe) == 8
+    with pytest.raises(ValueError, match=r"stages.ctx_32k: .*sp 4 = 4 ranks do not divide the world of 2; .* 8"):
+        check_world(recipe, 2)
+    with pytest.raises(ValueError, match="stages.ctx_8k: global_batch_tokens=4194304 are 512 rows .* dp 6 "):
+        check_world(recipe, 6)
+    with pytest.raises(ValueError, match=r"stages.ctx_128k: .*sp 8 = 8 ranks do not divide the world of 4; .* is 8"):
+        check_world(recipe, 4)
+    with pytest.raises(ValueError, match=r"ctx_128k: global_batch_tokens=4194304 are 32 rows .* dp 64 .* is 8"):
+        check_world(recipe, 512)
+
+
+def test_worlds_of_the_demo(demo):
+    check_world(demo, 2)
+    with pytest.raises(ValueError, match=r"stages.ctx_512: .*pp 2.* do not divide the world of 1; .* is 2"):
+        check_world(demo, 1)
+    with pytest.raises(ValueError, match="stages.ctx_512.layout.tp=2 does not divide model.num_heads=9"):
+        check(changed(demo, "stages.ctx_512.layout", Layout(tp=2)))
+    check(changed(demo, "stages.ctx_512.layout", Layout(tp=3)))
+
+
+def test_smallest_world_counts_the_batch(demo):
+    three = changed(demo, "stages.ctx_256.layout", Layout(tp=3))
+    assert smallest_world(three) is None  # 6 ranks are dp 3 in ctx_512 and ctx_1024, whose batches 3 does not divide
+    with pytest.raises(ValueError, match="no world fits all stages as they are"):
+        check_world(three, 6)
+    for stage in ("ctx_512", "ctx_1024"):
+        three = changed(three, f"stages.{stage}.global_batch_tokens", 3072)
+    assert smallest_world(three) == 6

@@ -1,0 +1,108 @@
+"""Memory estimates against counts made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from parallel.layout import Layout
+from sbtrain.config.load import load
+from sbtrain.config.schema import ModelConfig, Precision, Recompute
+from sbtrain.model.flops import parameters
+from sbtrain.plan.memory import rank_memory, rank_parameters
+
+D, F, V, QUERY, KV = 24, 40, 100, 48, 16
+MODEL = ModelConfig(
+    vocab_size=V, hidden_size=D, num_layers=4, num_heads=6, num_kv_heads=2, head_dim=8, ffn_size=F, norm_eps=1e-6,
+    rope_theta=1e4, max_positions=64, tie_embeddings=False, qkv_bias=True, qk_norm=False, vocab_multiple=4, window=5,
+    pattern="LS",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load(["recipe=7b_cpt", "dry_run=true"])
+
+
+@pytest.fixture(scope="module")
+def tiny(recipe):
+    stage = replace(
+        recipe.stages["ctx_8k"], seq_len=32, micro_batch=1, global_batch_tokens=512, recompute=Recompute.none
+    )
+    return replace(recipe, model=MODEL), stage
+
+
+def memory(tiny, layout=None, world_size=1, precision=Precision.bf16, **changes):
+    recipe, stage = tiny
+    stage = replace(stage, layout=layout or Layout(), **changes)
+    return rank_memory(replace(recipe, precision=precision), stage, world_size=world_size)
+
+
+def test_one_rank_holds_every_parameter(tiny):
+    count = sum(parameters(MODEL).values())
+    parts = memory(tiny)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (2 * count, 4 * count, 12 * count)
+    parts = memory(tiny, precision=Precision.fp32)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (4 * count, 4 * count, 8 * count)
+
+
+def test_optimizer_is_sharded_over_dp_and_sp(tiny):
+    whole = memory(tiny)["optimizer"]
+    assert memory(tiny, world_size=4)["optimizer"] == whole / 4
+    assert memory(tiny, Layout(sp=2), world_size=8)["optimizer"] == whole / 8
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_pipeline_stages_hold_every_parameter_once_and_tied_ones_twice(tie):
+    model = replace(MODEL, tie_embeddings=tie)
+    ranks = [rank_parameters(model, Layout(pp=2), layers) for layers in (range(0, 2), range(2, 4))]
+    assert sum(ranks) == sum(parameters(model).values()) + (V * D if tie else 0)
+
+
+def test_tensor_parallel_keeps_norms_and_bottleneck_whole():
+    whole = 4 * 2 * D + D + 2 * (8 + 16 * D)
+    split = sum(parameters(MODEL).values()) - whole
+    assert rank_parameters(MODEL, Layout(tp=2), range(4)) == whole + split / 2
+
+
+def test_activations_by_recompute_mode(tiny):
+    mixer = 3 * QUERY + 3 * KV
+    per_token = {
+        Recompute.none: 2 * (4 * D + mixer + 3 * F),
+        Recompute.selective: 2 * (3 * D + mixer),
+        Recompute.full: 2 * D,
+    }
+    for mode, size in per_token.items():
+        gates = 0 if mode is Recompute.full else 2 * 8 * KV
+        assert memory(tiny, recompute=mode)["activations"] == 32 * (4 * size + gates)
+    assert memory(tiny)["recomputed"] == 0
+    full = memory(tiny, recompute=Recompute.full)["recomputed"]
+    assert full == 32 * (per_token[Recompute.none] + 8 * KV - 2 * D)
+
+
+def test_activations_by_layout(tiny):
+    whole = memory(tiny)["activations"]
+    assert memory(tiny, Layout(sp=2), world_size=2)["activations"] == whole / 2
+    assert memory(tiny, micro_batch=2)["activations"] == 2 * whole
+    assert memory(tiny, Layout(tp=2, tp_sequence_parallel=True), world_size=2)["activations"] == whole / 2
+    assert whole / 2 < memory(tiny, Layout(tp=2), world_size=2)["activations"] < whole
+
+
+def test_first_pipeline_stage_holds_as_many_rows_as_stages(tiny):
+    layer = memory(tiny)["activations"] / 4
+    deep = replace(tiny[0], model=replace(MODEL, vocab_size=4))  # the head is nothing: the first stage needs most
+    parts = memory((deep, tiny[1]), Layout(pp=4), world_size=4)
+    assert parts["activations"] == pytest.approx(4 * layer, rel=0.1)
+    one_row = memory((deep, tiny[1]), Layout(pp=4), world_size=4, global_batch_tokens=32)
+    assert one_row["activations"] == pytest.approx(layer, rel=0.1)
+
+
+def test_logits_are_cut_by_tp_and_sp(tiny):
+    assert memory(tiny)["logits"] == 6 * 32 * V
+    assert memory(tiny, Layout(tp=2, sp=2), world_size=4)["logits"] == 6 * 32 * V / 4
+
+
+def test_every_stage_of_the_7b_recipe_fits_its_gpus(recipe):
+    for stage in recipe.stages.values():
+        assert sum(rank_memory(recipe, stage, world_size=256).values()) < 0.9 * 80 * 2**30
