@@ -1,0 +1,46 @@
+"""Ledger: which stages of a run are done and which checkpoint is newest. What a requeued job reads first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sbtrain.checkpoint.files import read_json, write_json
+
+
+class Ledger:
+    """ledger.json of a run directory. Every rank reads it; only rank 0 writes."""
+
+    def __init__(self, run_dir: Path):
+        self.path = run_dir / "ledger.json"
+        self._value = read_json(self.path) if self.path.exists() else {"stages_done": [], "checkpoint": None, "step": 0}
+        missing = {"stages_done", "checkpoint", "step"} - set(self._value)
+        if missing:
+            raise ValueError(f"{self.path} lacks {sorted(missing)}; restore it from a copy or choose another run_dir")
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Folder of the newest checkpoint, or None."""
+        name = self._value["checkpoint"]
+        return None if name is None else self.path.parent / name
+
+    @property
+    def step(self) -> int:
+        """Step of the newest checkpoint, 0 without one."""
+        return self._value["step"]
+
+    def unfinished(self, stages: list[str]) -> list[str]:
+        """The stages still to run, in order."""
+        return [stage for stage in stages if stage not in self._value["stages_done"]]
+
+    def record_checkpoint(self, name: str, step: int, *, write: bool) -> None:
+        """Call `checkpoints/step_N` the newest. write: on rank 0."""
+        self._change(write, checkpoint=name, step=step)
+
+    def finish(self, stage: str, *, write: bool) -> None:
+        """Mark a stage as done. write: on rank 0."""
+        self._change(write, stages_done=[*self._value["stages_done"], stage])
+
+    def _change(self, write: bool, **changes) -> None:
+        self._value = {**self._value, **changes}
+        if write:
+            write_json(self.path, self._value)

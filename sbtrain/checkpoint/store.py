@@ -1,0 +1,123 @@
+"""The checkpoint store: saves and loads the sharded state of an engine, in megatron's distributed format.
+
+A checkpoint is written under checkpoints/step_N.partial and renamed when complete; the ledger calls it newest only
+then. Any layout can load what another has written. state.json beside the tensors holds the RunState and the op table.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from parallel import mcore
+from parallel.engine import Engine
+from sbtrain.checkpoint.files import read_json, sync_folder, write_json
+from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.checkpoint.state import RunState
+
+FORMAT = 1
+
+
+class Store:
+    """checkpoints/ of one run directory."""
+
+    def __init__(self, run_dir: Path, ledger: Ledger, *, keep_last: int, op_table: str):
+        """keep_last: how many step folders stay (0 keeps all). op_table: hash of the ops in use, saved along."""
+        self.folder, self.ledger = run_dir / "checkpoints", ledger
+        self.keep_last, self.op_table = keep_last, op_table
+
+    def save(self, engine: Engine, state: RunState) -> None:
+        """Save under step_N and make it the newest. Collective.
+
+        Raises ValueError when the disk cannot hold it; what was saved before stays as it is.
+        """
+        name = f"step_{state.step}"
+        if self.ledger.step == state.step and self.ledger.checkpoint is not None:
+            return
+        final, partial = self.folder / name, self.folder / f"{name}.partial"
+        sharded = engine.sharded_state_dict()
+        write = dist.get_rank() == 0
+        self._make_room(sharded, partial, write)
+        try:
+            mcore.dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False)
+        except OSError as error:
+            raise ValueError(f"{partial}: {error.strerror or error}; the previous checkpoint is intact, free some space "
+                             "and start the same command again") from error
+        if write:
+            content = {"format": FORMAT, "op_table": self.op_table, **state.to_json()}
+            write_json(partial / "state.json", content)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            sync_folder(self.folder)
+        self.ledger.record_checkpoint(f"checkpoints/{name}", state.step, write=write)
+        if write:
+            self._drop_old()
+        dist.barrier()
+
+    def restore(self, engine: Engine) -> RunState | None:
+        """Load the newest checkpoint into the engine, or return None if there is none. Collective."""
+        folder = self.ledger.checkpoint
+        if folder is None:
+            return None
+        content = read_state(folder)
+        sharded = engine.sharded_state_dict(for_loading=True)
+        engine.load_state_dict(mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False))
+        return RunState(**{key: content[key] for key in RunState.__dataclass_fields__})
+
+    def _make_room(self, sharded: dict, partial: Path, write: bool) -> None:
+        needed = [None] * dist.get_world_size()
+        dist.all_gather_object(needed, _own_bytes(sharded))
+        problem = [None]
+        if write:
+            shutil.rmtree(partial, ignore_errors=True)
+            problem = [_cannot_hold(partial, sum(needed))]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise ValueError(problem[0])
+
+    def _drop_old(self) -> None:
+        for leftover in self.folder.glob("step_*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        steps = sorted(self.folder.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+        for folder in steps[: -self.keep_last] if self.keep_last else []:
+            shutil.rmtree(folder)
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a checkpoint. Raises ValueError naming the folder if it is no checkpoint of ours."""
+    path = folder / "state.json"
+    if not path.is_file() or not (folder / ".metadata").is_file():
+        raise ValueError(f"{folder} is not a complete checkpoint (state.json or .metadata is missing); point ledger.json "
+                         "at an earlier checkpoints/step_N or remove it to start over")
+    content = read_json(path)
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {content.get('format')!r} is not {FORMAT}; load it with the version "
+                         "of sbtrain that wrote it")
+    return content
+
+
+def _own_bytes(sharded) -> int:
+    """Bytes of the tensors in a sharded state dict that this rank writes (replicas are written once)."""
+    if isinstance(sharded, dict):
+        return sum(_own_bytes(value) for value in sharded.values())
+    if isinstance(sharded, (list, tuple)):
+        return sum(_own_bytes(value) for value in sharded)
+    data, replica = getattr(sharded, "data", None), getattr(sharded, "replica_id", 0)
+    first = not any(replica) if isinstance(replica, tuple) else replica == 0
+    return data.numel() * data.element_size() if first and hasattr(data, "element_size") else 0
+
+
+def _cannot_hold(partial: Path, needed_bytes: int) -> str | None:
+    """Make the folder, or say in one line why the checkpoint cannot go there."""
+    try:
+        partial.mkdir(parents=True)
+        free_bytes = shutil.disk_usage(partial).free
+    except OSError as error:
+        return f"{partial}: {error.strerror or error}; choose a writable run_dir"
+    if needed_bytes > free_bytes:
+        partial.rmdir()
+        return (f"no space left in {partial.parent}: the checkpoint needs {needed_bytes / 1e9:.2f} GB and "
+                f"{free_bytes / 1e9:.2f} GB are free; free some space and start the same command again")
+    return None

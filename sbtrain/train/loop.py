@@ -1,0 +1,42 @@
+"""train: one stage to its token budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from parallel.engine import Engine
+from sbtrain.checkpoint.state import RunState
+from sbtrain.checkpoint.store import Store
+from sbtrain.config.schema import Stage
+from sbtrain.data.loader import Loader
+from sbtrain.metrics.meter import Meter
+from sbtrain.metrics.sinks import Sinks
+from sbtrain.train.schedule import learning_rate
+from sbtrain.train.watch import Watch
+
+
+def train(
+    engine: Engine, loader: Loader, state: RunState, stage: Stage, *, store: Store, meter: Meter, sinks: Sinks, watch: Watch
+) -> tuple[RunState, bool]:
+    """Train from state to the end of the stage's budget. Returns the state, saved, and False if it had to stop early."""
+    finished = True
+    while state.stage_tokens < stage.tokens:
+        lr = learning_rate(stage.schedule, tokens=state.stage_tokens, total_tokens=stage.tokens)
+        loss = engine.forward_backward(loader.next_step())
+        grad_norm = engine.step(lr=lr)
+        state = state.advanced(stage.global_batch_tokens)
+        watch.check(state, loss=loss.mean, grad_norm=grad_norm)
+        sinks.write(
+            meter.record(
+                step=state.step, tokens=state.tokens, stage=state.stage, loss=loss.mean, grad_norm=grad_norm, lr=lr,
+                step_tokens=stage.global_batch_tokens,
+            )
+        )
+        if watch.must_stop() and state.stage_tokens < stage.tokens:
+            finished = False
+            break
+        if watch.save_due(state):
+            store.save(engine, replace(state, loader=loader.state_dict()))
+            meter.restart_clock()
+    store.save(engine, replace(state, loader=loader.state_dict()))
+    return state, finished
