@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -44,11 +45,9 @@ def curve(run: RunFiles, key: str, title: str, scale: str) -> Figure:
     if key == "tokens_per_s_per_gpu":  # the first step also pays for start-up
         records = [record for record in records if "first_step" not in record] or records
     figure, axes = blank(title)
-    tokens, values = [record["tokens"] for record in records], [record[key] for record in records]
-    smooth = running_mean(values, max(1, len(values) // 40)) if key in ("loss", "grad_norm") else values
-    if smooth != values:
-        axes.plot(tokens, values, color=PALE, linewidth=1)
-    axes.plot(tokens, smooth, color=LINE, linewidth=1.8, marker="o" if len(values) < 3 else None, markersize=4)
+    for _, stage in groupby(records, key=lambda record: record["stage"]):  # a line never runs across a boundary
+        draw(axes, [(record["tokens"], record[key]) for record in stage], smoothed=key in ("loss", "grad_norm"))
+    values = [record[key] for record in records]
     if scale == "log" and min(values) > 0 and max(values) / min(values) > 20:
         axes.set_yscale("log")
     elif key != "loss":
@@ -63,6 +62,16 @@ def curve(run: RunFiles, key: str, title: str, scale: str) -> Figure:
     return figure
 
 
+def draw(axes, series: list[tuple[int, float]], *, smoothed: bool) -> None:
+    """One stretch of a curve; a noisy one is pale, with its running mean on top."""
+    tokens, values = [place for place, _ in series], [value for _, value in series]
+    reach = max(len(values) // 40, 1) if smoothed and len(values) >= 8 else 0
+    if reach:
+        axes.plot(tokens, values, color=PALE, linewidth=1)
+    marker = "o" if len(values) < 3 else None
+    axes.plot(tokens, running_mean(values, reach), color=LINE, linewidth=1.8, marker=marker, markersize=4)
+
+
 def mark_stages(axes, run: RunFiles) -> None:
     """Shade every second stage, draw its boundary and write its name above the plot."""
     for index, (name, begin, end) in enumerate(stage_spans(run)):
@@ -70,8 +79,10 @@ def mark_stages(axes, run: RunFiles) -> None:
             axes.axvspan(begin, end, color=INK, alpha=0.035, linewidth=0)
         if index:
             axes.axvline(begin, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)))
-        middle = (begin + end) / 2
-        axes.text(middle, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", color=GRAY, fontsize=9)
+        if end - begin > 0.07 * axes.get_xlim()[1]:  # else the names would run into each other
+            middle = (begin + end) / 2
+            place = {"transform": axes.get_xaxis_transform(), "ha": "center"}
+            axes.text(middle, 1.02, literal(name), color=GRAY, fontsize=9, **place)
 
 
 def stage_spans(run: RunFiles) -> Iterator[tuple[str, int, int]]:
@@ -94,13 +105,13 @@ def bits_figure(run: RunFiles) -> Figure:
         values = [row.mean if group == "mean" and group not in row.bits else row.bits[group] for group in groups]
         places = [group + (index - (len(rows) - 1) / 2) * width for group in range(len(groups))]
         heights = [value or 0.0 for value in values]
-        axes.bar(places, heights, 0.92 * width, color=bar_color(row.name, stage_rows), label=row.name)
+        axes.bar(places, heights, 0.92 * width, color=bar_color(row.name, stage_rows), label=literal(row.name))
         for place, value in zip(places, values):
             text = "n/a" if value is None else f"{value:.2f}"
             crowded = len(rows) * len(groups) > 16
             axes.annotate(text, (place, value or 0.0), xytext=(0, 3), textcoords="offset points", ha="center",
                           fontsize=6.5 if crowded else 8, color=INK)  # fmt: skip
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), map(literal, groups))
     axes.tick_params(axis="x", length=0, labelsize=10)
     axes.margins(x=0.02, y=0.12)
     figure.legend(loc="outside lower center", ncols=min(6, len(rows)), frameon=False, fontsize=9)
@@ -117,10 +128,15 @@ def bar_color(name: str, stages: list[str]) -> str:
 
 def running_mean(values: list[float], reach: int) -> list[float]:
     """Mean over up to `reach` neighbors on either side."""
-    if reach < 2 and len(values) < 40:
-        reach = 1 if len(values) >= 8 else 0
-    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows] if reach else values
+    total = numpy.concatenate([[0.0], numpy.cumsum(values)])
+    places = numpy.arange(len(values))
+    low, high = numpy.maximum(places - reach, 0), numpy.minimum(places + reach + 1, len(values))
+    return list((total[high] - total[low]) / (high - low))
+
+
+def literal(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: a dollar sign does not begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def blank(title: str, height: float = 3.2):
