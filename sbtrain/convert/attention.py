@@ -1,8 +1,8 @@
 """What becomes of a layer's attention: the parameters each kind of mixer inherits, drops and adds.
 
-    F, S  inherit everything, q/k norms included (the window is no parameter)
-    L     inherits q, k, v and the output projection; drops q/k norms; adds the low-rank gate and the output norm
-          (SpikingBrain report section 3.1; released initialization: xavier_uniform, gain 2^-2.5)
+F, S  inherit everything, q/k norms included (the window is no parameter)
+L     inherits q, k, v and the output projection; drops q/k norms; adds the low-rank gate and the output norm
+      (SpikingBrain report section 3.1; released initialization: xavier_uniform, gain 2^-2.5)
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def _write(
     writer = ShardWriter(folder, shapes, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
     free_bytes = shutil.disk_usage(folder).free
     if writer.size_bytes > free_bytes:
-        raise ValueError(f"out={out}: {free_bytes} bytes are free, the export needs {writer.size_bytes}; free some space")
+        raise ValueError(f"out={out}: {free_bytes} bytes are free, the export needs {writer.size_bytes}; free space")
     for name, tensor in export_tensors(reader, model):
         writer.append(released_name(name), tensor)
     for name, shape in added.items():

@@ -81,9 +81,9 @@ class HFCheckpoint:
 
     def _read_index(self) -> dict[str, _Entry]:
         try:
-            files = json.loads(self._index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._index} is not a safetensors index ({error}); download it again") from None
+            files = dict(json.loads(self._index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self._index} is not a safetensors index; download it again") from None
         headers = {}
         for file in sorted(set(files.values())):
             if not (self.folder / file).exists():

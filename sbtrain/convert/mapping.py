@@ -55,6 +55,11 @@ class Mapping(ABC):
     fill: Fill = Fill.matrix
     new: bool = False
 
+    @property
+    def unit(self) -> int:
+        """Shards are multiples of this many entries along tp_dim."""
+        return 1
+
     @abstractmethod
     def views(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The parameter (or a tensor-parallel shard of it) as one view per source, in the sources' order."""
@@ -64,7 +69,7 @@ class Mapping(ABC):
         if self.tp_dim is None:
             return self.shape
         size, rest = divmod(self.shape[self.tp_dim], tp)
-        if rest:
+        if rest or size % self.unit:
             raise ValueError(f"layout.tp {tp} does not divide {self.name}, shape {list(self.shape)}; choose a divisor")
         return self.shape[: self.tp_dim] + (size,) + self.shape[self.tp_dim + 1 :]
 
@@ -124,6 +129,11 @@ class QKV(Mapping):
 
     group: int = 1
     head_dim: int = 1
+
+    @property
+    def unit(self) -> int:
+        """The rows of one kv head."""
+        return (self.group + 2) * self.head_dim
 
     def views(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """q [Hkv, G, hd, ...], k and v [Hkv, hd, ...]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -48,7 +49,9 @@ class CheckpointReader:
         entry = self._entry(name)
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
-            dcp.load({name: tensor}, storage_reader=self._storage, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load({name: tensor}, storage_reader=self._storage, no_dist=True)
         except (dcp.api.CheckpointException, RuntimeError, OSError, EOFError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"{self.folder}: cannot read tensor {name} ({reason}); use another checkpoint") from None

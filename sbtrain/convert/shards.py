@@ -38,9 +38,7 @@ class ShardWriter:
     one tensor alone does. Use: append() for every tensor, then close(); check() reads all back.
     """
 
-    def __init__(
-        self, folder: Path, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, max_shard_bytes: int
-    ):
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, max_shard_bytes: int):
         self._folder = folder
         self._dtype = dtype
         self._shards = _plan(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)

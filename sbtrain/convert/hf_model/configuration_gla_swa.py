@@ -91,3 +91,6 @@ class SbtrainHybridConfig(GLAswaConfig):
     """The same model where the source has other heads, q/k norms, no biases, tied embeddings or scaled RoPE."""
 
     model_type = "sbtrain_hybrid"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)  # without an __init__ of its own transformers 5 would make it a dataclass
