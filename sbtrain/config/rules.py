@@ -1,6 +1,7 @@
 """What a single field cannot know: rules across the fields of a recipe, one small function each.
 
-`check` runs all that need no world size (`load` calls it). `check_world` adds what torchrun's world size decides.
+`check` runs all that need no world size (`load` calls it). `check_world` adds what torchrun's world size decides, and
+`check_training` what only a training run reads.
 `layout_problem` gives the layout rules of one stage as text, for whoever searches layouts.
 """
 
@@ -38,6 +39,14 @@ def check(recipe: Recipe) -> None:
         problem = layout_problem(recipe.model, stage, stage.layout)
         if problem:
             raise ValueError(f"stages.{name}.{problem}")
+
+
+def check_training(recipe: Recipe) -> None:
+    """What training reads and a plan or a conversion does not. Raises ValueError naming the key."""
+    if not recipe.data.sources:
+        raise ValueError("data.sources is empty; add a corpus: +data.sources.NAME.path=PREFIX (see prepare_data)")
+    if not recipe.data.tokenizer:
+        raise ValueError("data.tokenizer is empty; give the folder with the tokenizer.json that made the corpora")
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:

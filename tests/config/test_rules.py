@@ -8,7 +8,7 @@ import pytest
 
 from parallel.layout import Layout
 from sbtrain.config.load import load
-from sbtrain.config.rules import check, check_world, layout_problem, smallest_world
+from sbtrain.config.rules import check, check_training, check_world, layout_problem, smallest_world
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +154,11 @@ def test_smallest_world_counts_the_batch(demo):
     for stage in ("ctx_512", "ctx_1024"):
         three = changed(three, f"stages.{stage}.global_batch_tokens", 3072)
     assert smallest_world(three) == 6
+
+
+def test_training_needs_data_and_a_tokenizer(demo):
+    check_training(demo)
+    with pytest.raises(ValueError, match="data.sources is empty"):
+        check_training(changed(demo, "data.sources", {}))
+    with pytest.raises(ValueError, match="data.tokenizer is empty"):
+        check_training(changed(demo, "data.tokenizer", ""))
