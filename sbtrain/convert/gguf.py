@@ -41,18 +41,19 @@ def convert_gguf(path: str | Path, out: str | Path) -> None:
 
     Raises ValueError for a file that is not GGUF, is truncated, or holds another architecture or tokenizer.
     """
-    reader = _open(Path(path))
+    path, out = Path(path), Path(out)
+    reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    config = _config(Path(path), fields, has_head=any(t.name == "output.weight" for t in reader.tensors))
-    weights = dict(_weights(Path(path), reader, config))
-    _check_complete(Path(path), weights, config)
-    out = Path(out)
+    config = _config(path, fields, has_head=any(tensor.name == "output.weight" for tensor in reader.tensors))
+    texts = {
+        "config.json": config,
+        "tokenizer.json": _tokenizer(path, fields),
+        "tokenizer_config.json": _tokenizer_config(fields),
+    }
+    weights = dict(_weights(path, reader, config))
+    _check_complete(path, weights, config)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (
-        ("config.json", config),
-        ("tokenizer.json", _tokenizer(Path(path), fields)),
-        ("tokenizer_config.json", _tokenizer_config(fields)),
-    ):
+    for name, content in texts.items():
         (out / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
