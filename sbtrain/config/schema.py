@@ -274,7 +274,7 @@ class EvalConfig:
     """Held-out evaluation in bits per byte, before the first stage and after each.
 
     tokens: held-out tokens read per source; 0 turns it off.
-    seq_len: context of the evaluation, in tokens; 0 takes that of the stage.
+    seq_len: context of the evaluation, in tokens; 0 takes the longest stage's.
     teacher: measure the unconverted checkpoint too, once.
     """
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parallel import mcore
+from parallel.cpu import on_meta
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.pipeline import split_layers
@@ -75,3 +76,11 @@ def global_parameters(model: HybridModel) -> dict[str, Tensor]:
             name = f"{prefix}{int(local) + first}.{rest}"
         named[name] = parameter
     return named
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """Parameters of the whole model, counted on a real build on the meta device (tied weights once)."""
+    with Mesh.build(Layout()) as mesh, on_meta():
+        built = build_model(model, mesh, precision=Precision.bf16, seq_len=model.window)
+    assert all(parameter.is_meta for parameter in built.parameters())
+    return sum(parameter.numel() for parameter in built.parameters())

@@ -5,9 +5,12 @@ Arithmetic on the recipe alone: no weights, no device, no process group. The wor
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
 from sbtrain.config.pattern import describe as describe_kind
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Recipe, Stage
+from sbtrain.model.build import count_parameters
 from sbtrain.model.flops import TRAINING_FORWARDS, flops_per_token, layer_parameters, parameters
 from sbtrain.plan.auto_layout import fit_world
 from sbtrain.plan.memory import GIB, rank_memory
@@ -19,6 +22,15 @@ def describe(recipe: Recipe) -> str:
     blocks = [_title(recipe), _layer_table(recipe), _parameter_table(recipe)]
     blocks += [_stage_block(recipe, name, stage) for name, stage in recipe.stages.items()]
     return "\n\n".join(blocks)
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Build the whole model on the meta device and print the plan, on the first rank alone. Raises as `describe`."""
+    plan = describe(recipe)
+    built, counted = count_parameters(recipe.model), sum(parameters(recipe.model).values())
+    assert built == counted, f"the model has {built} parameters, the plan counts {counted}"
+    if dist.get_rank() == 0:
+        print(f"{plan}\n\nbuilt on the meta device: {built:,} parameters", flush=True)
 
 
 def _title(recipe: Recipe) -> str:

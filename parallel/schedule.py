@@ -1,0 +1,83 @@
+"""Rows through a model on its layout: megatron's schedules, and the sums of losses that come back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import mcore
+from parallel.mesh import Mesh
+from parallel.sequence.shard import IGNORE, Row, shard_row
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Sum of token losses in nats and the number of scored tokens."""
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per scored token; 0 if none was scored."""
+        return self.loss / max(self.num_tokens, 1)
+
+
+def run_rows(model, mesh: Mesh, rows: list[Row], *, forward_only: bool) -> Tensor:
+    """Run this data-parallel rank's rows, equally many and equally long on every rank, with gradients unless forward_only.
+
+    model: a stage of the model, wrapped for data parallelism or not. Returns fp64 [rows, 2] of (summed loss, scored
+    tokens) of this rank's shard of each row, the same on all pipeline stages.
+    """
+    num_tokens = {row.tokens.shape[0] for row in rows}
+    assert len(num_tokens) == 1, f"rows of one step must be equally long, got {sorted(num_tokens)}"
+    sums = mcore.get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, mesh=mesh),
+        data_iterator=iter(rows),
+        model=model,
+        num_microbatches=len(rows),
+        seq_length=num_tokens.pop(),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    table = torch.stack(sums) if sums else torch.zeros(len(rows), 2, dtype=torch.float64, device=mesh.device)
+    if mesh.layout.pp > 1:
+        group = mesh.groups.pp
+        dist.broadcast(table, src=dist.get_process_group_ranks(group)[-1], group=group)
+    return table
+
+
+@torch.no_grad()
+def evaluate_rows(model, mesh: Mesh, rows: list[Row]) -> list[LossSum]:
+    """The loss of each row, without gradients. Every rank passes the same rows and gets the same answer.
+
+    Rows are dealt over the data-parallel ranks; ranks that get fewer run a row again without counting it.
+    """
+    num_rounds = -(-len(rows) // mesh.dp)
+    mine = [rows[min(i * mesh.dp + mesh.dp_rank, len(rows) - 1)] for i in range(num_rounds)]
+    was_training = model.training
+    model.eval()
+    sums = run_rows(model, mesh, mine, forward_only=True)
+    model.train(was_training)
+    table = torch.zeros(num_rounds, mesh.dp, 2, dtype=torch.float64, device=mesh.device)
+    table[:, mesh.dp_rank] = sums
+    dist.all_reduce(table, group=mesh.groups.dp_cp)
+    return [LossSum(loss, int(num_tokens)) for loss, num_tokens in table.flatten(0, 1)[: len(rows)].tolist()]
+
+
+def _forward_step(rows, model, *, mesh: Mesh):
+    row = next(rows)
+    row = Row(*(x.to(mesh.device, non_blocking=True) for x in (row.tokens, row.labels, row.cu_seqlens)))
+    tokens, labels, documents = shard_row(row, rank=mesh.sp_rank, size=mesh.layout.sp)
+    return model(tokens, documents, labels), partial(_token_sums, labels)
+
+
+def _token_sums(labels: Tensor, losses: Tensor):
+    """What megatron's schedule wants of the last stage: the loss to differentiate, the scored tokens, what to report."""
+    num_tokens = (labels != IGNORE).sum()
+    loss = losses.sum()
+    return loss, num_tokens.to(torch.int), torch.stack([loss.detach().double(), num_tokens.double()])

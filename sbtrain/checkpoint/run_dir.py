@@ -1,0 +1,105 @@
+"""The run directory: whose it is, and the files beside the checkpoints (recipe.yaml, env.json, exit.json)."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+
+import ops
+from parallel import mcore
+from sbtrain.checkpoint.files import write_json
+from sbtrain.config.load import load, save
+from sbtrain.config.schema import Recipe
+
+
+class Exit(IntEnum):
+    """Exit codes of the training process."""
+
+    DONE = 0
+    BAD_RECIPE = 2
+    REQUEUE = 75
+
+
+FREE = ("name", "run_dir", "cluster", "log", "checkpoint", "evaluation", "ops", "export_dir", "dry_run", "layout_auto")
+"""Keys that may change when a run goes on."""
+FREE_OF_STAGE = ("layout", "recompute", "micro_batch")
+"""Keys of a stage that may change when a run goes on."""
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where the run lives."""
+    return Path(recipe.run_dir)
+
+
+def check_owner(recipe: Recipe) -> None:
+    """Raise ValueError, naming the key, if the run directory holds a run that this recipe would not continue."""
+    folder = run_folder(recipe)
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"run_dir={folder} is not empty and holds no recipe.yaml; choose a new run_dir")
+        return
+    theirs, ours = identity(load([f"recipe={path}"])), identity(recipe)
+    for key in sorted(set(theirs) | set(ours)):
+        if theirs.get(key) != ours.get(key):
+            raise ValueError(
+                f"run_dir={folder} belongs to another recipe: {key} is {theirs.get(key, 'absent')} there and "
+                f"{ours.get(key, 'absent')} here; choose another run_dir or restore the value"
+            )
+
+
+def identity(recipe: Recipe) -> dict:
+    """The values that make two recipes the same run, by dotted key."""
+    value = {key: part for key, part in asdict(recipe).items() if key not in FREE}
+    for stage in value["stages"].values():
+        for key in FREE_OF_STAGE:
+            del stage[key]
+    return _flat(value)
+
+
+def _flat(value, prefix: str = "") -> dict:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat = {}
+    for key, part in value.items():
+        flat.update(_flat(part, f"{prefix}.{key}" if prefix else key))
+    return flat
+
+
+def describe_run(recipe: Recipe) -> None:
+    """Write recipe.yaml (resolved) and env.json. Called on rank 0."""
+    folder = run_folder(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(recipe, folder / "recipe.yaml")
+    environment = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron_core": mcore.PINNED,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "commit": _commit(),
+        "ops": ops.table(),
+        "ops_hash": ops.table_hash(),
+    }
+    write_json(folder / "env.json", environment)
+
+
+def record_exit(recipe: Recipe, code: int, reason: str) -> None:
+    """Write exit.json, which outlives torchrun's own exit code, if the run directory exists. Called on rank 0."""
+    folder = run_folder(recipe)
+    if folder.is_dir():
+        write_json(folder / "exit.json", {"code": int(code), "reason": reason})
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

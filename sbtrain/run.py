@@ -1,0 +1,179 @@
+"""run(recipe): the whole story. Carry a recipe through its stages from wherever the last run stopped."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import ops
+from parallel.engine import Engine
+from parallel.mesh import Mesh, start_distributed
+from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.checkpoint.run_dir import Exit, check_owner, describe_run, run_folder
+from sbtrain.checkpoint.state import RunState
+from sbtrain.checkpoint.store import Store
+from sbtrain.config.rules import check_training
+from sbtrain.config.schema import Recipe, Stage
+from sbtrain.convert.export import export
+from sbtrain.convert.reader import CheckpointReader
+from sbtrain.convert.start import fill
+from sbtrain.data.loader import build_loader
+from sbtrain.metrics.meter import Meter
+from sbtrain.metrics.sinks import open_sinks
+from sbtrain.model.build import build_model, global_parameters
+from sbtrain.model.flops import training_flops_per_token
+from sbtrain.plan.auto_layout import fit_world
+from sbtrain.report.page import write_report
+from sbtrain.report.tables import summary_table
+from sbtrain.train.evaluate import Evaluations, HeldOut
+from sbtrain.train.loop import train
+from sbtrain.train.watch import Watch
+
+
+def run(recipe: Recipe) -> tuple[Exit, str]:
+    """Train every unfinished stage, then export and report. Collective. Returns the exit code and the reason.
+
+    Raises ValueError, before anything is written, for a recipe that cannot run here.
+    """
+    recipe, held_out = prepare(recipe)
+    folder = run_folder(recipe)
+    ledger, evaluations = Ledger(folder), Evaluations(folder, held_out)
+    store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=ops.table_hash())
+    first = dist.get_rank() == 0
+    with ExitStack() as stack:
+        sinks = open_run_sinks(recipe, ledger.step)
+        stack.callback(sinks.close)
+        for name in ledger.unfinished(list(recipe.stages)):
+            with Mesh.build(recipe.stages[name].layout) as mesh:
+                judge_teacher(recipe, recipe.stages[name], mesh, evaluations)
+                engine = build_engine(recipe, recipe.stages[name], mesh)
+                state = begin_stage(recipe, name, engine, store, evaluations)
+                state, reason = train_stage(recipe, state, engine, store, sinks)
+                if reason:
+                    return Exit.REQUEUE, reason
+                if evaluations.due(name):
+                    evaluations.add(name, engine.model, mesh, tokens=state.tokens)
+            ledger.finish(name, write=first)
+    if first:
+        finish(recipe, ledger)
+    dist.barrier()
+    return Exit.DONE, "all stages are done"
+
+
+def prepare(recipe: Recipe) -> tuple[Recipe, HeldOut]:
+    """Everything that can refuse a recipe: the world, the run directory's owner, the data. Then describe the run."""
+    start_distributed()
+    recipe = fit_world(recipe, dist.get_world_size())
+    check_training(recipe)
+    check_owner(recipe)
+    ops.use(recipe.ops)
+    _agree_on_ops()
+    for name, stage in recipe.stages.items():
+        dp = stage.layout.dp(dist.get_world_size())
+        build_loader(recipe.data, stage, seed=recipe.seed, stage_name=name, dp_rank=0, dp_size=dp,
+                     vocab_size=recipe.model.vocab_size).close()
+    held_out = HeldOut(recipe)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        describe_run(recipe)
+    dist.barrier()
+    return recipe, held_out
+
+
+def _agree_on_ops() -> None:
+    """All ranks must have resolved the same ops to the same backends, or their numerics would drift apart."""
+    hashes = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, ops.table_hash())
+    if len(set(hashes)) > 1:
+        odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+        raise ValueError(f"rank {odd} has another op table than rank 0; run `python -m ops` on both machines and make "
+                         "their packages equal")
+
+
+def open_run_sinks(recipe: Recipe, step: int):
+    """Sinks over the whole run, placed after `step`."""
+    num_steps = sum(-(-stage.tokens // stage.global_batch_tokens) for stage in recipe.stages.values())
+    num_tokens = sum(stage.tokens for stage in recipe.stages.values())
+    return open_sinks(
+        recipe.log, run_folder(recipe), name=recipe.name, num_steps=num_steps, num_tokens=num_tokens,
+        resume_step=step + 1, rank=dist.get_rank(), config=asdict(recipe),
+    )
+
+
+def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
+    """The recipe's model on the stage's layout, its weights still to be set."""
+    model = build_model(
+        recipe.model, mesh, precision=recipe.precision, recompute=stage.recompute, seq_len=stage.seq_len
+    )
+    return Engine(model, mesh, adam=asdict(recipe.optim))
+
+
+def begin_stage(recipe: Recipe, name: str, engine: Engine, store: Store, evaluations: Evaluations) -> RunState:
+    """Restore the newest checkpoint, or start from the recipe's first weights (and judge them)."""
+    state = store.restore(engine)
+    if state is not None:
+        return state if state.stage == name else state.entering(name)
+    mesh = engine.mesh
+    fill(
+        global_parameters(engine.model), model=recipe.model, path=recipe.start.path, seed=recipe.seed,
+        tp_rank=mesh.tp_rank, tp=mesh.layout.tp,
+    )
+    engine.weights_changed()
+    if evaluations.due("start"):
+        evaluations.add("start", engine.model, mesh, tokens=0)
+    return RunState(stage=name)
+
+
+def train_stage(
+    recipe: Recipe, state: RunState, engine: Engine, store: Store, sinks
+) -> tuple[RunState, str | None]:
+    """Train the state's stage. Returns the state, saved, and None when its budget is spent, else why it stopped."""
+    stage, mesh = recipe.stages[state.stage], engine.mesh
+    meter = Meter(
+        world_size=mesh.world_size,
+        flops_per_token=training_flops_per_token(recipe.model, stage.seq_len),
+        peak_tflops=recipe.cluster.peak_tflops,
+    )
+    loader = build_loader(
+        recipe.data, stage, seed=recipe.seed, stage_name=state.stage, dp_rank=mesh.dp_rank, dp_size=mesh.dp,
+        vocab_size=recipe.model.vocab_size,
+    )
+    if state.loader is not None:
+        loader.load_state_dict(state.loader)
+    with ExitStack() as stack:
+        stack.callback(loader.close)
+        watch = stack.enter_context(Watch(save_every_steps=recipe.checkpoint.every_steps, device=mesh.device))
+        state, finished = train(engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch)
+        return state, None if finished else watch.reason
+
+
+def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluations) -> None:
+    """Judge the unconverted source once, if the recipe asks for it."""
+    if not (recipe.evaluation.teacher and recipe.start.path and evaluations.due("teacher")):
+        return
+    teacher = replace(recipe.model, pattern="F")
+    model = build_model(teacher, mesh, precision=recipe.precision, seq_len=stage.seq_len)
+    fill(
+        global_parameters(model), model=teacher, path=recipe.start.path, seed=recipe.seed, tp_rank=mesh.tp_rank,
+        tp=mesh.layout.tp,
+    )
+    evaluations.add("teacher", model, mesh, tokens=0)
+    del model
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def finish(recipe: Recipe, ledger: Ledger) -> None:
+    """Export where the recipe asks for it, write the report and print its table. Called on rank 0."""
+    if recipe.export_dir and not Path(recipe.export_dir).exists():
+        form = export(
+            CheckpointReader(ledger.checkpoint), model=recipe.model, out=recipe.export_dir,
+            tokenizer_dir=recipe.data.tokenizer, dtype=recipe.precision.value,
+        )
+        print(f"exported to {recipe.export_dir} ({form} format)", flush=True)
+    page = write_report(run_folder(recipe))
+    print(f"\n{summary_table(run_folder(recipe))}\n\nreport: {page}", flush=True)
