@@ -114,7 +114,10 @@ class JsonLines:
 
 
 class Wandb:
-    """Weights & Biases, offline by default; a resumed run keeps its id, which follows from the run directory."""
+    """Weights & Biases, offline by default; a resumed run keeps its id, which follows from the run directory.
+
+    config: any mapping; values that JSON lacks are shown as text.
+    """
 
     def __init__(self, run_dir: Path, *, project: str, name: str, mode: str = "offline", config: dict | None = None):
         try:
@@ -129,7 +132,7 @@ class Wandb:
             resume="allow" if mode == "online" else None,
             mode=mode,
             dir=str(run_dir),
-            config=config,
+            config=json.loads(json.dumps(config, default=str)),
             settings=wandb.Settings(console="off", silent=True),
         )
 

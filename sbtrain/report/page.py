@@ -30,7 +30,7 @@ th { color: var(--gray); font-weight: 500; font-size: 0.8rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 td small { color: var(--gray); margin-left: 0.35rem; }
 tr.last td { font-weight: 600; }
-img { display: block; width: 100%; height: auto; margin: 0 0 1.25rem; }
+img { display: block; width: 100%; min-width: 34rem; height: auto; margin: 1.25rem 0 0.5rem; }
 .notes { border-left: 3px solid #f0b429; padding: 0.25rem 0 0.25rem 1rem; margin: 1.5rem 0 0; list-style: none; }
 """
 
@@ -85,7 +85,7 @@ def facts(run: RunFiles) -> str:
     found = []
     trained = [row for row in bits_rows(run) if row.name not in ("teacher", "start")]
     if trained:
-        found.append(("Recovered of the distance to the teacher", percent(trained[-1].recovered_mean)))
+        found.append(("Distance to the teacher recovered", percent(trained[-1].recovered_mean)))
         found.append(("Bits per byte, mean", number(trained[-1].mean)))
     rows = stage_rows(run)
     if run.records:
@@ -113,7 +113,7 @@ def section(title: str, table: str, plots: dict[str, Path], wanted: list[str]) -
 def image(path: Path, name: str) -> str:
     """A plot inside the page itself, so that the page can be sent alone."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(name.replace("_", " "))}" src="data:image/png;base64,{data}">'
+    return f'<div class="scroll"><img alt="{escape(name.replace("_", " "))}" src="data:image/png;base64,{data}"></div>'
 
 
 def bits_table(run: RunFiles) -> str:

@@ -44,7 +44,7 @@ class BitsRow:
 
 def stage_rows(run: RunFiles) -> list[StageRow]:
     """A row for every stage of the recipe, in order."""
-    finished = set(run.ledger.get("done", []))
+    finished = set(run.ledger.get("stages_done") or [])
     rows = []
     for name, plan in run.stages.items():
         records = [record for record in run.records if record["stage"] == name]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sbtrain.config.schema import LogConfig
+from sbtrain.config.schema import LogConfig, Precision
 from sbtrain.metrics import sinks as sinks_module
 from sbtrain.metrics.sinks import Console, duration, open_jsonl, open_sinks, short
 
@@ -151,7 +151,7 @@ def test_wandb_offline_keeps_the_numbers(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     log = LogConfig(wandb=True)
-    sinks = open_sinks(log, tmp_path, name="demo", num_steps=2, num_tokens=1024, config={"seed": 0})
+    sinks = open_sinks(log, tmp_path, name="demo", num_steps=2, num_tokens=1024, config={"seed": 0, "precision": Precision.fp32})
     sinks.write(step(1, loss=2.125))
     sinks.close()
     (logged,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
