@@ -12,30 +12,24 @@ Shapes inside: q [B, H, M, C, G, K], k [B, H, M, C, K] with H key heads, G query
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, threshold
 
-from ops import documents
+from ops import chunks, documents
 
 CHUNK_TOKENS = 64
 
 
 def gla(q, k, v, log_decay, *, scale=None, initial_state=None, cu_seqlens=None, output_final_state=False):
     """See ops.gla."""
-    dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v, log_decay = q.to(exact) * scale, k.to(exact), v.to(exact), log_decay.to(exact)
-    state = None if initial_state is None else initial_state.to(exact)
+    dtype, tensors = q.dtype, _exact(q, k, v, log_decay, scale)
+    state = None if initial_state is None else initial_state.to(tensors[0].dtype)
     stateful = initial_state is not None or output_final_state
-    if cu_seqlens is None:
-        o, final = _rows(q, k, v, log_decay, state, None)
-    elif stateful and len(cu_seqlens) > 2:
-        o, final = _one_by_one(q, k, v, log_decay, state, documents.bounds(cu_seqlens))
+    if stateful and cu_seqlens is not None and len(cu_seqlens) > 2:
+        o, final = chunks.one_by_one(_rows, tensors, state, cu_seqlens)
     else:
-        o, final = _rows(q, k, v, log_decay, state, _ids(cu_seqlens))
+        o, final = _rows(*tensors, state, chunks.packed_ids(cu_seqlens))
     return o.to(dtype), final if output_final_state else None
 
 
@@ -46,7 +40,7 @@ def gla_state(k, v, log_decay, *, cu_seqlens=None):
     k, v, log_decay = (x[0, start:].to(exact).transpose(0, 1) for x in (k, v, log_decay))
     suffix = log_decay.flip(1).cumsum(1).flip(1)
     after = pad(suffix[:, 1:], (0, 0, 0, 1))[:, : k.shape[1]]
-    state = (k * after.exp()).mT @ v
+    state = (k * _exp(after)).mT @ v
     if cu_seqlens is not None and len(cu_seqlens) > 2:
         return state, torch.full_like(state[:, :, 0], -torch.inf)
     return state, log_decay.sum(1)
@@ -54,32 +48,21 @@ def gla_state(k, v, log_decay, *, cu_seqlens=None):
 
 def gla_output(q, k, v, log_decay, state_in, *, scale=None, cu_seqlens=None):
     """See ops.gla_output."""
-    dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v, log_decay = q.to(exact) * scale, k.to(exact), v.to(exact), log_decay.to(exact)
-    ids = None if cu_seqlens is None else _ids(cu_seqlens)
-    state = state_in.to(exact)[None]
+    dtype, tensors = q.dtype, _exact(q, k, v, log_decay, scale)
+    state = state_in.to(tensors[0].dtype)[None]
     if cu_seqlens is not None and documents.bounds(cu_seqlens)[1] == 0:
         state = torch.zeros_like(state)
-    return _rows(q, k, v, log_decay, state, ids)[0].to(dtype)
+    return _rows(*tensors, state, chunks.packed_ids(cu_seqlens))[0].to(dtype)
 
 
-def _ids(cu_seqlens: Tensor) -> Optional[Tensor]:
-    """Document of each token, or None when one document holds them all."""
-    ids = documents.document_ids(cu_seqlens)
-    return ids if len(ids) and ids[0] != ids[-1] else None
+def _exact(q, k, v, log_decay, scale):
+    """q scaled, k, v and log_decay in the dtype of the arithmetic."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return q.to(exact) * scale, k.to(exact), v.to(exact), log_decay.to(exact)
 
 
-def _one_by_one(q, k, v, log_decay, state, bounds):
-    """Documents with states of their own, one call each: generation and evaluation, never a training step."""
-    parts = [
-        _rows(*(x[:, a:b] for x in (q, k, v, log_decay)), None if state is None else state[n : n + 1], None)
-        for n, (a, b) in enumerate(zip(bounds, bounds[1:]))
-    ]
-    return torch.cat([o for o, _ in parts], 1), torch.cat([final for _, final in parts])
-
-
-def _rows(q, k, v, log_decay, state, ids):
+def _rows(q, k, v, log_decay, state, ids=None):
     """o [B, T, Hq, V] and final state [B, H, K, V] of rows; state enters at the first token, for its document."""
     num_rows, num_tokens, num_heads, key_size = k.shape
     if state is None:
@@ -91,13 +74,8 @@ def _rows(q, k, v, log_decay, state, ids):
     if num_tokens == 1:
         state = torch.addcmul(k.mT @ v, log_decay.exp().mT, state)
         return (q[:, :, 0] @ state).flatten(1, 2)[:, None], state
-    chunk = min(CHUNK_TOKENS, 1 << (num_tokens - 1).bit_length())
-    fill = -num_tokens % chunk
-    if fill:
-        q, k, v, log_decay = (pad(x, (0, 0) * (x.dim() - 3) + (0, fill)) for x in (q, k, v, log_decay))
-        ids = None if ids is None else torch.cat([ids, ids[-1:].expand(fill)])
-    q, k, v, log_decay = (x.unflatten(2, (-1, chunk)).contiguous() for x in (q, k, v, log_decay))
-    o, state = _chunks(q, k, v, log_decay, state, None if ids is None else ids.view(-1, chunk))
+    (q, k, v, log_decay), ids = chunks.into_chunks((q, k, v, log_decay), ids, CHUNK_TOKENS)
+    o, state = _chunks(q, k, v, log_decay, state, ids)
     return o.flatten(2, 3)[:, :, :num_tokens].transpose(1, 2).flatten(2, 3), state
 
 
@@ -108,10 +86,10 @@ def _chunks(q, k, v, log_decay, state, ids):
     total = b[:, :, :, -1]
     enter, leave = b, total[:, :, :, None] - b
     if ids is not None:
-        before = torch.cat([ids[:1, 0], ids[:-1, -1]])  # the document whose state enters each chunk
-        enter = b.masked_fill((ids != before[:, None])[..., None], -torch.inf)
-        leave = leave.masked_fill((ids != ids[:, -1:])[..., None], -torch.inf)
-        total = total.masked_fill((ids[:, -1] != before)[:, None], -torch.inf)
+        cuts = chunks.cut(ids)
+        enter = enter.masked_fill(cuts.enter[..., None], -torch.inf)
+        leave = leave.masked_fill(cuts.leave[..., None], -torch.inf)
+        total = total.masked_fill(cuts.through[:, None], -torch.inf)
     added = (k * _exp(leave)).mT @ v
     entering = []
     for decay_c, added_c in zip(_exp(total)[..., None].unbind(2), added.unbind(2)):
