@@ -189,8 +189,8 @@ def readme_tree() -> dict[str, str]:
 def test_the_tree_in_the_readme_is_true():
     listed = readme_tree()
     for name in listed:
-        path = ROOT / name
-        assert path.is_dir() if name.endswith("/") else path.is_file(), f"README tree: {name} does not exist"
+        is_there = (ROOT / name).is_dir() if name.endswith("/") else (ROOT / name).is_file()
+        assert is_there, f"README tree: {name} does not exist"
     for name, clause in listed.items():
         assert clause or name.endswith("/"), f"README tree: {name} has no clause"
 
@@ -209,3 +209,13 @@ def test_the_tree_in_the_readme_is_complete():
             if inside in opened and name not in listed and not hidden:
                 missing.append(name)
     assert not sorted(set(missing))
+
+
+def test_pages_name_only_what_exists():
+    """Files and folders that README.md and docs/ mention are there; capitals are placeholders."""
+    mention = re.compile(r"(?<![\w/.~-])(?:launch|recipes|sbtrain|parallel|ops|tests|docs|\.ci)/[\w./-]*[\w/]")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        found = set(mention.findall(page.read_text()))
+        found = {name for name in found if not re.search(r"\b[A-Z]+\b(?!\.md)", name)}
+        gone = [name for name in found if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()]
+        assert not gone, f"{name_of(page)} mentions {sorted(gone)}"
