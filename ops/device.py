@@ -1,4 +1,4 @@
-"""EnvFacts: everything that backend selection may look at, collected once. The only file of ops that reads os.environ."""
+"""EnvFacts: all that backend selection may look at, collected once. The only file of ops that reads os.environ."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class EnvFacts:
 def collect() -> EnvFacts:
     """Facts of this process. Initializes the accelerator where there is one; imports Triton only then."""
     version = torch.version
-    overrides = {key: value for key, value in os.environ.items() if key == "OPS_BACKEND" or key.startswith("OPS_BACKEND_")}
+    overrides = {
+        key: value for key, value in os.environ.items() if key == "OPS_BACKEND" or key.startswith("OPS_BACKEND_")
+    }
     facts = {
         "torch_version": torch.__version__,
         "version_cuda": version.cuda,

@@ -27,7 +27,7 @@ DEVICE_BLIND = ("cpu", "meta")
 
 @dataclass(frozen=True)
 class Choice:
-    """An op resolved to a backend. functions: public name -> implementation; `function` is the one named like the op."""
+    """An op resolved to a backend. functions: public name -> implementation; `function` is the one named as the op."""
 
     op: str
     backend: str

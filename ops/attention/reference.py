@@ -13,9 +13,7 @@ from ops import documents
 BLOCK_TOKENS = 128
 
 
-def attention(
-    q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None, scale=None, return_lse=False
-):
+def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None, scale=None, return_lse=False):
     """See ops.attention."""
     dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

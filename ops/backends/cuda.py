@@ -28,6 +28,11 @@ BACKEND = Backend(
     fallback=("reference",),
     optional_packages=("triton", "fla", "einops"),
     limits=Limits(
-        warp_size=32, shared_memory_bytes=99 * 1024, max_num_warps=32, min_dot_size=16, tensor_memory_access=True, fp8=True
+        warp_size=32,
+        shared_memory_bytes=99 * 1024,
+        max_num_warps=32,
+        min_dot_size=16,
+        tensor_memory_access=True,
+        fp8=True,
     ),
 )

@@ -4,8 +4,8 @@ Per key head, with state S [K, V] in fp32, starting from zero or from initial_st
 
     S <- exp(log_decay_t) S;   u = beta_t (v_t - k_t S);   S <- S + k_t^T u;   o_t = scale * q_t S
 
-Source: Gated Delta Networks (Yang et al., 2024); SpikingBrain2.0's SSE layers. Tolerances against float64, relative norm
-of outputs and of every gradient: fp32 1e-4, bf16 1e-2. Backends: reference only for now.
+Source: Gated Delta Networks (Yang et al., 2024); SpikingBrain2.0's SSE layers. Tolerances against float64, relative
+norm of outputs and of every gradient: fp32 1e-4, bf16 1e-2. Backends: reference only for now.
 """
 
 from __future__ import annotations
@@ -42,9 +42,13 @@ def gated_delta_rule(
     """
     if log_decay.shape != k.shape[:3] or beta.shape != k.shape[:3] or v.shape[:3] != k.shape[:3]:
         shapes = ", ".join(str(list(x.shape)) for x in (k, v, log_decay, beta))
-        raise ValueError(f"k, v, log_decay, beta must be [B, T, Hkv, K], [B, T, Hkv, V], [B, T, Hkv] twice; got {shapes}")
+        raise ValueError(
+            f"k, v, log_decay, beta must be [B, T, H, K], [B, T, H, V], [B, T, H] twice; got {shapes}"
+        )
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"q must be [B, T, Hq, K] with Hq a multiple of k's heads {list(k.shape)}, got {list(q.shape)}")
+        raise ValueError(
+            f"q must be [B, T, Hq, K], Hq a multiple of k's heads {list(k.shape)}, got {list(q.shape)}"
+        )
     documents.check(cu_seqlens, num_rows=k.shape[0], num_tokens=k.shape[1])
     run = implementation("gated_delta_rule", "gated_delta_rule", q)
     return run(

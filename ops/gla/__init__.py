@@ -58,9 +58,7 @@ def gla(
     )
 
 
-def gla_state(
-    k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Optional[Tensor] = None
-) -> tuple[Tensor, Tensor]:
+def gla_state(k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """(state [Hkv, K, V], log_decay_total [Hkv, K]), both fp32: what a shard hands to the next one.
 
     k [1, T, Hkv, K], v [1, T, Hkv, V], log_decay [1, T, Hkv, K] are one shard of a row; cu_seqlens describes the shard.
@@ -98,7 +96,9 @@ def _check(k, v, log_decay, cu_seqlens, *, q=None, single=False) -> None:
     if single and num_rows != 1:
         raise ValueError(f"a shard is one row (B = 1), got B = {num_rows}; concatenate the rows and give cu_seqlens")
     if q is not None and (q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % num_heads):
-        raise ValueError(f"q must be [B, T, Hq, K] with Hq a multiple of k's heads {list(k.shape)}, got {list(q.shape)}")
+        raise ValueError(
+            f"q must be [B, T, Hq, K], Hq a multiple of k's heads {list(k.shape)}, got {list(q.shape)}"
+        )
     documents.check(cu_seqlens, num_rows=num_rows, num_tokens=num_tokens)
 
 

@@ -5,7 +5,7 @@ exp(b_i - b_r) * exp(b_r - b_j), with b the running sum of log_decay. Both facto
 overflows, and what underflows is negligible. r is the last token of the lower half of the aligned block of 2h tokens
 in which i and j fall into different halves; h = 1, 2, ..., C/2 covers every pair once, with plain matmuls.
 A document that starts between j and i makes one of the factors exp(-inf), so packing costs nothing. In fp32 a factor
-below exp(-43) = 2e-19 is taken as 0: smaller products would be denormal numbers, which slow a CPU down by a factor of 5.
+below exp(-43) = 2e-19 is taken as 0: smaller products would be denormal numbers, which slow a CPU down 5 times.
 
 Shapes inside: q [B, H, M, C, G, K], k [B, H, M, C, K] with H key heads, G query heads of each, M chunks of C tokens.
 """

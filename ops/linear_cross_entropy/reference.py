@@ -14,9 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def linear_cross_entropy(
-    hidden, weight, labels, *, loss_weights=None, ignore_index=-100, group=None, valid_vocab=None
-):
+def linear_cross_entropy(hidden, weight, labels, *, loss_weights=None, ignore_index=-100, group=None, valid_vocab=None):
     """See ops.linear_cross_entropy."""
     if hidden.device.type == "cpu":
         _check_labels(labels, ignore_index, len(weight) * _num_ranks(group), valid_vocab)
@@ -80,9 +78,7 @@ class _Problem:
     num_valid: int
 
 
-def losses(
-    arithmetic: Arithmetic, hidden, weight, labels, *, loss_weights, ignore_index, group, valid_vocab
-) -> Tensor:
+def losses(arithmetic: Arithmetic, hidden, weight, labels, *, loss_weights, ignore_index, group, valid_vocab) -> Tensor:
     """The losses [T] with the given arithmetic; arguments as in ops.linear_cross_entropy."""
     num_local = len(weight)
     first = num_local * (dist.get_rank(group) if group is not None else 0)
@@ -124,7 +120,7 @@ class _Losses(torch.autograd.Function):
 
 
 def _walk(hidden, weight, problem, grad_scale, wanted):
-    """(losses [T], gradient of hidden summed over the group or None, gradient of weight fp32 or None), chunk by chunk."""
+    """(losses [T], gradient of hidden summed over the group or None, fp32 gradient of weight or None), by chunks."""
     arithmetic, num_tokens = problem.arithmetic, len(hidden)
     loss = problem.scale.new_zeros(num_tokens)
     grad_hidden = torch.zeros_like(hidden) if wanted[0] else None

@@ -1,9 +1,9 @@
 """Mixture of block attention: each query attends to its own chunk, causally, and to the past chunks it likes best.
 
-A past chunk's score for a query is q . mean(keys of the chunk), unscaled, in fp32; the best num_chunks - 1 are attended in
-full. The choice is per query head, and no gradient flows through it. Chunks are counted from the document's start.
-Source: MoBA (Lu et al., 2025); SpikingBrain2.0. Tolerances against float64 with the same choice, relative norm of output
-and gradients: fp32 1e-5, bf16 1e-2. Backends: reference only for now.
+A past chunk's score for a query is q . mean(keys of the chunk), unscaled, in fp32; the best num_chunks - 1 are attended
+in full. The choice is per query head, and no gradient flows through it. Chunks are counted from the document's start.
+Source: MoBA (Lu et al., 2025); SpikingBrain2.0. Tolerances against float64 with the same choice, relative norm of
+output and gradients: fp32 1e-5, bf16 1e-2. Backends: reference only for now.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def spike_linear(
 ) -> Tensor:
     """y [..., F] in x's dtype; x [..., D], weight [F, D], bias [F].
 
-    x is replaced by count * threshold (ops.spike_count with k), rounded to x's dtype. weight_scale [F, D / g, 1], with g
+    x is replaced by count * threshold (ops.spike_count with k), rounded to x's dtype. weight_scale [F, D / g, 1], g
     input channels to a group, replaces the weight by round(weight / scale) * scale. Both replacements pass gradients
     straight through: x and weight get those of the linear layer on the replaced values.
     Raises ValueError on shapes that do not fit.
@@ -33,5 +33,7 @@ def spike_linear(
     if weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be [F, {x.shape[-1]}] for x {list(x.shape)}, got {list(weight.shape)}")
     if weight_scale is not None and (len(weight_scale) != len(weight) or weight.shape[1] % weight_scale.shape[1]):
-        raise ValueError(f"weight_scale must be [F, D / group, 1] for {list(weight.shape)}, got {list(weight_scale.shape)}")
+        raise ValueError(
+            f"weight_scale must be [F, D / g, 1] for {list(weight.shape)}, got {list(weight_scale.shape)}"
+        )
     return implementation("spike_linear", "spike_linear", x)(x, weight, bias, k=k, weight_scale=weight_scale)
