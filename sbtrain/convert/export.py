@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sbtrain.config.schema import ModelConfig
+from sbtrain.config.schema import ModelConfig, Recipe
+from sbtrain.convert.reader import CheckpointReader
 from sbtrain.convert.shards import DTYPES, ShardWriter
 from sbtrain.convert.weights import EMBEDDING, symbols, table
 
@@ -86,6 +87,20 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return form
+
+
+def export_checkpoint(
+    step_dir: str | Path, *, recipe: Recipe, out: str | Path, format: str = "hf", dtype: str = "bf16"
+) -> str:
+    """Export checkpoints/step_N of a run; the tokenizer is start.path's, or data.tokenizer where that has none.
+
+    For one process (rank 0 of a run). See `export` for the rest.
+    """
+    folders = [folder for folder in (recipe.start.path, recipe.data.tokenizer) if folder]
+    with_tokenizer = [folder for folder in folders if (Path(folder) / "tokenizer.json").is_file()]
+    tokenizer_dir = next(iter([*with_tokenizer, *folders]), "")
+    reader = CheckpointReader(step_dir)
+    return export(reader, model=recipe.model, out=out, tokenizer_dir=tokenizer_dir, dtype=dtype, format=format)
 
 
 def gla_swa_refusal(model: ModelConfig) -> str | None:
