@@ -150,8 +150,8 @@ def test_tensorboard_reads_back_and_a_resume_replaces(tmp_path):
 def test_wandb_offline_keeps_the_numbers(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    log = LogConfig(wandb=True)
-    sinks = open_sinks(log, tmp_path, name="demo", num_steps=2, num_tokens=1024, config={"seed": 0, "precision": Precision.fp32})
+    log, config = LogConfig(wandb=True), {"seed": 0, "precision": Precision.fp32}
+    sinks = open_sinks(log, tmp_path, name="demo", num_steps=2, num_tokens=1024, config=config)
     sinks.write(step(1, loss=2.125))
     sinks.close()
     (logged,) = tmp_path.glob("wandb/offline-run-*/*.wandb")

@@ -48,7 +48,8 @@ def write_run(folder, stages=("ctx_8k", "ctx_32k")):
     points = [point("start", 0, 3.0, 4.0), point(first, 3000, 2.0, 3.5), point("teacher", 0, 1.0, 2.0)]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
-    (folder / "ledger.json").write_text(json.dumps({"stages_done": [first], "checkpoint": "checkpoints/step_3", "step": 3}))
+    ledger = {"stages_done": [first], "checkpoint": "checkpoints/step_3", "step": 3}
+    (folder / "ledger.json").write_text(json.dumps(ledger))
     (folder / "evaluation.json").write_text(json.dumps({"points": points}))
     return folder
 
