@@ -78,13 +78,19 @@ class HybridModel(mcore.LanguageModule):
         self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(
-        self, tokens: Tensor, documents: Documents, labels: Tensor | None = None, cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        documents: Documents,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+        num_logits: int | None = None,
     ) -> Tensor:
         """Run this stage on one row (shard).
 
         tokens int64 [T/sp] of this sp rank; documents describe the whole row; labels int64 [T/sp] or None.
         Returns hidden states [T,1,D] on inner stages; on the last one the loss of each token, fp32 [T/sp] (0 where
-        the label is IGNORE), or without labels the logits [T/sp, vocab_size] in the model's dtype.
+        the label is IGNORE), or without labels the logits [T/sp, vocab_size] in the model's dtype, of the last
+        num_logits tokens alone if that is given.
         """
         x = self.embedding(tokens) if self.pre_process else self._input
         x = self.decoder(x, documents, cache)
@@ -94,7 +100,9 @@ class HybridModel(mcore.LanguageModule):
             x = mcore.gather_from_sequence_parallel_region(
                 x, tensor_parallel_output_grad=False, group=self.groups.tp
             )
-        return self._logits(x[:, 0]) if labels is None else self._loss(x[:, 0], labels)
+        if labels is not None:
+            return self._loss(x[:, 0], labels)
+        return self._logits(x[:, 0] if num_logits is None else x[-num_logits:, 0])
 
     def head_weight(self) -> Tensor:
         """The head's weight [V/tp, D], shared with the embedding where they are tied on one stage."""

@@ -64,6 +64,8 @@ class SoftmaxAttention(mcore.MegatronModule):
         cache.key, cache.value = k[:, k.shape[1] - kept :] if kept < k.shape[1] else k, v[:, -kept:] if kept else v[:, :0]
         if num_new == 1:
             return _decode(q, k, v)
+        # views would keep the whole chunk alive, q/k/v projection included
+        cache.key, cache.value = cache.key.clone(), cache.value.clone()
         # the op wants as many queries as keys; queries of the cached keys are not needed, zeros stand for them
         q = torch.cat([q.new_zeros(1, num_old, *q.shape[2:]), q], dim=1)
         return ops.attention(q, k, v, window=self.window)[:, num_old:]

@@ -1,0 +1,172 @@
+"""A model ready to run in this process: from a training run, a source checkpoint, or one of our exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from parallel.mesh import Mesh
+from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.config.hf_shape import FAMILIES, read_shape
+from sbtrain.config.load import load
+from sbtrain.config.schema import ModelConfig, Precision, Recipe
+from sbtrain.convert.exported import MODEL_TYPES, fill_exported, model_type, read_model
+from sbtrain.convert.reader import CheckpointReader
+from sbtrain.convert.start import fill
+from sbtrain.data import tokenizer as tokenizers
+from sbtrain.data.tokenizer import Tokenizer, check_vocabulary
+from sbtrain.model.build import build_model, global_parameters
+from sbtrain.model.hybrid import HybridModel
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which weights. Exactly one of model and run is given.
+
+    model: a Hugging Face folder, of a source family (full attention in every layer) or exported by us.
+    run: a run directory. step: one of its checkpoints by number; "" takes the newest.
+    precision: fp32 or bf16; "" takes bf16 on a GPU and fp32 on a CPU.
+    """
+
+    model: str = ""
+    run: str = ""
+    step: str = ""
+    precision: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where results about these weights belong."""
+        return Path(self.run or self.model)
+
+    def check(self) -> None:
+        """Raise ValueError, one line naming the key, where the fields alone are wrong."""
+        if bool(self.model) == bool(self.run):
+            raise ValueError("give model=FOLDER (a Hugging Face folder) or run=FOLDER (a run directory), one of them")
+        if self.step and not self.run:
+            raise ValueError("step= picks a checkpoint of run=; drop it, or give run= instead of model=")
+        known = [kind.value for kind in Precision]
+        if self.precision and self.precision not in known:
+            raise ValueError(f"precision={self.precision} is not known; choose one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on a one-rank mesh, in eval mode, with its tokenizer.
+
+    stop_ids: token ids that end a text. recipe: of the run it comes from, None for a folder. origin: what was read.
+    """
+
+    model: HybridModel
+    config: ModelConfig
+    tokenizer: Tokenizer
+    mesh: Mesh
+    stop_ids: frozenset[int]
+    recipe: Recipe | None
+    origin: Path
+
+
+def load_model(where: Where, mesh: Mesh) -> Loaded:
+    """Build the model on the mesh's device and stream its weights into it; the optimizer is not read.
+
+    mesh: of one rank; it must stay open as long as the model is used. Raises ValueError, one line naming the key or
+    file and the fix, for folders and files that are missing, damaged or do not fit together.
+    """
+    where.check()
+    if mesh.world_size > 1:
+        raise ValueError(f"inference runs in one process, this is one of {mesh.world_size}; start it without torchrun")
+    return _from_run(where, mesh) if where.run else _from_folder(where, mesh)
+
+
+def read_run(where: Where) -> tuple[Recipe, Path]:
+    """The recipe of where.run and the folder of the checkpoint meant. Raises ValueError naming run= or step=."""
+    run = Path(where.run)
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"run={run} is no run directory (no recipe.yaml); give the run_dir of a training run")
+    recipe = load([f"recipe={run / 'recipe.yaml'}", "dry_run=true"])  # the source checkpoint may be gone by now
+    newest = Ledger(run).checkpoint
+    if newest is None:
+        raise ValueError(f"run={run} has no checkpoint yet; train at least to the first one")
+    folder = run / "checkpoints" / f"step_{where.step}" if where.step else newest
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("step_*")))
+        raise ValueError(f"step={where.step}: {folder} does not exist; there are: {there or 'none'}")
+    return recipe, folder
+
+
+def _from_run(where: Where, mesh: Mesh) -> Loaded:
+    recipe, step_dir = read_run(where)
+    folders = [folder for folder in (recipe.data.tokenizer, recipe.start.path) if folder]
+    with_tokenizer = [folder for folder in folders if (Path(folder) / "tokenizer.json").is_file()]
+    if not with_tokenizer:
+        raise ValueError(f"run={where.run}: no tokenizer.json in {' or '.join(folders) or 'data.tokenizer'}; put it back")
+    model = _build(recipe.model, mesh, where)
+    reader = CheckpointReader(step_dir)
+    with torch.no_grad():
+        for name, parameter in global_parameters(model).items():
+            tensor = reader.get(name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{step_dir}: {name} is {list(tensor.shape)}, recipe.yaml beside it describes "
+                    f"{list(parameter.shape)}; restore the recipe.yaml of this run"
+                )
+            parameter.copy_(tensor)
+    return _loaded(model, recipe.model, mesh, Path(with_tokenizer[0]), recipe=recipe, origin=step_dir)
+
+
+def _from_folder(where: Where, mesh: Mesh) -> Loaded:
+    folder = Path(where.model)
+    if not folder.is_dir():
+        raise ValueError(f"model={folder} is not a folder; give a Hugging Face folder (config.json and safetensors)")
+    family = model_type(folder)
+    if family not in (*FAMILIES, *MODEL_TYPES):
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type {family!r} is not supported; supported: "
+            f"{', '.join((*FAMILIES, *MODEL_TYPES))}"
+        )
+    with _in_terms_of_model():
+        exported = family in MODEL_TYPES
+        config = read_model(folder) if exported else ModelConfig(pattern="F", **read_shape(folder))
+        model = _build(config, mesh, where)
+        parameters = global_parameters(model)
+        if exported:
+            fill_exported(parameters, model=config, path=folder)
+        else:
+            fill(parameters, model=config, path=str(folder), seed=0)
+    return _loaded(model, config, mesh, folder, recipe=None, origin=folder)
+
+
+@contextmanager
+def _in_terms_of_model() -> Iterator[None]:
+    """Readers of checkpoints name the recipe's key; here the user has written model=."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("start.path", "model")) from None
+
+
+def _build(config: ModelConfig, mesh: Mesh, where: Where) -> HybridModel:
+    default = Precision.bf16 if mesh.device.type == "cuda" else Precision.fp32
+    precision = Precision(where.precision) if where.precision else default
+    return build_model(config, mesh, precision=precision, seq_len=config.window).eval()
+
+
+def _loaded(model: HybridModel, config: ModelConfig, mesh: Mesh, folder: Path, **about) -> Loaded:
+    """folder: the tokenizer's."""
+    tokenizer = tokenizers.load(folder)
+    check_vocabulary(tokenizer, config.vocab_size)
+    return Loaded(model, config, tokenizer, mesh, _stop_ids(folder, tokenizer), **about)
+
+
+def _stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The end of a document, and what the model's own generation settings stop at (chat models end turns)."""
+    ids = {tokenizer.eos_id}
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        ids.update(i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int))
+    return frozenset(ids)
