@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,9 @@ def test_wandb_offline_keeps_the_numbers(tmp_path, monkeypatch):
     sinks.write(step(1, loss=2.125))
     sinks.close()
     (logged,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 20  # wandb's own process writes the file after finish() has returned
+    while b"2.125" not in logged.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"2.125" in logged.read_bytes()
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if b"k" * 40 in path.read_bytes()]
