@@ -67,10 +67,13 @@ class GLAConfig:
 
     gate_rank: width of the gate's bottleneck, in channels.
     gate_normalizer: divisor of the log decay; 16 gives a new gate a half-life of 16 tokens.
+    out_norm_init: weight of a new output norm at conversion. 1 is the released code's; softmax attention puts out
+        less, so a smaller weight starts closer to the teacher.
     """
 
     gate_rank: int = 16
     gate_normalizer: float = 16.0
+    out_norm_init: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,10 @@ def dropped(layer: int, symbol: str, model: ModelConfig) -> list[str]:
     return []
 
 
-def draw_new(mapping: Mapping, generator: torch.Generator) -> Tensor:
-    """A parameter that conversion adds, unsharded, fp32, CPU: gates xavier, biases zero, norms one."""
+def draw_new(mapping: Mapping, generator: torch.Generator, *, out_norm: float = 1.0) -> Tensor:
+    """A parameter that conversion adds, unsharded, fp32, CPU: gates xavier, biases zero, norms out_norm."""
     if mapping.fill is Fill.norm:
-        return torch.ones(mapping.shape)
+        return torch.full(mapping.shape, out_norm)
     tensor = torch.zeros(mapping.shape)
     if mapping.fill is Fill.matrix:
         torch.nn.init.xavier_uniform_(tensor, gain=GATE_GAIN, generator=generator)

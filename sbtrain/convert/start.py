@@ -46,7 +46,7 @@ def fill(
         if reader is not None and not row.new:
             row.copy_into(parameter, reader, tp_rank=tp_rank, tp=tp)
         else:
-            whole = _draw(row, seed=seed, scratch=reader is None)
+            whole = _draw(row, model, seed=seed, scratch=reader is None)
             row.shard_into(parameter, whole, tp_rank=tp_rank, tp=tp)
 
 
@@ -55,12 +55,12 @@ def new_parameters(model: ModelConfig) -> set[str]:
     return {row.name for row in table(model) if row.new}
 
 
-def _draw(row: Mapping, *, seed: int, scratch: bool) -> Tensor:
+def _draw(row: Mapping, model: ModelConfig, *, seed: int, scratch: bool) -> Tensor:
     """The whole parameter, fp32, CPU, from (seed, name)."""
     digest = hashlib.sha256(f"{seed}:{row.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if not scratch:
-        return draw_new(row, generator)
+        return draw_new(row, generator, out_norm=model.gla.out_norm_init)
     if row.fill is Fill.norm:
         return torch.ones(row.shape)
     shape = row.sources[0].shape if isinstance(row, Vocab) else row.shape
