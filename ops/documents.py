@@ -59,7 +59,7 @@ def document_ids(cu_seqlens: Tensor) -> Tensor:
 
 
 def first_visible(cu_seqlens: Optional[Tensor], window: Optional[int], *, num_tokens: int, device) -> Tensor:
-    """First key that each query sees, int64 [T]: its document's start, or the window's edge (w keys, itself included)."""
+    """First key that each query sees, int64 [T]: its document's start, or the edge of its window."""
     positions = torch.arange(num_tokens, device=device)
     first = torch.zeros_like(positions)
     if cu_seqlens is not None:

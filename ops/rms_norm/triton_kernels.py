@@ -29,8 +29,8 @@ def backward(
     scale = tl.load(weight + cols, mask=cols < SIZE, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for tile in range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        at = rows[:, None] * SIZE + cols[None, :]
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        at = rows[:, None].to(tl.int64) * SIZE + cols[None, :]
         mask = (rows[:, None] < num_rows) & (cols[None, :] < SIZE)
         upstream = tl.load(grad_y + at, mask=mask, other=0.0).to(tl.float32)
         inverse = tl.load(rstd + rows, mask=rows < num_rows, other=0.0)

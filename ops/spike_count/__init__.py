@@ -1,8 +1,8 @@
 """Activations as integer spike counts with a threshold per token.
 
 threshold = mean(|x|) / k over the last dimension, clamped to 1e-5 .. 1e4; count = round(x / threshold), half to even,
-not clamped. Nothing is calibrated. Source: SpikingBrain report, section 3.3. Tolerance: counts are compared exactly given
-the threshold. Backends: reference only for now.
+not clamped. Nothing is calibrated. Source: SpikingBrain report, section 3.3. Tolerance: counts are compared exactly
+given the threshold. Backends: reference only for now.
 """
 
 from __future__ import annotations
