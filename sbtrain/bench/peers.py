@@ -1,0 +1,135 @@
+"""What is compared: a training step of the engine, and the same step assembled by hand. Both start from equal weights.
+
+A peer is built, stepped and closed; close() leaves nothing on the device. step(mark) runs one optimizer step on the
+batch and returns (loss, gradient norm before clipping), numbers or tensors.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import record_function
+
+from parallel.engine import Engine
+from parallel.layout import Layout
+from parallel.mesh import Mesh, device
+from parallel.sequence.shard import IGNORE, Row
+from sbtrain.bench.hand_kernels import kernels_for
+from sbtrain.bench.hand_model import HandModel
+from sbtrain.bench.hand_optimizer import MasterAdamW
+from sbtrain.bench.timing import Mark
+from sbtrain.bench.weights import draw, global_shapes
+from sbtrain.config.schema import ModelConfig, OptimConfig, Precision, Recompute
+from sbtrain.model.build import build_model, global_parameters
+
+LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step: the model, and a batch of documents of equal length. tokens, labels: int64 [documents, seq_len], CPU."""
+
+    model: ModelConfig
+    precision: Precision
+    recompute: Recompute
+    tokens: Tensor
+    labels: Tensor
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a document."""
+        return self.tokens.shape[1]
+
+    @classmethod
+    def random(cls, model: ModelConfig, *, precision: Precision, recompute: Recompute, micro_batch: int, seq_len: int):
+        """Documents of random tokens; the last token of each predicts nothing."""
+        tokens = torch.randint(model.vocab_size, (micro_batch, seq_len), generator=torch.Generator().manual_seed(0))
+        labels = tokens.roll(-1, 1)
+        labels[:, -1] = IGNORE
+        return cls(model, precision, recompute, tokens, labels)
+
+    def row(self) -> Row:
+        """The batch as the engine takes it: one row of packed documents."""
+        num_documents, seq_len = self.tokens.shape
+        edges = torch.arange(num_documents + 1, dtype=torch.int32) * seq_len
+        return Row(self.tokens.flatten(), self.labels.flatten(), edges)
+
+
+class EnginePeer:
+    """What training runs on one rank, the loader excluded."""
+
+    def __init__(self, work: Work):
+        self.mesh = Mesh.build(Layout())
+        try:
+            model = build_model(
+                work.model, self.mesh, precision=work.precision, recompute=work.recompute, seq_len=work.seq_len
+            )
+            self.engine = Engine(model, self.mesh, adam=asdict(OptimConfig()))
+            with torch.no_grad():
+                for name, parameter in global_parameters(model).items():
+                    parameter.copy_(draw(name, parameter.shape, parameter.device))
+            self.engine.weights_changed()
+        except BaseException:
+            self.mesh.close()
+            raise
+        self.rows = [work.row()]
+
+    def step(self, mark: Mark):
+        """See the module."""
+        with record_function("bench: forward and backward"):
+            loss = self.engine.forward_backward(self.rows).mean
+        mark("forward_backward")
+        with record_function("bench: optimizer"):
+            norm = self.engine.step(lr=LEARNING_RATE)
+        mark("optimizer")
+        return loss, norm
+
+    def close(self) -> None:
+        """See the module."""
+        del self.engine
+        self.mesh.close()
+
+
+class HandPeer:
+    """The same parts without a framework."""
+
+    def __init__(self, work: Work):
+        place = device()
+        shapes = global_shapes(work.model)
+        kernels = kernels_for(work.model, work.seq_len, place)
+        with place:
+            self.model = HandModel(
+                work.model, kernels, seq_len=work.seq_len, recompute=work.recompute, device=place
+            ).to(torch.bfloat16 if work.precision is Precision.bf16 else torch.float32)
+        for name, shape in shapes.items():
+            self.model.load(name, draw(name, shape, place))
+        # torch has several attentions for one call, and the compiler decides for good: let it see the fastest only
+        self.kernel_choice = nullcontext
+        if place.type == "cuda":
+            self.model.compile_layers()
+            self.kernel_choice = lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+        self.optimizer = MasterAdamW(list(self.model.parameters()), optim=OptimConfig(), lr=LEARNING_RATE)
+        self.tokens, self.labels = work.tokens.to(place), work.labels.to(place)
+
+    def step(self, mark: Mark):
+        """See the module."""
+        with record_function("bench: forward and backward"), self.kernel_choice():
+            loss = self.model(self.tokens, self.labels)
+            loss.backward()
+        mark("forward_backward")
+        with record_function("bench: optimizer"):
+            norm = self.optimizer.step()
+        mark("optimizer")
+        return loss.detach(), norm
+
+    def close(self) -> None:
+        """See the module."""
+        del self.model, self.optimizer
+        torch.compiler.reset()
+
+
+PEERS = {"engine": EnginePeer, "hand": HandPeer}
