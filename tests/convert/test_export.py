@@ -74,7 +74,8 @@ def test_cached_pieces_equal_the_whole(tmp_path, name):
             output = student(piece, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             pieces.append(output.logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=2e-5, rtol=1e-4)
+    difference = torch.cat(pieces, 1) - whole
+    assert difference.norm() < 1e-5 * whole.norm() and difference.abs().max() < 5e-4
 
 
 def test_cache_is_constant_but_for_full_attention(tmp_path):
