@@ -128,5 +128,5 @@ def block_mask(first: Tensor, num_sinks: int = 0) -> BlockMask:
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """(number, indices first) of the set blocks of each row, int32 with leading dimensions for row and head."""
     counts = blocks.sum(-1, dtype=torch.int32)
-    indices = blocks.to(torch.int8).argsort(-1, descending=True, stable=True).to(torch.int32)
+    indices = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
     return counts[None, None].contiguous(), indices[None, None].contiguous()

@@ -42,13 +42,9 @@ def gated_delta_rule(
     """
     if log_decay.shape != k.shape[:3] or beta.shape != k.shape[:3] or v.shape[:3] != k.shape[:3]:
         shapes = ", ".join(str(list(x.shape)) for x in (k, v, log_decay, beta))
-        raise ValueError(
-            f"k, v, log_decay, beta must be [B, T, H, K], [B, T, H, V], [B, T, H] twice; got {shapes}"
-        )
+        raise ValueError(f"k, v, log_decay, beta must be [B, T, H, K], [B, T, H, V], [B, T, H] twice; got {shapes}")
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"q must be [B, T, Hq, K], Hq a multiple of k's heads {list(k.shape)}, got {list(q.shape)}"
-        )
+        raise ValueError(f"q must be [B, T, Hq, K], Hq a multiple of k's heads {list(k.shape)}, got {list(q.shape)}")
     documents.check(cu_seqlens, num_rows=k.shape[0], num_tokens=k.shape[1])
     run = implementation("gated_delta_rule", "gated_delta_rule", q)
     return run(

@@ -33,7 +33,5 @@ def spike_linear(
     if weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight must be [F, {x.shape[-1]}] for x {list(x.shape)}, got {list(weight.shape)}")
     if weight_scale is not None and (len(weight_scale) != len(weight) or weight.shape[1] % weight_scale.shape[1]):
-        raise ValueError(
-            f"weight_scale must be [F, D / g, 1] for {list(weight.shape)}, got {list(weight_scale.shape)}"
-        )
+        raise ValueError(f"weight_scale must be [F, D / g, 1] for {list(weight.shape)}, got {list(weight_scale.shape)}")
     return implementation("spike_linear", "spike_linear", x)(x, weight, bias, k=k, weight_scale=weight_scale)

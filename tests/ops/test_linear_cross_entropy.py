@@ -1,0 +1,111 @@
+"""ops.linear_cross_entropy against a dense float64 cross-entropy, alone and with the vocabulary split over ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from op_oracles import assert_same
+
+import ops
+from ops.linear_cross_entropy import reference
+
+NUM_TOKENS, SIZE, VOCAB = 37, 6, 24
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(reference.Arithmetic, "chunk_tokens", 8)
+
+
+def problem(dtype=torch.float64, num_labels=20):
+    """hidden, weight, labels (some ignored), loss weights; the same numbers on every call."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(NUM_TOKENS, SIZE, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(VOCAB, SIZE, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, num_labels, (NUM_TOKENS,), generator=generator)
+    labels[[0, 5, 36]] = -100
+    return hidden, weight, labels, torch.rand(NUM_TOKENS, generator=generator, dtype=torch.float64)
+
+
+def dense(hidden, weight, labels, loss_weights, valid_vocab, upstream):
+    """losses, gradient of hidden, gradient of weight."""
+    hidden, weight = (x.double().requires_grad_() for x in (hidden, weight))
+    logits = hidden @ weight.T
+    if valid_vocab is not None:
+        logits = torch.cat([logits[:, :valid_vocab], logits[:, valid_vocab:] * 0 - 1e9], 1)
+    loss = -logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels != -100)
+    if loss_weights is not None:
+        loss = loss * loss_weights
+    return [loss.detach(), *torch.autograd.grad((loss * upstream).sum(), (hidden, weight))]
+
+
+def ours(hidden, weight, labels, loss_weights, valid_vocab, upstream, group=None):
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    loss = ops.linear_cross_entropy(
+        hidden, weight, labels, loss_weights=loss_weights, valid_vocab=valid_vocab, group=group
+    )
+    (loss * upstream).sum().backward()
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+@pytest.mark.parametrize("upstream", ["scalar", "tokens"])
+@pytest.mark.parametrize("valid_vocab", [None, 20])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_against_dense(small_chunks, weighted, valid_vocab, upstream):
+    hidden, weight, labels, loss_weights = problem()
+    loss_weights = loss_weights if weighted else None
+    upstream = torch.tensor(0.3) if upstream == "scalar" else torch.rand(NUM_TOKENS)
+    case = (hidden, weight, labels, loss_weights, valid_vocab, upstream)
+    assert_same(ours(*case), dense(*case), 1e-12)
+
+
+def test_padding_gets_no_probability_and_no_gradient():
+    hidden, weight, labels, _ = problem()
+    weight[20:] = 100.0
+    _, _, grad = ours(hidden, weight, labels, None, 20, torch.tensor(1.0))
+    assert not grad[20:].any()
+    assert grad[:20].any()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_low_precision_keeps_losses_in_fp32(small_chunks, dtype, tolerance):
+    hidden, weight, labels, _ = problem(dtype)
+    actual = ours(hidden, weight, labels, None, None, torch.tensor(1.0))
+    assert [x.dtype for x in actual] == [torch.float32, dtype, dtype]
+    assert_same(actual, dense(hidden, weight, labels, None, None, 1.0), tolerance)
+
+
+def test_only_asked_gradients_are_made():
+    hidden, weight, labels, _ = problem()
+    weight.requires_grad_()
+    ops.linear_cross_entropy(hidden, weight, labels).sum().backward()
+    assert weight.grad is not None
+    assert hidden.grad is None
+    with torch.no_grad():
+        assert not ops.linear_cross_entropy(hidden, weight, labels).requires_grad
+
+
+def test_labels_outside_the_vocabulary_are_refused():
+    hidden, weight, labels, _ = problem()
+    labels[1] = 20
+    with pytest.raises(ValueError, match="label 20 is outside the vocabulary of 20"):
+        ops.linear_cross_entropy(hidden, weight, labels, valid_vocab=20)
+
+
+def split_case(rank, valid_vocab, per_token):
+    hidden, weight, labels, loss_weights = problem(num_labels=valid_vocab or VOCAB)
+    upstream = torch.linspace(0, 1, NUM_TOKENS) if per_token else torch.tensor(1.0)
+    part = slice(rank * VOCAB // 2, (rank + 1) * VOCAB // 2)
+    return ours(hidden, weight[part], labels, loss_weights, valid_vocab, upstream, group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize(
+    "valid_vocab, per_token", [(None, False), (20, True), (10, False)]
+)  # 10: rank 1 has padding only
+def test_two_ranks_equal_one(run_ranks, valid_vocab, per_token):
+    hidden, weight, labels, loss_weights = problem(num_labels=valid_vocab or VOCAB)
+    upstream = torch.linspace(0, 1, NUM_TOKENS) if per_token else torch.tensor(1.0)
+    results = run_ranks(2)(split_case, valid_vocab, per_token)
+    expected = dense(hidden, weight, labels, loss_weights, valid_vocab, upstream)
+    for loss, grad_hidden, _ in results:
+        assert_same([loss, grad_hidden], expected[:2], 1e-12)
+    assert_same([torch.cat([grad for _, _, grad in results])], expected[2:], 1e-12)
