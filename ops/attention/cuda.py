@@ -25,6 +25,7 @@ BLOCK_TOKENS = 128
 # better than the T x T matrix of uncompiled FlexAttention, and enough room is better still.
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 _flex = torch.compile(flex_attention, fullgraph=True)
+OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}  # one kernel for all lengths: no switch to the decoding kernel below 128
 
 
 def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None, scale=None, return_lse=False):
@@ -57,7 +58,16 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
             for sink, x in ((sink_k, k), (sink_v, v))
         )
     mask = _mask(cu_seqlens, window, num_tokens, num_sinks, q.device)
-    result = _flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_lse=return_lse)
+    result = _flex(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_lse=return_lse,
+        kernel_options=OPTIONS,
+    )
     if return_lse:
         return result[0].transpose(1, 2), result[1].transpose(1, 2)
     return result.transpose(1, 2)

@@ -1,11 +1,11 @@
 """ops.attention against a dense float64 softmax, and the block mask of the CUDA backend against the same visibility."""
 
-import op_oracles
 import pytest
 import torch
-from op_oracles import assert_same, cu, gradients
 
+import op_oracles
 import ops
+from op_oracles import assert_same, cu, gradients
 from ops import documents
 
 RAGGED = cu(0, 0, 1, 2, 63, 63, 64, 129, 200, 200)

@@ -23,7 +23,7 @@ def cuda_module(op):
 
 
 def compare(op, call, tensors, dtype, tolerance=None):
-    """call(module, *tensors) -> outputs, for the CUDA file in dtype and the reference in float64, from equal numbers."""
+    """call(module, *tensors) -> outputs: the CUDA file in dtype, the reference in float64, from equal numbers."""
     results = []
     rounded = [x.cuda().to(dtype if x.dtype == torch.float64 else x.dtype) for x in tensors]
     for module, wanted in zip(cuda_module(op), (None, torch.float64)):
@@ -54,9 +54,8 @@ def cu(*edges):
 
 def gla_inputs(num_tokens, *, strength=0.05, heads=(12, 4), size=128):
     """relu'd q and k, v, and fp32 log decays, as the models make them."""
-    q, k, v = randn(1, num_tokens, heads[0], size).relu(), randn(1, num_tokens, heads[1], size).relu(), None
-    v = randn(1, num_tokens, heads[1], size)
-    return [q, k, v, (-2 * strength * torch.rand(1, num_tokens, heads[1], size)).float()]
+    q, k, v = (randn(1, num_tokens, num_heads, size) for num_heads in (*heads, heads[1]))
+    return [q.relu(), k.relu(), v, (-2 * strength * torch.rand(1, num_tokens, heads[1], size)).float()]
 
 
 @pytest.mark.parametrize("strength", [0.05, 5.0])

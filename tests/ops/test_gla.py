@@ -1,11 +1,11 @@
 """ops.gla and its halves against a float64 token loop: outputs and every gradient."""
 
-import op_oracles
 import pytest
 import torch
-from op_oracles import assert_same, cu, gradients
 
+import op_oracles
 import ops
+from op_oracles import assert_same, cu, gradients
 
 RAGGED = cu(0, 0, 1, 2, 63, 63, 64, 129, 200, 200)
 
@@ -91,7 +91,7 @@ def test_decoding_continues_prefill():
     assert_same([torch.cat(outputs, 1), state], [whole, final], 1e-12)
 
 
-# The row of 96 tokens in shards of 32; documents of each shard as the docstring of ops.gla_state asks: document 0 enters
+# A row of 96 tokens in shards of 32, with the documents of each shard as ops.gla_state asks for them: document 0 enters
 # from the left, the last one leaves to the right.
 SHARDED = [
     (cu(0, 96), [cu(0, 32), cu(0, 32), cu(0, 32)]),

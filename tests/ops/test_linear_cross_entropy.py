@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from op_oracles import assert_same
 
 import ops
+from op_oracles import assert_same
 from ops.linear_cross_entropy import reference
 
 NUM_TOKENS, SIZE, VOCAB = 37, 6, 24

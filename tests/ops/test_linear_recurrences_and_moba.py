@@ -1,11 +1,11 @@
 """ops.gated_delta_rule and ops.moba against float64 loops."""
 
-import op_oracles
 import pytest
 import torch
-from op_oracles import assert_same, cu, gradients
 
+import op_oracles
 import ops
+from op_oracles import assert_same, cu, gradients
 
 RAGGED = cu(0, 0, 1, 2, 63, 63, 64, 129, 150, 150)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from op_oracles import assert_same, cu, gradients
 
 import ops
+from op_oracles import assert_same, cu, gradients
 
 
 def leaves(*shapes):

@@ -1,4 +1,4 @@
-"""Backend selection: the truth table over published device facts, overrides, discovery, and what importing ops pulls in."""
+"""Backend selection: truth table over published device facts, overrides, discovery, what importing ops pulls in."""
 
 import logging
 import re
@@ -185,9 +185,9 @@ def test_importing_and_calling_ops_on_cpu_imports_no_kernel_package():
         "import sys, torch, ops\n"
         "ops.rms_norm(torch.ones(2), torch.ones(2), eps=1e-6)\n"
         "names = ('triton', 'fla', 'liger_kernel', 'flash_attn', 'mcoplib', 'torch._dynamo')\n"
-        "print([name for name in names if name in sys.modules], 'main' if ops.__file__.endswith('ops/__init__.py') else '')"
+        "print([name for name in names if name in sys.modules])"
     )
-    assert python(code) == "[] main"
+    assert python(code) == "[]"
 
 
 def test_resolve_and_use_on_this_machine(monkeypatch, caplog):

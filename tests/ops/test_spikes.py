@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from op_oracles import assert_same
 
 import ops
+from op_oracles import assert_same
 
 X = torch.tensor([0.9, -2.1, 0.1, 0.4, -0.05, 3.0, -0.6, 0.25])
 
