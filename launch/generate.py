@@ -9,7 +9,6 @@ import sys
 from dataclasses import dataclass
 
 import _path  # noqa: F401
-
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from sbtrain.inference.generate import CHUNK_TOKENS, Speed, generate_text

@@ -1,0 +1,142 @@
+"""Suite bpb: bits per byte of held-out text, by source and by context length."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from parallel.schedule import evaluate_rows
+from parallel.sequence.shard import Row
+from sbtrain.data.heldout import heldout_rows, scored_bytes
+from sbtrain.data.inputs import find_slices, read_slice
+from sbtrain.data.prepare import prepare
+from sbtrain.data.tokenizer import Tokenizer
+from sbtrain.inference.load import Loaded, Where
+
+_BATCH_DOCUMENTS = 16
+_NO_TEXT = "suite bpb has no text: give data=PREFIX (of prepare_data's files) or data=FILE.jsonl"
+
+
+@dataclass(frozen=True)
+class BitsOptions:
+    """What is read.
+
+    lengths: contexts in tokens; the text is cut anew for each. tokens: of text per source and length, always the first
+    of the source; a context that is longer gets one sequence. data: prefixes of prepare_data's files, or text files
+    (one of the kinds that prepare_data reads); empty takes the held-out text of the run. text_key: of json lines.
+    """
+
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    tokens: int = 16_384
+    data: tuple[str, ...] = ()
+    text_key: str = "text"
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 2:
+            raise ValueError("lengths= must name contexts of at least 2 tokens, for example lengths=512,1024")
+        if self.tokens < 1:
+            raise ValueError(f"tokens={self.tokens} must be at least 1")
+
+
+def check(where: Where, options: BitsOptions) -> None:
+    """Raise ValueError where there is no text to read, or a path of data is nothing."""
+    if not options.data and where.model:
+        raise ValueError(_NO_TEXT)
+    for data in options.data:
+        if not _is_text(data) and not Path(f"{data}.json").is_file():
+            raise ValueError(f"data={data} is neither a text file nor a prefix of prepare_data's files; check the path")
+
+
+def run(loaded: Loaded, options: BitsOptions) -> dict:
+    """{results: [{source, length, bits_per_byte, nats_per_token, tokens, bytes}]}.
+
+    Raises ValueError naming the file that is missing, damaged, of another tokenizer, or without text to score.
+    """
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        prefixes = _prefixes(loaded, options, Path(scratch))
+        pairs = [(source, length) for source in prefixes for length in options.lengths]
+        for source, length in tqdm(pairs, desc="bpb", unit="context", disable=None):
+            rows = heldout_rows(
+                prefixes[source], seq_len=length, tokens=options.tokens, tokenizer=loaded.tokenizer
+            )
+            results.append({"source": source, "length": length, **_judge(loaded, rows, prefixes[source])})
+    return {"results": results}
+
+
+def table(report: dict) -> str:
+    """Sources down, lengths across."""
+    results = report["results"]
+    sources = list(dict.fromkeys(result["source"] for result in results))
+    lengths = list(dict.fromkeys(result["length"] for result in results))
+    width = max(len("bits per byte"), *map(len, sources))
+    lines = [f"{'bits per byte':{width}}" + "".join(f"{length:>9}" for length in lengths)]
+    for source in sources:
+        figures = {result["length"]: result["bits_per_byte"] for result in results if result["source"] == source}
+        lines.append(f"{source:{width}}" + "".join(f"{figures[length]:>9.4f}" for length in lengths))
+    return "\n".join(lines)
+
+
+def _judge(loaded: Loaded, rows: list[Row], prefix: str) -> dict:
+    sums = evaluate_rows(loaded.model, loaded.mesh, rows)
+    nats, num_tokens = sum(s.loss for s in sums), sum(s.num_tokens for s in sums)
+    num_bytes = scored_bytes(rows, loaded.tokenizer.token_bytes())
+    if not num_bytes:
+        raise ValueError(f"{prefix}: its documents are too short to score; give documents of two tokens and more")
+    return {
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "nats_per_token": nats / num_tokens,
+        "tokens": num_tokens,
+        "bytes": num_bytes,
+    }
+
+
+def _prefixes(loaded: Loaded, options: BitsOptions, scratch: Path) -> dict[str, str]:
+    """Source -> prefix of a tokenized corpus; text files become one in the scratch folder."""
+    if not options.data:
+        sources = loaded.recipe.data.sources if loaded.recipe else {}
+        prefixes = {name: source.valid for name, source in sources.items() if source.valid}
+        if not prefixes:
+            raise ValueError(_NO_TEXT)
+        return prefixes
+    prefixes = {}
+    for data in options.data:
+        name = Path(data).name if Path(data).name not in prefixes else data
+        excerpt = scratch / str(len(prefixes))
+        prefixes[name] = _tokenize(data, excerpt, loaded.tokenizer, options) if _is_text(data) else data
+    return prefixes
+
+
+def _is_text(data: str) -> bool:
+    return Path(data).is_file() and not Path(f"{data}.idx").is_file()
+
+
+def _tokenize(data: str, prefix: Path, tokenizer: Tokenizer, options: BitsOptions) -> str:
+    """The first documents of a text file as a corpus: as many as the tokens asked for need."""
+    wanted = max(options.tokens, *options.lengths)
+    excerpt = prefix.with_suffix(".jsonl")
+    with open(excerpt, "w", encoding="utf-8") as lines:
+        for documents in _batches(data, options.text_key):
+            lines.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+            wanted -= sum(map(len, tokenizer.encode_batch(documents, parse_special=False)))
+            if wanted <= 0:
+                break
+    prepare([excerpt], prefix, tokenizer=tokenizer.folder, progress=False)
+    return str(prefix)
+
+
+def _batches(data: str, text_key: str):
+    batch = []
+    for piece in find_slices([data], slice_bytes=2**25):
+        for text in read_slice(piece, text_key=text_key):
+            batch.append(text)
+            if len(batch) == _BATCH_DOCUMENTS:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
