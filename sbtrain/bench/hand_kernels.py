@@ -24,13 +24,26 @@ CHUNK_TOKENS = 16
 @dataclass(frozen=True)
 class Kernels:
     """full(q, k, v), window(q, k, v), gla(q, k, v, log_decay) -> [B,T,Hq,D], q [B,T,Hq,D], k and v [B,T,H,D];
-    loss(hidden [T,D], weight [V,D], labels [T]) -> mean over the labels that are not IGNORE. names: of each, to print."""
+    loss(hidden [T,D], weight [V,D], labels [T]) -> mean over the labels that are not IGNORE."""
 
     full: Callable
     window: Callable
     gla: Callable
     loss: Callable
-    names: dict[str, str]
+
+
+def kernel_names(device: torch.device) -> dict[str, str]:
+    """Job -> what the peer uses for it on this device, to print."""
+    if device.type != "cuda":
+        return {"all": "plain torch"}
+    return {
+        "full attention": "cuDNN SDPA",
+        "window": "FlexAttention",
+        "gla": "fla chunk_gla, heads repeated",
+        "loss": "Liger fused linear cross-entropy",
+        "the rest": "torch.compile, layer by layer",
+        "optimizer": "torch fused AdamW, fp32 masters and gradients",
+    }
 
 
 def kernels_for(model: ModelConfig, seq_len: int, device: torch.device) -> Kernels:
@@ -51,19 +64,11 @@ def _fast(model: ModelConfig, seq_len: int, device: torch.device) -> Kernels:
     def window(q, k, v):
         return flex_attention(*_heads_first(q, k, v), block_mask=mask, enable_gqa=True).transpose(1, 2)
 
-    names = {
-        "attention, full": "cuDNN SDPA",
-        "attention, window": "FlexAttention, compiled with its layer",
-        "gla": "fla chunk_gla on repeated heads",
-        "loss": "Liger fused linear cross-entropy",
-        "norm, swiglu, rope": "torch.compile",
-    }
     return Kernels(
         full=_causal,
         window=window,
         gla=lambda q, k, v, log_decay: chunk_gla(q, k, v, log_decay)[0],
         loss=lambda hidden, weight, labels: fused_loss(weight, hidden, labels),
-        names=names,
     )
 
 
@@ -78,7 +83,7 @@ def _plain(model: ModelConfig, seq_len: int) -> Kernels:
     def loss(hidden, weight, labels):
         return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=IGNORE)
 
-    return Kernels(full=_causal, window=window, gla=chunked_gla, loss=loss, names=dict.fromkeys(("all",), "plain torch"))
+    return Kernels(full=_causal, window=window, gla=chunked_gla, loss=loss)
 
 
 def _sees(window: int) -> Callable:

@@ -131,7 +131,7 @@ class Layer(nn.Module):
 class HandModel(nn.Module):
     """Uninitialized: load() every parameter by its global name."""
 
-    def __init__(self, model: ModelConfig, kernels: Kernels, *, seq_len: int, recompute: Recompute, device: torch.device):
+    def __init__(self, model: ModelConfig, kernels: Kernels, *, seq_len: int, recompute: Recompute, device):
         super().__init__()
         self.config, self.kernels, self.recompute_layers = model, kernels, recompute is Recompute.full
         self.rotary = rotary_table(model, seq_len, device)

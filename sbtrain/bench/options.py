@@ -1,4 +1,4 @@
-"""`key=value` arguments into the frozen dataclass of a subcommand; its fields are the keys, its defaults the defaults."""
+"""`key=value` arguments into the frozen dataclass of a subcommand: fields are the keys, defaults the defaults."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Work:
-    """One step: the model, and a batch of documents of equal length. tokens, labels: int64 [documents, seq_len], CPU."""
+    """One step: the model and a batch of documents of one length. tokens, labels: int64 [documents, seq_len], CPU."""
 
     model: ModelConfig
     precision: Precision
@@ -63,7 +63,7 @@ class EnginePeer:
     """What training runs on one rank, the loader excluded."""
 
     def __init__(self, work: Work):
-        self.mesh = Mesh.build(Layout())
+        self.mesh, self.engine = Mesh.build(Layout()), None
         try:
             model = build_model(
                 work.model, self.mesh, precision=work.precision, recompute=work.recompute, seq_len=work.seq_len
@@ -74,7 +74,7 @@ class EnginePeer:
                     parameter.copy_(draw(name, parameter.shape, parameter.device))
             self.engine.weights_changed()
         except BaseException:
-            self.mesh.close()
+            self.close()
             raise
         self.rows = [work.row()]
 
@@ -90,7 +90,12 @@ class EnginePeer:
 
     def close(self) -> None:
         """See the module."""
-        del self.engine
+        if self.engine is not None:
+            # megatron ties these into cycles that Python's collector does not see through: cut, or nothing is freed
+            config = self.engine.config
+            config.grad_scale_func = config.no_sync_func = config.finalize_model_grads_func = None
+            self.engine.chunk.grad_accs.clear()
+        self.engine = None
         self.mesh.close()
 
 

@@ -1,0 +1,33 @@
+"""Speed, side by side with the peers that are installed: a table on the console and a JSON file in out=DIR.
+
+python launch/bench.py train    [model=7b layers=8 seq_len=8192 micro_batch=1 patterns=LS,F peers=hand,engine rounds=2
+                                steps=10 warmup=4 recompute=none precision=bf16 profile=false peak_tflops=0 out=DIR]
+python launch/bench.py prefill  [model=7b layers=4 seq_len=32768,131072 patterns=F,LS steps=5 warmup=2 ... out=DIR]
+"""
+
+import shlex
+import sys
+
+import _path  # noqa: F401
+from sbtrain.bench.options import parse
+from sbtrain.bench.prefill import PrefillOptions, bench_prefill
+from sbtrain.bench.train import TrainOptions, bench_train
+
+BENCHMARKS = {"train": (TrainOptions, bench_train), "prefill": (PrefillOptions, bench_prefill)}
+"""Subcommand -> its keys, and what runs it: run(options, command) -> exit code."""
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if not arguments or arguments[0] not in BENCHMARKS:
+            given = arguments[0] if arguments else "nothing"
+            raise ValueError(f"{given} is not a benchmark; write one of: {', '.join(BENCHMARKS)}, then key=value ...")
+        options, run = BENCHMARKS[arguments[0]]
+        return run(parse(options, arguments[1:]), shlex.join(["python", "launch/bench.py", *arguments]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,240 @@
+"""bench train: the engine's training step beside the same parts assembled by hand, one after the other in one process.
+
+Peers run in the order given, and all of them again in every round, so that a drift of the machine shows as a difference
+between rounds and not between peers. They start from the same weights and run the same batch: their first losses and
+gradient norms must agree, or the comparison is void.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import ops
+from parallel.mesh import device, start_distributed
+from sbtrain.bench.hand_kernels import kernel_names
+from sbtrain.bench.options import demand_positive
+from sbtrain.bench.peers import PEERS, Work
+from sbtrain.bench.profile import profile_steps
+from sbtrain.bench.record import aligned, machine, peak_tflops, save, shown
+from sbtrain.bench.shapes import model_config
+from sbtrain.bench.timing import release_memory, spread, time_steps
+from sbtrain.config.schema import ModelConfig, Precision, Recompute
+from sbtrain.config.typed import plain
+from sbtrain.model.flops import TRAINING_FORWARDS, flops_per_token, training_flops_per_token
+
+FILE = "bench_train.json"
+TOLERANCES = {Precision.bf16: (1e-3, 2e-2), Precision.fp32: (1e-5, 1e-4)}
+"""Relative difference of the peers' first losses and gradient norms beyond which they do not run the same step."""
+NUM_PROFILED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Keys of `bench.py train`.
+
+    model: `tiny` or a recipe whose shape is taken (7b: Qwen2.5-7B). layers: depth. patterns: layer patterns, run one
+    after the other. seq_len: tokens of a document; micro_batch: documents a step. steps: timed ones, after warmup.
+    rounds: how often all peers run. profile: where the time of each peer goes, in the first round.
+    peak_tflops: of the device; 0 takes it by the device's name. out: folder of bench_train.json and profiles.
+    """
+
+    model: str = "7b"
+    layers: int = 8
+    patterns: tuple[str, ...] = ("LS",)
+    seq_len: int = 8192
+    micro_batch: int = 1
+    precision: Precision = Precision.bf16
+    recompute: Recompute = Recompute.none
+    steps: int = 10
+    warmup: int = 4
+    peers: tuple[str, ...] = ("hand", "engine")
+    rounds: int = 2
+    profile: bool = False
+    peak_tflops: float = 0.0
+    out: str = "runs/bench"
+
+
+def bench_train(options: TrainOptions, command: str) -> int:
+    """Measure, print and save. Returns 0, or 1 if the peers did not agree. Raises ValueError for bad options."""
+    demand_positive(options, "layers", "seq_len", "micro_batch", "steps", "rounds")
+    if options.warmup < 1:
+        raise ValueError(f"warmup={options.warmup} must be at least 1, because the first step compiles")
+    unknown = [peer for peer in options.peers if peer not in PEERS]
+    if unknown:
+        raise ValueError(f"peers={unknown[0]} is not known; choose from: {', '.join(PEERS)}")
+    models = [model_config(options.model, num_layers=options.layers, pattern=name) for name in options.patterns]
+    start_distributed()
+    report = {
+        "benchmark": "train",
+        "command": command,
+        "options": plain(options),
+        "machine": machine(device()),
+        "peak_tflops": peak_tflops(device(), options.peak_tflops),
+        "models": [plain(model) for model in models],
+        "ops": ops.table(),
+        "hand": kernel_names(device()),
+        "results": [],
+        "comparisons": [],
+    }
+    save(options.out, FILE, report)
+    print(_title(report))
+    for model in models:
+        _bench_model(model, options, report)
+    path = save(options.out, FILE, report)
+    print(f"\n{summary(report)}\n\n{path}")
+    return 0 if all(comparison["agree"] for comparison in report["comparisons"]) else 1
+
+
+def _bench_model(model: ModelConfig, options: TrainOptions, report: dict) -> None:
+    """All rounds of one pattern; the report is saved after every peer."""
+    work = Work.random(
+        model,
+        precision=options.precision,
+        recompute=options.recompute,
+        micro_batch=options.micro_batch,
+        seq_len=options.seq_len,
+    )
+    for number in range(1, options.rounds + 1):
+        by_peer = {}
+        for name in options.peers:
+            result = {"pattern": model.pattern, "round": number, "peer": name}
+            result.update(_measure(name, work, options, peak=report["peak_tflops"], profiled=number == 1))
+            by_peer[name] = result
+            report["results"].append(result)
+            save(options.out, FILE, report)
+            print(_line(result), flush=True)
+        if not {"engine", "hand"} - by_peer.keys():
+            comparison = compare(by_peer["engine"], by_peer["hand"], options.precision)
+            if comparison is not None:
+                report["comparisons"].append({"pattern": model.pattern, "round": number, **comparison})
+
+
+def _measure(name: str, work: Work, options: TrainOptions, *, peak: float, profiled: bool) -> dict:
+    """Build a peer, time it, close it. Out of memory is a result, too."""
+    place = device()
+    before = release_memory(place)
+    result: dict = {"memory_before_bytes": before}
+    try:
+        result.update(_timed(name, work, options, peak=peak, profiled=profiled))
+    except torch.OutOfMemoryError as error:
+        result["error"] = f"out of memory: {str(error).splitlines()[0]}"
+    release_memory(place)
+    return result
+
+
+def _timed(name: str, work: Work, options: TrainOptions, *, peak: float, profiled: bool) -> dict:
+    place, began = device(), time.perf_counter()
+    peer = PEERS[name](work)
+    try:
+        timing = time_steps(peer.step, num_warmup=options.warmup, num_steps=options.steps, device=place)
+        seconds = time.perf_counter() - began
+        memory = torch.cuda.max_memory_allocated() if place.type == "cuda" else None
+        extra = {"profile": _profiled(name, peer, work, options)} if options.profile and profiled else {}
+    finally:
+        peer.close()
+    results = [(float(loss), float(norm)) for loss, norm in timing.results]
+    return {
+        "step_ms": spread(timing.steps_ms),
+        "steps_ms": timing.steps_ms,
+        "parts_ms": {part: spread(times)["median"] for part, times in timing.parts_ms.items()},
+        **speed(work, spread(timing.steps_ms)["median"], peak),
+        "peak_memory_bytes": memory,
+        "losses": [loss for loss, _ in results],
+        "grad_norms": [norm for _, norm in results],
+        "whole_s": seconds,
+        **extra,
+    }
+
+
+def speed(work: Work, step_ms: float, peak: float) -> dict:
+    """tokens_per_s, tflops and mfu (None without a peak) of a step of this length, by sbtrain.model.flops."""
+    tokens_per_s = work.tokens.numel() / step_ms * 1e3
+    tflops = tokens_per_s * training_flops_per_token(work.model, work.seq_len) / 1e12
+    return {"tokens_per_s": tokens_per_s, "tflops": tflops, "mfu": tflops / peak if peak else None}
+
+
+def compare(engine: dict, hand: dict, precision: Precision) -> dict | None:
+    """ratio: the engine's speed over the peer's (hand ms / engine ms); differences of the first step, relative to the
+    peer's; agree: whether they are within rounding. None if one of them did not run."""
+    if "error" in engine or "error" in hand:
+        return None
+    differences = {
+        f"{key}_difference": abs(engine[of][0] - hand[of][0]) / abs(hand[of][0])
+        for key, of in (("loss", "losses"), ("grad_norm", "grad_norms"))
+    }
+    within = [difference <= limit for difference, limit in zip(differences.values(), TOLERANCES[precision])]
+    return {"ratio": hand["step_ms"]["median"] / engine["step_ms"]["median"], **differences, "agree": all(within)}
+
+
+def _profiled(name: str, peer, work: Work, options: TrainOptions) -> dict:
+    parts = flops_per_token(work.model, work.seq_len)
+    steps = TRAINING_FORWARDS * work.tokens.numel()
+    flops = {
+        "gemm": steps * sum(parts[part] for part in ("projections", "gate", "mlp", "lm_head")),
+        "attention": steps * (parts["full_attention"] + parts["sliding_window"]),
+        "gla": steps * parts["gated_linear_attention"],
+    }
+    out = Path(options.out) / f"profile_{work.model.pattern.replace(' ', '')}_{name}"
+    found = profile_steps(
+        lambda: peer.step(lambda part: None), num_steps=NUM_PROFILED_STEPS, device=device(), flops=flops, out=out
+    )
+    print(f"\nprofile of {name}, {work.model.pattern} (also in {out}.txt)\n{found.pop('text')}\n", flush=True)
+    return found
+
+
+def _title(report: dict) -> str:
+    facts, options = report["machine"], report["options"]
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
+    backends = ", ".join(f"{op} {row['backend']}" for op, row in report["ops"].items() if op != "platform")
+    hand = ", ".join(f"{job}: {kernel}" for job, kernel in report["hand"].items())
+    return (
+        f"{options['model']} with {options['layers']} layers, {options['micro_batch']} x {options['seq_len']} tokens, "
+        f"{options['precision']}, recompute {options['recompute']}, on {facts['device']}\n"
+        f"torch {facts['torch']}, {packages}\nengine's ops: {backends}\nhand: {hand}"
+    )
+
+
+def _line(result: dict) -> str:
+    start = f"{result['pattern']} round {result['round']} {result['peer']}"
+    if "error" in result:
+        return f"{start}: {result['error']}"
+    held = f", {result['memory_before_bytes'] / 2**30:.1f} GiB in use before" if result["memory_before_bytes"] else ""
+    step_ms, first_loss = result["step_ms"]["median"], result["losses"][0]
+    return f"{start}: {step_ms:.1f} ms a step, first loss {first_loss:.5f}, {result['whole_s']:.0f} s in all{held}"
+
+
+def summary(report: dict) -> str:
+    """The results as a table, and how the peers compare."""
+    rows = [_row(result) for result in report["results"]]
+    times = ("ms/step", "min", "max", "fwd+bwd", "optimizer")
+    header = ("pattern round peer", *times, "tokens/s", "TFLOP/s", "MFU", "GiB", "loss")
+    return "\n".join([aligned(header, rows), "", *map(_verdict, report["comparisons"])]).rstrip()
+
+
+def _verdict(item: dict) -> str:
+    line = (
+        f"{item['pattern']} round {item['round']}: the engine runs at {item['ratio']:.4f} of the hand-assembled speed; "
+        f"first losses differ by {item['loss_difference']:.1e}, gradient norms by {item['grad_norm_difference']:.1e}"
+    )
+    return line if item["agree"] else f"{line}: MORE THAN ROUNDING, not the same computation, the ratio is void"
+
+
+def _row(result: dict) -> tuple[str, ...]:
+    name = f"{result['pattern']} {result['round']} {result['peer']}"
+    if "error" in result:
+        return (name, *("-",) * 9, "out of memory")
+    memory = result["peak_memory_bytes"]
+    return (
+        name,
+        *(f"{result['step_ms'][key]:.1f}" for key in ("median", "min", "max")),
+        *(f"{result['parts_ms'][key]:.1f}" for key in ("forward_backward", "optimizer")),
+        f"{result['tokens_per_s']:.0f}",
+        f"{result['tflops']:.1f}",
+        shown(result["mfu"], ".1%"),
+        shown(memory and memory / 2**30, ".1f"),
+        f"{result['losses'][0]:.4f}",
+    )

@@ -1,0 +1,86 @@
+"""`python launch/bench.py`: the whole command at a tiny size, its JSON file, and what it answers to bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bench(*arguments: str):
+    """Run the command as a user does."""
+    command = [sys.executable, str(ROOT / "launch" / "bench.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_train_measures_both_peers_and_writes_what_it_saw(tmp_path):
+    done = bench(
+        "train", "model=tiny", "layers=2", "seq_len=64", "micro_batch=2", "pattern=LS", "precision=fp32", "steps=2",
+        "warmup=1", "profile=true", "peak_tflops=1", f"out={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_train.json").read_text())
+    assert [(row["round"], row["peer"]) for row in report["results"]] == [
+        (1, "hand"), (1, "engine"), (2, "hand"), (2, "engine")
+    ]
+    for row in report["results"]:
+        assert len(row["steps_ms"]) == 2 and len(row["losses"]) == len(row["grad_norms"]) == 3
+        assert 0 < row["step_ms"]["min"] <= row["step_ms"]["median"] <= row["step_ms"]["max"]
+        assert set(row["parts_ms"]) == {"forward_backward", "optimizer"}
+        assert row["tokens_per_s"] == pytest.approx(128 / row["step_ms"]["median"] * 1e3)
+        assert row["mfu"] == pytest.approx(row["tflops"])
+    for comparison in report["comparisons"]:
+        hand, engine = (
+            next(r for r in report["results"] if (r["round"], r["peer"]) == (comparison["round"], peer))
+            for peer in ("hand", "engine")
+        )
+        assert comparison["ratio"] == pytest.approx(hand["step_ms"]["median"] / engine["step_ms"]["median"])
+        assert comparison["agree"] and comparison["loss_difference"] < 1e-5
+    assert len(report["comparisons"]) == 2
+    assert report["machine"]["torch"] and report["machine"]["device"] and "commit" in report["machine"]
+    assert report["ops"]["gla"]["backend"] == "reference" and "pattern=LS" in report["command"]
+    assert (tmp_path / "profile_LS_engine.txt").stat().st_size and (tmp_path / "profile_LS_hand.trace.json").exists()
+    assert "of the hand-assembled speed" in done.stdout and "engine's ops: attention reference" in done.stdout
+
+
+def test_prefill_measures_every_length_of_every_pattern(tmp_path):
+    done = bench("prefill", "model=tiny", "layers=2", "seq_len=32,64", "patterns=F,LS", "steps=2", f"out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_prefill.json").read_text())
+    assert [(row["pattern"], row["num_tokens"]) for row in report["results"]] == [
+        ("F", 32), ("F", 64), ("LS", 32), ("LS", 64)
+    ]
+    assert all(row["step_ms"]["median"] > 0 and row["tokens_per_s"] > 0 for row in report["results"])
+    assert done.stdout.count("LS") >= 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "nothing is not a benchmark; write one of: train, prefill"),
+        (["training"], "training is not a benchmark"),
+        (["train", "sequence=8"], "'sequence=8' is not an option; the keys are: model=, layers=, patterns=, seq_len="),
+        (["train", "steps"], "'steps' is not an option"),
+        (["train", "steps=ten"], "steps=ten is not a number; write for example steps=8192"),
+        (["train", "steps=0"], "steps=0 must be at least 1"),
+        (["train", "steps=1", "steps=2"], "steps= is given more than once"),
+        (["train", "precision=fp8"], "precision=fp8 is not a choice; it is one of: fp32, bf16"),
+        (["train", "profile=yes"], "profile=yes is not true or false"),
+        (["train", "peers=hand,megatron"], "peers=megatron is not known; choose from: engine, hand"),
+        (["train", "model=70b"], "model=70b is not known"),
+        (["train", "layers=3"], "model.pattern 'LS' gives 2 layers"),
+        (["prefill", "seq_len=8,,9"], "seq_len=8,,9 has an empty entry"),
+        (["prefill", "seq_len=8,0"], "must be at least 1"),
+        (["train", "model=tiny", "layers=2", "out=/dev/null/x"], "out=/dev/null/x cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, message, monkeypatch, capsys):
+    """In this process: a start of python a case would take a minute."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    bench_script = __import__("bench")
+    assert bench_script.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
