@@ -1,6 +1,7 @@
 """Measure a model: bits per byte, passkey retrieval, tasks of lm-eval. A table for each, and a JSON file.
 
-python launch/evaluate.py model=FOLDER|run=FOLDER [suite=bpb,passkey,lm_eval] [out=FOLDER] [step=N] [precision=fp32|bf16]
+python launch/evaluate.py model=FOLDER|run=FOLDER [suite=bpb,passkey,lm_eval] [out=FOLDER] [step=N]
+                          [precision=fp32|bf16]
     bpb:      [data=PREFIX|FILE,...] [lengths=512,1024,2048] [tokens=16384] [text_key=text]
     passkey:  [lengths=512,1024,2048] [depths=0,25,50,75,100] [samples=4] [seed=0]
     lm_eval:  tasks=NAME,... [include_path=FOLDER] [limit=0] [num_fewshot=-1] [batch_size=1]

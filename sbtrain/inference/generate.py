@@ -81,16 +81,20 @@ def generate_ids(
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | None = None,
     stop_ids: frozenset[int] = frozenset(),
     chunk_tokens: int = CHUNK_TOKENS,
     speed: Speed | None = None,
 ) -> Iterator[int]:
-    """Yield the ids that continue the prompt, up to max_new_tokens; a stop id ends them and is not among them."""
-    sampler, speed = Sampler(sampling), speed or Speed()
+    """Yield the ids that continue the prompt, up to max_new_tokens; a stop id ends them and is not among them.
+
+    sampling: None is greedy. speed: filled while the ids are made.
+    """
+    sampler, speed = Sampler(sampling or Sampling()), speed or Speed()
     device = next(model.parameters()).device
     start = time.perf_counter()
-    logits, cache = prefill(model, torch.tensor(prompt_ids, dtype=torch.int64, device=device), chunk_tokens=chunk_tokens)
+    prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
+    logits, cache = prefill(model, prompt, chunk_tokens=chunk_tokens)
     token = sampler.choose(logits)
     speed.num_prompt_tokens, speed.prefill_s = len(prompt_ids), time.perf_counter() - start
     while token not in stop_ids:

@@ -103,7 +103,8 @@ def _from_run(where: Where, mesh: Mesh) -> Loaded:
     folders = [folder for folder in (recipe.data.tokenizer, recipe.start.path) if folder]
     with_tokenizer = [folder for folder in folders if (Path(folder) / "tokenizer.json").is_file()]
     if not with_tokenizer:
-        raise ValueError(f"run={where.run}: no tokenizer.json in {' or '.join(folders) or 'data.tokenizer'}; put it back")
+        places = " or ".join(folders) or "data.tokenizer"
+        raise ValueError(f"run={where.run}: no tokenizer.json in {places}; put it back")
     model = _build(recipe.model, mesh, where)
     reader = CheckpointReader(step_dir)
     with torch.no_grad():

@@ -89,7 +89,8 @@ def _finish(name: str, report: dict, options: Any, out: Path, *, origin: Path) -
         if suite.plot:
             suite.plot(report, out / f"{name}.png")
     except OSError as error:
-        raise ValueError(f"results cannot be written to {out} ({error.strerror}); give out=FOLDER or free space") from None
+        reason = error.strerror
+        raise ValueError(f"results cannot be written to {out} ({reason}); give out=FOLDER or free space") from None
     print(f"-> {out / name}.json{f', {out / name}.png' if suite.plot else ''}", flush=True)
 
 

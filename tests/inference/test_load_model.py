@@ -1,4 +1,4 @@
-"""Models come back from runs, source checkpoints and our exports with the weights that went in; refusals in one line."""
+"""Models come back from runs, source checkpoints and our exports with their weights; refusals in one line."""
 
 from __future__ import annotations
 

@@ -50,9 +50,14 @@ def test_greedy_ignores_the_rest():
 
 @pytest.mark.parametrize(
     ("values", "key"),
-    [({"temperature": -1.0}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.1}, "top_p"),
-     ({"temperature": math.nan}, "temperature")],
-)  # fmt: skip
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+    ],
+)
 def test_impossible_values_are_refused(values, key):
     with pytest.raises(ValueError, match=f"^{key}="):
         Sampling(**values)

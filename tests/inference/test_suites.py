@@ -128,13 +128,16 @@ class Parrot(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("wrong_digit", "num_digits", "accuracy"), [(None, 5, 1.0), (3, 5, 0.0), (None, 6, 0.0)], ids=["right", "wrong", "longer"]
+    ("wrong_digit", "num_digits", "accuracy"),
+    [(None, 5, 1.0), (3, 5, 0.0), (None, 6, 0.0)],
+    ids=["right", "wrong", "longer"],
 )
 def test_passkey_scores(mesh, tmp_path, wrong_digit, num_digits, accuracy):
     loaded = loaded_model(tmp_path, mesh)
     loaded = replace(loaded, model=Parrot(loaded.tokenizer, wrong_digit=wrong_digit, num_digits=num_digits))
     report = passkey.run(loaded, passkey.PasskeyOptions(lengths=(300, 400), depths=(0, 100), samples=2))
-    assert [(cell["length"], cell["depth"]) for cell in report["results"]] == [(300, 0), (300, 100), (400, 0), (400, 100)]
+    cells = [(cell["length"], cell["depth"]) for cell in report["results"]]
+    assert cells == [(300, 0), (300, 100), (400, 0), (400, 100)]
     for cell in report["results"]:
         assert cell["accuracy"] == accuracy
         assert cell["margin"] == pytest.approx(-10.0 if wrong_digit else 10.0)
@@ -218,7 +221,8 @@ def test_launch_refuses_in_one_line(exported, texts, script, arguments, message,
     capsys.readouterr()
     assert launch(script, arguments) == 2
     errors = capsys.readouterr().err
-    assert any(part in errors for part in message.split("|")) and errors.count("\n") == 1 and errors.startswith("error:")
+    assert errors.startswith("error:") and errors.count("\n") == 1
+    assert any(part in errors for part in message.split("|"))
     assert not Path(exported, "evaluation").exists()
 
 

@@ -51,7 +51,8 @@ def test_spaces_of_sentencepiece_vocabularies_survive(tmp_path):
     ]}  # fmt: skip
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     spec = {"version": "1.0", "added_tokens": [{"id": 0, "content": "<eos>", "special": True, **flags}],
-            "decoder": decoder, "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True}}  # fmt: skip
+            "decoder": decoder,
+            "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True}}  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
     tokenizer = tokenizers.load(tmp_path)
