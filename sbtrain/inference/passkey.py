@@ -25,6 +25,9 @@ TASK = "There is an important info hidden inside a lot of irrelevant text. Find 
 FILLER = (" The grass is green.", " The sky is blue.", " The sun is yellow.", " Here we go.", " There and back again.")
 NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "\nWhat is the pass key? The pass key is"
+SHADE = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1.5}
+"""Behind the figures of the heat map, which are on dark colors too."""
+
 _EXTRA_TOKENS = 2
 """Generated beyond the key's own, for models that write it in more tokens than their tokenizer would."""
 
@@ -144,7 +147,7 @@ def heat_map(report: dict, path: Path) -> None:
         axes.set_title(f"Passkey: {title}", fontsize=10)
         for y, row in enumerate(values):
             for x, value in enumerate(row):
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, bbox=SHADE)
         figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=120)
 
