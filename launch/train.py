@@ -1,4 +1,4 @@
-"""torchrun launch/train.py recipe=NAME [key=value ...]: train a recipe through its stages, or describe it (dry_run=true).
+"""torchrun launch/train.py recipe=NAME [key=value ...]: train a recipe through its stages; dry_run=true describes it.
 
 Exit codes: 0 done, 75 saved and asks to be started again, 2 the recipe cannot run here (one line says why).
 """
@@ -7,7 +7,6 @@ import os
 import sys
 
 import _path  # noqa: F401
-
 from sbtrain.config.load import load
 
 

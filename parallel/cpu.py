@@ -14,12 +14,13 @@ import time
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _FACTORIES = (
-    "zeros ones empty full tensor arange rand randn randint linspace eye as_tensor zeros_like ones_like empty_like "
-    "full_like rand_like randn_like empty_strided"
-).split()
+    *("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "linspace", "eye", "as_tensor"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "empty_strided"),
+)
 
 
 class _Stream:
@@ -74,6 +75,9 @@ def install() -> bool:
     if torch.cuda.is_available() or getattr(torch.cuda, "_sbtrain_stand_in", False):
         return False
     torch.cuda._sbtrain_stand_in = True
+    # torch recognizes factories inside `with torch.device(...)` by identity and lists them on first use: let it list
+    # the originals, which ours call, or that context would be ignored from here on
+    _device_constructors()
     _patch_factories()
     _patch_tensor()
     _patch_cuda()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from parallel import mcore
 from parallel.mesh import Mesh
-from parallel.optimizer import build_optimizer, own_step_counts, prepare_for_loading, set_learning_rate
+from parallel.optimizer import allocate_state, build_optimizer, own_step_counts, set_learning_rate
 from parallel.schedule import LossSum, run_rows
 from parallel.sequence.shard import Row
 
@@ -37,6 +37,15 @@ class Engine:
         self.config.finalize_model_grads_func = mcore.finalize_model_grads
         self.optimizer = build_optimizer([self.chunk], **adam)
         self.config.grad_scale_func = self.optimizer.scale_loss
+
+    def close(self) -> None:
+        """Let go of model, gradients and optimizer, for the next layout; without this they are never freed.
+
+        megatron ties them into cycles through its configuration and gradient hooks.
+        """
+        self.config.grad_scale_func = self.config.no_sync_func = self.config.finalize_model_grads_func = None
+        self.chunk.grad_accs.clear()
+        del self.model, self.chunk, self.optimizer
 
     def weights_changed(self) -> None:
         """Call after writing into the model's parameters: the fp32 master copies follow them."""
@@ -70,17 +79,27 @@ class Engine:
         return float(grad_norm)
 
     def sharded_state_dict(self, *, for_loading: bool = False) -> dict:
-        """Model and optimizer as megatron's sharded state dict; for_loading also allocates the optimizer's state."""
-        metadata = {**_SHARDING, "dp_cp_group": self.mesh.groups.dp_cp}
-        if for_loading:
-            prepare_for_loading(self.optimizer)
-        model = self.model.sharded_state_dict(metadata=metadata)
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=for_loading, metadata=metadata)
+        """Model and optimizer as megatron's sharded state dict, to be saved or (for_loading) loaded into."""
+        allocate_state(self.optimizer)
+        model = sharded_weights(self.model, self.mesh)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=for_loading, metadata=_metadata(self.mesh))
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what dist_checkpointing loaded into the sharded state dict of this engine."""
+        """Take over what was loaded into the sharded state dict of this engine, or into the weights' part of it."""
         self.model.load_state_dict(state["model"])
-        with torch.no_grad():
-            self.optimizer.load_state_dict(state["optimizer"])
-        own_step_counts(self.optimizer)
+        if "optimizer" in state:
+            with torch.no_grad():
+                self.optimizer.load_state_dict(state["optimizer"])
+            own_step_counts(self.optimizer)
+        else:
+            self.weights_changed()
+
+
+def sharded_weights(model, mesh: Mesh) -> dict:
+    """The weights of this rank's stage as megatron's sharded state dict, under their global names."""
+    return model.sharded_state_dict(metadata=_metadata(mesh))
+
+
+def _metadata(mesh: Mesh) -> dict:
+    return {**_SHARDING, "dp_cp_group": mesh.groups.dp_cp}

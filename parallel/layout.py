@@ -35,7 +35,7 @@ class Layout:
         """Data-parallel ranks of a world. Raises ValueError when the layout does not divide it."""
         if world_size % self.model_ranks:
             raise ValueError(
-                f"layout: tp {self.tp} x pp {self.pp} x sp {self.sp} = {self.model_ranks} ranks do not divide the world "
-                f"of {world_size}; the smallest world that fits is {self.model_ranks}"
+                f"layout: tp {self.tp} x pp {self.pp} x sp {self.sp} = {self.model_ranks} ranks do not divide the "
+                f"world of {world_size}; the smallest world that fits is {self.model_ranks}"
             )
         return world_size // self.model_ranks

@@ -10,12 +10,20 @@ import warnings
 
 import torch
 
-from parallel import cpu
+from parallel import cpu, fixes
 
 _ON_CPU = cpu.install()
 
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="megatron")
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+for _message in (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
+    "`load_state_dict` is deprecated",
+):
+    warnings.filterwarnings("ignore", message=_message)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 import megatron.core  # noqa: E402
@@ -27,8 +35,11 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402, F401
 )
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402, F401
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding  # noqa: E402, F401
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402, F401
-from megatron.core.distributed import finalize_model_grads  # noqa: E402, F401
+from megatron.core.distributed import (  # noqa: E402, F401
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,  # noqa: E402, F401
+)
 from megatron.core.enums import ModelType  # noqa: E402, F401
 from megatron.core.models.common.language_module.language_module import LanguageModule  # noqa: E402, F401
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402, F401
@@ -56,26 +67,16 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint, make_view
 PINNED = "0.16.1"
 
 if megatron.core.__version__ != PINNED:
-    raise ImportError(f"megatron-core {megatron.core.__version__} is installed; sbtrain needs {PINNED}: "
-                      f"pip install megatron-core=={PINNED}")
+    raise ImportError(
+        f"megatron-core {megatron.core.__version__} is installed; sbtrain needs {PINNED}: "
+        f"pip install megatron-core=={PINNED}"
+    )
 if _ON_CPU:
     cpu.patch_megatron(_random)
 
 
-def _set_main_param_and_optimizer_states(self, model_param, tensors) -> None:
-    """Copy a loaded master weight and Adam moments into their place; `step` is not among what is loaded.
-
-    Replaces megatron 0.16.1's own, which copies None over torch Adam's step tensor, outside no_grad.
-    """
-    group_index, group_order = self.model_param_group_index_map[model_param]
-    main_param = self.optimizer.param_groups[group_index]["params"][group_order]
-    targets = {"param": main_param, **self.optimizer.state[main_param]}
-    with torch.no_grad():
-        for key, loaded in tensors.items():
-            targets[key].copy_(loaded)
-
-
-DistributedOptimizer._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states
+DistributedOptimizer._set_main_param_and_optimizer_states = fixes.set_main_param_and_optimizer_states
+DistributedOptimizer.get_parameter_state_dp_zero = fixes.get_parameter_state_dp_zero
 
 
 def mark_tensor_parallel(module: torch.nn.Module) -> None:

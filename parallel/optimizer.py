@@ -44,16 +44,19 @@ def set_learning_rate(optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_mult"]
 
 
-def prepare_for_loading(optimizer) -> None:
-    """Allocate Adam's state, so that its sharded state dict exists to be loaded into (one step with zero gradients).
+def allocate_state(optimizer) -> None:
+    """Make Adam's moments exist before the first step, as zeros, so that they can be saved or loaded into.
 
-    megatron does this only for apex and TransformerEngine; torch's Adam needs it too.
+    megatron's way is a step with zero gradients; at a learning rate of 0 and with the step counts put back to 0 it
+    changes nothing.
     """
     for part in _parts(optimizer):
-        groups = [dict(group) for group in part.optimizer.param_groups]
+        if part.optimizer.state:
+            continue
+        set_learning_rate(part, 0.0)
         part._init_optimizer_states_with_dummy_values()
-        for group, before in zip(part.optimizer.param_groups, groups):
-            group.update(before)
+        for state in part.optimizer.state.values():
+            state["step"].zero_()
 
 
 def own_step_counts(optimizer) -> None:

@@ -1,4 +1,4 @@
-"""Which layers run on which pipeline stage: contiguous, uneven where costs are, the dearest stage as cheap as can be."""
+"""Which layers run on which pipeline stage: contiguous, uneven where costs are, the dearest stage made cheapest."""
 
 from __future__ import annotations
 

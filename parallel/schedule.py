@@ -28,7 +28,7 @@ class LossSum:
 
 
 def run_rows(model, mesh: Mesh, rows: list[Row], *, forward_only: bool) -> Tensor:
-    """Run this data-parallel rank's rows, equally many and equally long on every rank, with gradients unless forward_only.
+    """Run this data-parallel rank's rows, equally many and long on every rank, with gradients unless forward_only.
 
     model: a stage of the model, wrapped for data parallelism or not. Returns fp64 [rows, 2] of (summed loss, scored
     tokens) of this rank's shard of each row, the same on all pipeline stages.
@@ -77,7 +77,7 @@ def _forward_step(rows, model, *, mesh: Mesh):
 
 
 def _token_sums(labels: Tensor, losses: Tensor):
-    """What megatron's schedule wants of the last stage: the loss to differentiate, the scored tokens, what to report."""
+    """What megatron's schedule wants of the last stage: the loss to differentiate, scored tokens, what to report."""
     num_tokens = (labels != IGNORE).sum()
     loss = losses.sum()
     return loss, num_tokens.to(torch.int), torch.stack([loss.detach().double(), num_tokens.double()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,19 +11,19 @@ import torch.distributed as dist
 
 import ops
 from parallel.engine import Engine
+from parallel.layout import Layout
 from parallel.mesh import Mesh, start_distributed
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.run_dir import Exit, check_owner, describe_run, run_folder
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store
-from sbtrain.config.rules import check_training
+from sbtrain.config.rules import check_training, world_problem
 from sbtrain.config.schema import Recipe, Stage
-from sbtrain.convert.export import export
-from sbtrain.convert.reader import CheckpointReader
+from sbtrain.convert.export import export_checkpoint
 from sbtrain.convert.start import fill
 from sbtrain.data.loader import build_loader
 from sbtrain.metrics.meter import Meter
-from sbtrain.metrics.sinks import open_sinks
+from sbtrain.metrics.sinks import Sinks, open_sinks
 from sbtrain.model.build import build_model, global_parameters
 from sbtrain.model.flops import training_flops_per_token
 from sbtrain.plan.auto_layout import fit_world
@@ -48,20 +48,52 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
         sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(sinks.close)
         for name in ledger.unfinished(list(recipe.stages)):
-            with Mesh.build(recipe.stages[name].layout) as mesh:
-                judge_teacher(recipe, recipe.stages[name], mesh, evaluations)
-                engine = build_engine(recipe, recipe.stages[name], mesh)
-                state = begin_stage(recipe, name, engine, store, evaluations)
-                state, reason = train_stage(recipe, state, engine, store, sinks)
-                if reason:
-                    return Exit.REQUEUE, reason
-                if evaluations.due(name):
-                    evaluations.add(name, engine.model, mesh, tokens=state.tokens)
+            reason = run_stage(recipe, name, store, evaluations, sinks)
+            if reason:
+                return Exit.REQUEUE, reason
             ledger.finish(name, write=first)
     if first:
         finish(recipe, ledger)
     dist.barrier()
     return Exit.DONE, "all stages are done"
+
+
+def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations, sinks: Sinks) -> str | None:
+    """One stage on its own layout: build, restore or start, train, judge. Returns why it stopped early, or None."""
+    stage = recipe.stages[name]
+    with ExitStack() as stack:
+        mesh = stack.enter_context(Mesh.build(stage.layout))
+        judge_teacher(recipe, stage, mesh, evaluations)
+        engine = stack.enter_context(closing(build_engine(recipe, stage, mesh)))
+        state = begin_stage(recipe, name, engine, store, evaluations)
+        state, reason = train_stage(recipe, state, engine, store, sinks)
+        if not reason and evaluations.due(name):
+            evaluations.add(name, engine.model, mesh, tokens=state.tokens)
+    return reason
+
+
+def convert(recipe: Recipe) -> Path:
+    """Write the recipe's first weights as checkpoint step_0 of its run directory, for training to start from.
+
+    Each rank streams its own shard. The first stage's layout is used where it fits the world, else every rank holds
+    the whole model. Collective. Raises ValueError if the run has begun already.
+    """
+    start_distributed()
+    check_owner(recipe)
+    folder, (name, stage) = run_folder(recipe), next(iter(recipe.stages.items()))
+    ledger = Ledger(folder)
+    if ledger.checkpoint is not None:
+        raise ValueError(f"run_dir={folder} already holds {ledger.checkpoint}; choose a new run_dir")
+    layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
+    with Mesh.build(layout) as mesh:
+        model = build_model(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
+        fill_start(recipe, model, mesh)
+        if mesh.rank == 0:
+            describe_run(recipe)
+        dist.barrier()
+        store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=ops.table_hash())
+        store.save_weights(model, mesh, RunState(stage=name))
+    return ledger.checkpoint
 
 
 def prepare(recipe: Recipe) -> tuple[Recipe, HeldOut]:
@@ -74,8 +106,15 @@ def prepare(recipe: Recipe) -> tuple[Recipe, HeldOut]:
     _agree_on_ops()
     for name, stage in recipe.stages.items():
         dp = stage.layout.dp(dist.get_world_size())
-        build_loader(recipe.data, stage, seed=recipe.seed, stage_name=name, dp_rank=0, dp_size=dp,
-                     vocab_size=recipe.model.vocab_size).close()
+        build_loader(
+            recipe.data,
+            stage,
+            seed=recipe.seed,
+            stage_name=name,
+            dp_rank=0,
+            dp_size=dp,
+            vocab_size=recipe.model.vocab_size,
+        ).close()
     held_out = HeldOut(recipe)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -90,17 +129,25 @@ def _agree_on_ops() -> None:
     dist.all_gather_object(hashes, ops.table_hash())
     if len(set(hashes)) > 1:
         odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
-        raise ValueError(f"rank {odd} has another op table than rank 0; run `python -m ops` on both machines and make "
-                         "their packages equal")
+        raise ValueError(
+            f"rank {odd} has another op table than rank 0; run `python -m ops` on both machines and make "
+            "their packages equal"
+        )
 
 
-def open_run_sinks(recipe: Recipe, step: int):
+def open_run_sinks(recipe: Recipe, step: int) -> Sinks:
     """Sinks over the whole run, placed after `step`."""
     num_steps = sum(-(-stage.tokens // stage.global_batch_tokens) for stage in recipe.stages.values())
     num_tokens = sum(stage.tokens for stage in recipe.stages.values())
     return open_sinks(
-        recipe.log, run_folder(recipe), name=recipe.name, num_steps=num_steps, num_tokens=num_tokens,
-        resume_step=step + 1, rank=dist.get_rank(), config=asdict(recipe),
+        recipe.log,
+        run_folder(recipe),
+        name=recipe.name,
+        num_steps=num_steps,
+        num_tokens=num_tokens,
+        resume_step=step + 1,
+        rank=dist.get_rank(),
+        config=asdict(recipe),
     )
 
 
@@ -115,22 +162,28 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
 def begin_stage(recipe: Recipe, name: str, engine: Engine, store: Store, evaluations: Evaluations) -> RunState:
     """Restore the newest checkpoint, or start from the recipe's first weights (and judge them)."""
     state = store.restore(engine)
-    if state is not None:
-        return state if state.stage == name else state.entering(name)
-    mesh = engine.mesh
+    if state is None:
+        fill_start(recipe, engine.model, engine.mesh)
+        engine.weights_changed()
+        state = RunState(stage=name)
+    if state.step == 0 and evaluations.due("start"):
+        evaluations.add("start", engine.model, engine.mesh, tokens=0)
+    return state if state.stage == name else state.entering(name)
+
+
+def fill_start(recipe: Recipe, model, mesh: Mesh) -> None:
+    """Set this rank's parameters to the recipe's first weights."""
     fill(
-        global_parameters(engine.model), model=recipe.model, path=recipe.start.path, seed=recipe.seed,
-        tp_rank=mesh.tp_rank, tp=mesh.layout.tp,
+        global_parameters(model),
+        model=model.model_config,
+        path=recipe.start.path,
+        seed=recipe.seed,
+        tp_rank=mesh.tp_rank,
+        tp=mesh.layout.tp,
     )
-    engine.weights_changed()
-    if evaluations.due("start"):
-        evaluations.add("start", engine.model, mesh, tokens=0)
-    return RunState(stage=name)
 
 
-def train_stage(
-    recipe: Recipe, state: RunState, engine: Engine, store: Store, sinks
-) -> tuple[RunState, str | None]:
+def train_stage(recipe: Recipe, state: RunState, engine: Engine, store: Store, sinks) -> tuple[RunState, str | None]:
     """Train the state's stage. Returns the state, saved, and None when its budget is spent, else why it stopped."""
     stage, mesh = recipe.stages[state.stage], engine.mesh
     meter = Meter(
@@ -139,7 +192,12 @@ def train_stage(
         peak_tflops=recipe.cluster.peak_tflops,
     )
     loader = build_loader(
-        recipe.data, stage, seed=recipe.seed, stage_name=state.stage, dp_rank=mesh.dp_rank, dp_size=mesh.dp,
+        recipe.data,
+        stage,
+        seed=recipe.seed,
+        stage_name=state.stage,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp,
         vocab_size=recipe.model.vocab_size,
     )
     if state.loader is not None:
@@ -157,10 +215,7 @@ def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluat
         return
     teacher = replace(recipe.model, pattern="F")
     model = build_model(teacher, mesh, precision=recipe.precision, seq_len=stage.seq_len)
-    fill(
-        global_parameters(model), model=teacher, path=recipe.start.path, seed=recipe.seed, tp_rank=mesh.tp_rank,
-        tp=mesh.layout.tp,
-    )
+    fill_start(recipe, model, mesh)
     evaluations.add("teacher", model, mesh, tokens=0)
     del model
     if mesh.device.type == "cuda":
@@ -170,10 +225,7 @@ def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluat
 def finish(recipe: Recipe, ledger: Ledger) -> None:
     """Export where the recipe asks for it, write the report and print its table. Called on rank 0."""
     if recipe.export_dir and not Path(recipe.export_dir).exists():
-        form = export(
-            CheckpointReader(ledger.checkpoint), model=recipe.model, out=recipe.export_dir,
-            tokenizer_dir=recipe.data.tokenizer, dtype=recipe.precision.value,
-        )
+        form = export_checkpoint(ledger.checkpoint, recipe=recipe, out=recipe.export_dir, dtype=recipe.precision.value)
         print(f"exported to {recipe.export_dir} ({form} format)", flush=True)
     page = write_report(run_folder(recipe))
     print(f"\n{summary_table(run_folder(recipe))}\n\nreport: {page}", flush=True)

@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ROWS = ("word_embeddings.weight", "linear_qkv.weight", "linear_qkv.bias", "gate_up.weight", "gate_up.bias",
-         "output_layer.weight")
+_ROWS = (
+    "word_embeddings.weight",
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "gate_up.weight",
+    "gate_up.bias",
+    "output_layer.weight",
+)
 _COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -44,7 +50,10 @@ def global_state(model, *, seed: int = 0, dtype=torch.float32) -> dict[str, Tens
             state[mixer + "gate_up.bias"] = random(kv * head)
             state[mixer + "out_norm.weight"] = random(head, shift=1)
         elif model.qk_norm:
-            state[mixer + "q_norm.weight"], state[mixer + "k_norm.weight"] = random(head, shift=1), random(head, shift=1)
+            state[mixer + "q_norm.weight"], state[mixer + "k_norm.weight"] = (
+                random(head, shift=1),
+                random(head, shift=1),
+            )
         state[f"decoder.layers.{i}.pre_mlp_layernorm.weight"] = random(hidden, shift=1)
         state[f"decoder.layers.{i}.mlp.linear_fc1.weight"] = random(2 * model.ffn_size, hidden)
         state[f"decoder.layers.{i}.mlp.linear_fc2.weight"] = random(hidden, model.ffn_size)
@@ -56,19 +65,28 @@ def global_state(model, *, seed: int = 0, dtype=torch.float32) -> dict[str, Tens
 
 def hf_state(state: dict[str, Tensor], model) -> dict[str, Tensor]:
     """Our global tensors under the source family's names (see plain_model)."""
-    out = {"model.embed_tokens.weight": state["embedding.word_embeddings.weight"][: model.vocab_size],
-           "model.norm.weight": state["decoder.final_layernorm.weight"]}
+    out = {
+        "model.embed_tokens.weight": state["embedding.word_embeddings.weight"][: model.vocab_size],
+        "model.norm.weight": state["decoder.final_layernorm.weight"],
+    }
     if "output_layer.weight" in state:
         out["lm_head.weight"] = state["output_layer.weight"][: model.vocab_size]
-    renamed = {"input_layernorm.weight": "input_layernorm.weight", "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-               "self_attention.gate_down.weight": "self_attn.gk_proj.0.weight", "self_attention.gate_up.weight": "self_attn.gk_proj.1.weight",
-               "self_attention.gate_up.bias": "self_attn.gk_proj.1.bias", "self_attention.out_norm.weight": "self_attn.g_norm.weight",
-               "self_attention.q_norm.weight": "self_attn.q_norm.weight", "self_attention.k_norm.weight": "self_attn.k_norm.weight",
-               "pre_mlp_layernorm.weight": "post_attention_layernorm.weight", "mlp.linear_fc2.weight": "mlp.down_proj.weight"}
+    renamed = {
+        "input_layernorm.weight": "input_layernorm.weight",
+        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+        "self_attention.gate_down.weight": "self_attn.gk_proj.0.weight",
+        "self_attention.gate_up.weight": "self_attn.gk_proj.1.weight",
+        "self_attention.gate_up.bias": "self_attn.gk_proj.1.bias",
+        "self_attention.out_norm.weight": "self_attn.g_norm.weight",
+        "self_attention.q_norm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_norm.weight": "self_attn.k_norm.weight",
+        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+        "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    }
     for name, tensor in state.items():
         if not name.startswith("decoder.layers."):
             continue
-        i, rest = name[len("decoder.layers."):].split(".", 1)
+        i, rest = name[len("decoder.layers.") :].split(".", 1)
         to = f"model.layers.{i}."
         if rest in renamed:
             out[to + renamed[rest]] = tensor

@@ -49,7 +49,7 @@ class Ulysses:
         self.q_heads, self.kv_heads = head_plan(num_heads=num_heads, num_kv_heads=num_kv_heads, sp=group.size())
 
     def gather(self, q: Tensor, *kv: Tensor) -> tuple[Tensor, ...]:
-        """Whole sequence of this rank's heads. q [1,T/sp,Hq,D] -> [1,T,Hq',D]; each kv [1,T/sp,Hkv,D] -> [1,T,Hkv',D]."""
+        """Whole sequence, this rank's heads: q [1,T/sp,Hq,D] -> [1,T,Hq',D], each kv [1,T/sp,Hkv,D] -> [1,T,Hkv',D]."""
         if self.group.size() == 1:
             return (q, *kv)
         q = self._send(q, self.q_heads)

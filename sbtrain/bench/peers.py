@@ -91,10 +91,7 @@ class EnginePeer:
     def close(self) -> None:
         """See the module."""
         if self.engine is not None:
-            # megatron ties these into cycles that Python's collector does not see through: cut, or nothing is freed
-            config = self.engine.config
-            config.grad_scale_func = config.no_sync_func = config.finalize_model_grads_func = None
-            self.engine.chunk.grad_accs.clear()
+            self.engine.close()
         self.engine = None
         self.mesh.close()
 

@@ -24,7 +24,9 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore it from a copy or choose another run_dir") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); restore it from a copy or choose another run_dir"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -44,7 +44,7 @@ def check_owner(recipe: Recipe) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"run_dir={folder} is not empty and holds no recipe.yaml; choose a new run_dir")
         return
-    theirs, ours = identity(load([f"recipe={path}"])), identity(recipe)
+    theirs, ours = identity(load([f"recipe={path}", "dry_run=true"])), identity(recipe)
     for key in sorted(set(theirs) | set(ours)):
         if theirs.get(key) != ours.get(key):
             raise ValueError(

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from parallel import mcore
-from parallel.engine import Engine
+from parallel.engine import Engine, sharded_weights
+from parallel.mesh import Mesh
 from sbtrain.checkpoint.files import read_json, sync_folder, write_json
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.state import RunState
@@ -33,20 +34,27 @@ class Store:
 
         Raises ValueError when the disk cannot hold it; what was saved before stays as it is.
         """
+        if self.ledger.step != state.step or self.ledger.checkpoint is None:
+            self._write(engine.sharded_state_dict(), state)
+
+    def save_weights(self, model, mesh: Mesh, state: RunState) -> None:
+        """The same for weights without an optimizer: what a conversion leaves for training to start from."""
+        self._write({"model": sharded_weights(model, mesh)}, state)
+
+    def _write(self, sharded: dict, state: RunState) -> None:
         name = f"step_{state.step}"
-        if self.ledger.step == state.step and self.ledger.checkpoint is not None:
-            return
         final, partial = self.folder / name, self.folder / f"{name}.partial"
-        sharded = engine.sharded_state_dict()
         write = dist.get_rank() == 0
         self._make_room(sharded, partial, write)
         try:
             mcore.dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False)
         except OSError as error:
-            raise ValueError(f"{partial}: {error.strerror or error}; the previous checkpoint is intact, free some space "
-                             "and start the same command again") from error
+            raise ValueError(
+                f"{partial}: {error.strerror or error}; the previous checkpoint is intact, free some space "
+                "and start the same command again"
+            ) from error
         if write:
-            content = {"format": FORMAT, "op_table": self.op_table, **state.to_json()}
+            content = {"format": FORMAT, "parts": list(sharded), "op_table": self.op_table, **state.to_json()}
             write_json(partial / "state.json", content)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -62,7 +70,10 @@ class Store:
         if folder is None:
             return None
         content = read_state(folder)
-        sharded = engine.sharded_state_dict(for_loading=True)
+        if content["parts"] == ["model"]:
+            sharded = {"model": sharded_weights(engine.model, engine.mesh)}
+        else:
+            sharded = engine.sharded_state_dict(for_loading=True)
         engine.load_state_dict(mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False))
         return RunState(**{key: content[key] for key in RunState.__dataclass_fields__})
 
@@ -89,12 +100,16 @@ def read_state(folder: Path) -> dict:
     """state.json of a checkpoint. Raises ValueError naming the folder if it is no checkpoint of ours."""
     path = folder / "state.json"
     if not path.is_file() or not (folder / ".metadata").is_file():
-        raise ValueError(f"{folder} is not a complete checkpoint (state.json or .metadata is missing); point ledger.json "
-                         "at an earlier checkpoints/step_N or remove it to start over")
+        raise ValueError(
+            f"{folder} is not a complete checkpoint (state.json or .metadata is missing); point ledger.json "
+            "at an earlier checkpoints/step_N or remove it to start over"
+        )
     content = read_json(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {content.get('format')!r} is not {FORMAT}; load it with the version "
-                         "of sbtrain that wrote it")
+        raise ValueError(
+            f"{path}: checkpoint format {content.get('format')!r} is not {FORMAT}; load it with the version "
+            "of sbtrain that wrote it"
+        )
     return content
 
 
@@ -118,6 +133,8 @@ def _cannot_hold(partial: Path, needed_bytes: int) -> str | None:
         return f"{partial}: {error.strerror or error}; choose a writable run_dir"
     if needed_bytes > free_bytes:
         partial.rmdir()
-        return (f"no space left in {partial.parent}: the checkpoint needs {needed_bytes / 1e9:.2f} GB and "
-                f"{free_bytes / 1e9:.2f} GB are free; free some space and start the same command again")
+        return (
+            f"no space left in {partial.parent}: the checkpoint needs {needed_bytes / 1e9:.2f} GB and "
+            f"{free_bytes / 1e9:.2f} GB are free; free some space and start the same command again"
+        )
     return None

@@ -97,16 +97,16 @@ class HybridModel(mcore.LanguageModule):
         if not self.post_process:
             return mcore.make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
         if self.config.sequence_parallel:
-            x = mcore.gather_from_sequence_parallel_region(
-                x, tensor_parallel_output_grad=False, group=self.groups.tp
-            )
+            x = mcore.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.groups.tp)
         if labels is not None:
             return self._loss(x[:, 0], labels)
         return self._logits(x[:, 0] if num_logits is None else x[-num_logits:, 0])
 
     def head_weight(self) -> Tensor:
         """The head's weight [V/tp, D], shared with the embedding where they are tied on one stage."""
-        return self.shared_embedding_or_output_weight() if self.output_layer.weight is None else self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight() if self.output_layer.weight is None else self.output_layer.weight
+        )
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return ops.linear_cross_entropy(

@@ -61,7 +61,10 @@ class SoftmaxAttention(mcore.MegatronModule):
             k, v = torch.cat([cache.key, k], dim=1), torch.cat([cache.value, v], dim=1)
         num_old, num_new = k.shape[1] - q.shape[1], q.shape[1]
         kept = k.shape[1] if self.window is None else self.window - 1
-        cache.key, cache.value = k[:, k.shape[1] - kept :] if kept < k.shape[1] else k, v[:, -kept:] if kept else v[:, :0]
+        cache.key, cache.value = (
+            k[:, k.shape[1] - kept :] if kept < k.shape[1] else k,
+            v[:, -kept:] if kept else v[:, :0],
+        )
         if num_new == 1:
             return _decode(q, k, v)
         # views would keep the whole chunk alive, q/k/v projection included

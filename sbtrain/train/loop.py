@@ -16,9 +16,17 @@ from sbtrain.train.watch import Watch
 
 
 def train(
-    engine: Engine, loader: Loader, state: RunState, stage: Stage, *, store: Store, meter: Meter, sinks: Sinks, watch: Watch
+    engine: Engine,
+    loader: Loader,
+    state: RunState,
+    stage: Stage,
+    *,
+    store: Store,
+    meter: Meter,
+    sinks: Sinks,
+    watch: Watch,
 ) -> tuple[RunState, bool]:
-    """Train from state to the end of the stage's budget. Returns the state, saved, and False if it had to stop early."""
+    """Train to the end of the stage's budget. Returns the state, saved, and False if it had to stop early."""
     finished = True
     while state.stage_tokens < stage.tokens:
         lr = learning_rate(stage.schedule, tokens=state.stage_tokens, total_tokens=stage.tokens)
@@ -28,7 +36,12 @@ def train(
         watch.check(state, loss=loss.mean, grad_norm=grad_norm)
         sinks.write(
             meter.record(
-                step=state.step, tokens=state.tokens, stage=state.stage, loss=loss.mean, grad_norm=grad_norm, lr=lr,
+                step=state.step,
+                tokens=state.tokens,
+                stage=state.stage,
+                loss=loss.mean,
+                grad_norm=grad_norm,
+                lr=lr,
                 step_tokens=stage.global_batch_tokens,
             )
         )

@@ -1,4 +1,4 @@
-"""Watch: decides between steps whether to save and whether to stop. Signals, intervals and broken losses end up here."""
+"""Watch: decides between steps whether to save and whether to stop: signals, intervals, broken losses."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ class Watch:
         """Raise ArithmeticError before a loss or gradient that is not finite spoils the run any further."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise ArithmeticError(
-                f"step {state.step} of stage {state.stage}: loss {loss}, gradient norm {grad_norm}; the newest checkpoint "
-                "is intact, lower stages.NAME.schedule.lr or look at the data, and start the same command again"
+                f"step {state.step} of stage {state.stage}: loss {loss}, gradient norm {grad_norm}; the newest "
+                "checkpoint is intact, lower stages.NAME.schedule.lr or look at the data, and start the same command again"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sharding import global_state, local_shard
 
 from parallel.engine import Engine
 from parallel.layout import Layout
@@ -11,6 +10,7 @@ from parallel.mesh import Mesh
 from parallel.sequence.shard import IGNORE, Row
 from sbtrain.config.schema import GLAConfig, ModelConfig, Precision, Recompute
 from sbtrain.model.build import build_model, global_parameters
+from sharding import global_state, local_shard
 
 ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=1.0, new_lr_scale=2.0)
 
@@ -18,9 +18,23 @@ ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=1.0, ne
 def small_model(**changes) -> ModelConfig:
     """4 layers of each trainable kind, 4/2 heads; the vocabulary needs padding."""
     shape = dict(
-        pattern="LSFL", vocab_size=120, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48,
-        norm_eps=1e-5, rope_theta=1e4, max_positions=256, tie_embeddings=False, qkv_bias=True, qk_norm=False, window=7,
-        gla=GLAConfig(gate_rank=4), vocab_multiple=32,
+        pattern="LSFL",
+        vocab_size=120,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_size=48,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        max_positions=256,
+        tie_embeddings=False,
+        qkv_bias=True,
+        qk_norm=False,
+        window=7,
+        gla=GLAConfig(gate_rank=4),
+        vocab_multiple=32,
     )
     return ModelConfig(**{**shape, **changes})
 
@@ -55,7 +69,9 @@ def build_engine(config: ModelConfig, mesh: Mesh, *, seq_len: int, precision=Pre
     return Engine(model, mesh, adam=ADAM)
 
 
-def one_step(rank: int, layout: Layout, config: ModelConfig, rows: list[Row], recompute=Recompute.none, num_steps: int = 1):
+def one_step(
+    rank: int, layout: Layout, config: ModelConfig, rows: list[Row], recompute=Recompute.none, num_steps: int = 1
+):
     """Loss, gradient norm, this rank's gradients by global name with its tp coordinates, and the loss after a step."""
     with Mesh.build(layout) as mesh:
         engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), recompute=recompute)
@@ -65,5 +81,12 @@ def one_step(rank: int, layout: Layout, config: ModelConfig, rows: list[Row], re
         grads = {name: p.main_grad.clone() for name, p in global_parameters(engine.model).items()}
         norm = engine.step(lr=1e-2)
         after = [engine.forward_backward(mine) for _ in range(num_steps)][-1]
-        return dict(loss=first.mean, num_tokens=first.num_tokens, grad_norm=norm, after=after.mean, grads=grads,
-                    tp_rank=mesh.tp_rank, tp=layout.tp)
+        return dict(
+            loss=first.mean,
+            num_tokens=first.num_tokens,
+            grad_norm=norm,
+            after=after.mean,
+            grads=grads,
+            tp_rank=mesh.tp_rank,
+            tp=layout.tp,
+        )

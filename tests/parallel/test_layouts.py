@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from layout_case import one_step, packed_rows, small_model
-from sharding import local_shard
 
+from layout_case import one_step, packed_rows, small_model
 from parallel.layout import Layout
 from sbtrain.config.schema import Recompute
+from sharding import local_shard
 
 LAYOUTS = {
     "tp2": (2, Layout(tp=2)),
@@ -57,7 +57,9 @@ def test_layout_equals_one_rank(name, run_ranks):
 
 @pytest.mark.parametrize("name", ["pp2", "sp2", "tp3"])
 def test_odd_heads_and_tied_embeddings(name, run_ranks):
-    model = small_model(num_heads=9, num_kv_heads=3, tie_embeddings=True, qkv_bias=False, qk_norm=True, vocab_multiple=24)
+    model = small_model(
+        num_heads=9, num_kv_heads=3, tie_embeddings=True, qkv_bias=False, qk_norm=True, vocab_multiple=24
+    )
     rows = packed_rows(2, 42, 120)
     num_ranks, layout = (3, Layout(tp=3)) if name == "tp3" else LAYOUTS[name]
     (whole,) = run_ranks(1)(one_step, Layout(), model, rows)

@@ -1,0 +1,59 @@
+"""What megatron-core 0.16.1 gets wrong in saving and loading the distributed optimizer, put right.
+
+`parallel.mcore` puts these methods in the place of megatron's own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+_STATE = ("param", "exp_avg", "exp_avg_sq")
+
+
+def set_main_param_and_optimizer_states(self, model_param, tensors: dict) -> None:
+    """Copy a loaded master weight and Adam moments into their place; `step` is not among what is loaded.
+
+    megatron's own copies None over torch Adam's step tensor, and outside no_grad.
+    """
+    group_index, group_order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+    targets = {"param": main_param, **self.optimizer.state[main_param]}
+    with torch.no_grad():
+        for key, loaded in tensors.items():
+            targets[key].copy_(loaded)
+
+
+def get_parameter_state_dp_zero(self, use_gloo_comm=True, empty_data=False, return_on_all_ranks=False) -> dict:
+    """Master weights and moments of every parameter buffer, gathered over the data-parallel ranks, on the CPU.
+
+    The tensors have the buffer's own coordinates, padding between buckets included, because
+    sharded_param_state_fully_reshardable cuts parameters out of them by those. megatron's own leaves the padding out:
+    every parameter behind a padded bucket is then saved with its neighbor's state, without a message.
+    """
+    state: dict = {"buckets_coalesced": True}
+    for index, ranges in enumerate(self.gbuf_ranges):
+        ((dtype, per_bucket),) = ranges.items()
+        buffer = self.buffers[index]
+        whole = {key: torch.zeros(buffer.numel, dtype=torch.float32, device="cpu") for key in _STATE}
+        if not empty_data:
+            for bucket, range_map in zip(buffer.buckets, per_bucket, strict=True):
+                _gather_bucket(self, bucket, range_map["param_map"], whole)
+        state[index] = {dtype: {**whole, "numel_unpadded": buffer.numel_unpadded}}
+    return state
+
+
+def _gather_bucket(optimizer, bucket, param_map: dict, whole: dict) -> None:
+    """Fill the bucket's part of the whole buffers from the shard that each data-parallel rank holds."""
+    group, numel = optimizer.data_parallel_group, bucket.grad_data.numel()
+    device = torch.cuda.current_device()
+    shards = {key: torch.zeros(numel // group.size(), dtype=torch.float32, device=device) for key in _STATE}
+    for model_param, param_range in param_map.items():
+        place = slice(param_range["gbuf_local"].start, param_range["gbuf_local"].end)
+        tensors = optimizer._get_main_param_and_optimizer_states(model_param)
+        for key, shard in shards.items():
+            shard[place] = tensors[key].detach()
+    for key, shard in shards.items():
+        parts = [torch.empty_like(shard) for _ in range(group.size())]
+        dist.all_gather(parts, shard, group=group)
+        whole[key][bucket.offset : bucket.offset + numel] = torch.cat(parts).cpu()

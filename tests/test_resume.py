@@ -1,0 +1,72 @@
+"""Interrupted at any step and continued, a run is the uninterrupted one: bitwise on its layout, closely on another."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from run_case import curve, run_until, tiny_recipe, write_inputs
+
+from sbtrain.checkpoint.run_dir import Exit
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, run_ranks):
+    """The uninterrupted run on two ranks: its folder and what it recorded."""
+    root = tmp_path_factory.mktemp("resume")
+    write_inputs(root)
+    assert run_ranks(2)(run_until, tiny_recipe(root, "whole")) == [Exit.DONE, Exit.DONE]
+    return root, curve(root / "whole")
+
+
+def test_run_learns_through_all_stages(whole):
+    root, records = whole
+    assert [record[2] for record in records] == ["ctx_32"] * 6 + ["ctx_64"] * 4 + ["ctx_128"] * 4
+    assert records[-1][1] == 768 + 512 + 512
+    assert records[5][3] < records[0][3] - 0.2
+    names = [point["name"] for point in json.loads((root / "whole/evaluation.json").read_text())["points"]]
+    assert names == ["start", "ctx_32", "ctx_64", "ctx_128"]
+    assert sorted(folder.name for folder in (root / "whole/checkpoints").iterdir()) == ["step_12", "step_14"]
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 8, 13])
+def test_resume_is_bitwise_on_the_same_layout(whole, run_ranks, stop):
+    root, records = whole
+    recipe = tiny_recipe(root, f"stop_{stop}")
+    codes = run_ranks(2)(run_until, recipe, stop)
+    assert codes == ([Exit.DONE] * 2 if stop in (6,) else [Exit.REQUEUE] * 2)
+    if stop != 6:
+        assert len(curve(root / f"stop_{stop}")) == stop
+        assert run_ranks(2)(run_until, recipe) == [Exit.DONE, Exit.DONE]
+    assert curve(root / f"stop_{stop}") == records
+    points = [json.loads((root / name / "evaluation.json").read_text()) for name in ("whole", f"stop_{stop}")]
+    assert points[0] == points[1]
+
+
+def test_resume_on_another_layout(whole, run_ranks):
+    root, records = whole
+    other = (
+        "stages.ctx_32.layout.tp=2",
+        "stages.ctx_32.micro_batch=1",
+        "stages.ctx_64.layout.pp=1",
+        "stages.ctx_64.layout.sp=2",
+        "stages.ctx_128.layout.sp=1",
+        "stages.ctx_128.layout.tp=2",
+    )
+    assert run_ranks(2)(run_until, tiny_recipe(root, "other", *other)) == [Exit.DONE] * 2
+    apart = max(abs(a[3] - b[3]) for a, b in zip(records, curve(root / "other")))
+    assert run_ranks(2)(run_until, tiny_recipe(root, "moved"), 3) == [Exit.REQUEUE] * 2
+    assert run_ranks(2)(run_until, tiny_recipe(root, "moved", *other)) == [Exit.DONE] * 2
+    moved = curve(root / "moved")
+    assert moved[3][3] == pytest.approx(records[3][3], rel=1e-5)
+    for mine, theirs in zip(moved, records, strict=True):
+        assert abs(mine[3] - theirs[3]) <= 2 * max(apart, 1e-5)
+
+
+def test_one_rank_continues_what_two_began(whole, run_ranks):
+    root, records = whole
+    assert run_ranks(2)(run_until, tiny_recipe(root, "shrunk"), 4) == [Exit.REQUEUE] * 2
+    alone = ("stages.ctx_64.layout.pp=1", "stages.ctx_128.layout.sp=1")
+    assert run_ranks(1)(run_until, tiny_recipe(root, "shrunk", *alone)) == [Exit.DONE]
+    for mine, theirs in zip(curve(root / "shrunk"), records, strict=True):
+        assert mine[3] == pytest.approx(theirs[3], rel=1e-4)
