@@ -39,7 +39,7 @@ def train(args: list[str]) -> int:
         code, reason = run(recipe)
     except ValueError as error:
         code, reason = refuse(error), str(error)
-    except Exception as error:
+    except BaseException as error:
         code, reason = 1, f"{type(error).__name__}: {error}"
         raise
     finally:

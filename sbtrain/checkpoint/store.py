@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel import mcore
 from parallel.engine import Engine, sharded_weights
@@ -48,9 +49,9 @@ class Store:
         self._make_room(sharded, partial, write)
         try:
             mcore.dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False)
-        except OSError as error:
+        except (OSError, CheckpointException) as error:  # the latter is what a writer process's OSError becomes
             raise ValueError(
-                f"{partial}: {error.strerror or error}; the previous checkpoint is intact, free some space "
+                f"{partial}: {_reason(error)}; the previous checkpoint is intact, free some space "
                 "and start the same command again"
             ) from error
         if write:
@@ -111,6 +112,13 @@ def read_state(folder: Path) -> dict:
             "of sbtrain that wrote it"
         )
     return content
+
+
+def _reason(error: OSError | CheckpointException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
+    return error.strerror or str(error)
 
 
 def _own_bytes(sharded) -> int:

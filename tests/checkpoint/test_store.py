@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel import mcore
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from sbtrain.checkpoint.ledger import Ledger
@@ -98,19 +97,20 @@ def test_no_space_left_is_noticed_before_anything_is_written(saved, monkeypatch)
     assert Ledger(saved.folder).step == 4
 
 
-def test_a_disk_that_fills_up_while_writing_costs_nothing_but_this_checkpoint(saved, monkeypatch):
+def test_a_disk_that_fills_up_while_writing_costs_nothing_but_this_checkpoint(saved):
+    """The largest size of a file stands for the disk: the writer fails in its own process, as on a full disk."""
     folder = saved.save(3)
     ledger = saved.ledger.path.read_bytes()
-
-    def fills_up(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mcore.dist_checkpointing, "save", fills_up)
-        with pytest.raises(
-            ValueError, match=r"step_4\.partial: No space left on device; the previous checkpoint"
-        ):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, before[1]))
+    try:
+        with pytest.raises(ValueError) as caught:
             saved.save(4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    text = str(caught.value)
+    assert "\n" not in text and f"step_4.partial: rank 0: Worker failure: [Errno {errno.EFBIG}]" in text
+    assert "the previous checkpoint is intact, free some space" in text
     assert saved.ledger.path.read_bytes() == ledger and Ledger(saved.folder).checkpoint == folder
     saved.save(4)
     assert saved.there() == ["step_3", "step_4"]
@@ -148,7 +148,5 @@ def test_another_format_is_refused_by_name(saved, form):
     folder = saved.save(3)
     content = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**content, "format": form}))
-    with pytest.raises(
-        ValueError, match=rf"state\.json: checkpoint format {form!r} is not 1; load it with"
-    ):
+    with pytest.raises(ValueError, match=rf"state\.json: checkpoint format {form!r} is not 1; load it with"):
         read_state(folder)
