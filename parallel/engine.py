@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from parallel import mcore
+from parallel.gradients import GradientBuffers
 from parallel.mesh import Mesh
-from parallel.optimizer import allocate_state, build_optimizer, own_step_counts, set_learning_rate
+from parallel.optimizer import allocate_state, build_optimizer, own_step_counts, step
 from parallel.schedule import LossSum, run_rows
-from parallel.sequence.shard import Row
+from parallel.sequence.shard import IGNORE, Row
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
 
@@ -24,18 +25,12 @@ class Engine:
     def __init__(self, model, mesh: Mesh, *, adam: dict):
         """model: this rank's stage, on its device, weights still to be set. adam: arguments of build_optimizer."""
         self.mesh, self.model, self.config = mesh, model, model.config
-        on_gpu = mesh.device.type == "cuda"
-        ddp = mcore.DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=on_gpu,
-            overlap_param_gather=False,
-        )
-        self.chunk = mcore.DistributedDataParallel(self.config, ddp, model)
-        if on_gpu:
+        overlap = mesh.device.type == "cuda"
+        self.chunk = GradientBuffers(self.config, model, overlap=overlap)
+        if overlap:
             self.config.no_sync_func = self.chunk.no_sync
-        self.config.finalize_model_grads_func = mcore.finalize_model_grads
-        self.optimizer = build_optimizer([self.chunk], **adam)
+        self.config.finalize_model_grads_func = _finalize_gradients
+        self.optimizer, self._clip_grad = build_optimizer([self.chunk], **adam), adam["clip_grad"]
         self.config.grad_scale_func = self.optimizer.scale_loss
 
     def close(self) -> None:
@@ -59,10 +54,16 @@ class Engine:
         self.chunk.train()
         self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        total = run_rows(self.chunk, self.mesh, rows, forward_only=False).sum(0)
+        num_tokens = self._count_scored(rows)
+        total = run_rows(self.chunk, self.mesh, rows, loss_scale=1.0 / max(num_tokens, 1)).sum(0)
         dist.all_reduce(total, group=self.mesh.groups.dp_cp)
-        loss, num_tokens = total.tolist()
-        return LossSum(loss, int(num_tokens))
+        return LossSum(float(total[0]), num_tokens)
+
+    def _count_scored(self, rows: list[Row]) -> int:
+        """Scored tokens of the global batch, known before the forward pass so that no gradient need be rescaled."""
+        count = torch.tensor(sum(int((row.labels != IGNORE).sum()) for row in rows), device=self.mesh.device)
+        dist.all_reduce(count, group=self.mesh.groups.dp)
+        return int(count)
 
     def gather_gradients(self) -> None:
         """Make param.main_grad whole on every rank after forward_backward, for inspection: ZeRO leaves each a part."""
@@ -74,9 +75,7 @@ class Engine:
 
     def step(self, *, lr: float) -> float:
         """Clip, update the weights with this learning rate, and return the gradient norm before clipping."""
-        set_learning_rate(self.optimizer, lr)
-        _, grad_norm, _ = self.optimizer.step()
-        return float(grad_norm)
+        return step(self.optimizer, lr=lr, clip_grad=self._clip_grad)
 
     def sharded_state_dict(self, *, for_loading: bool = False) -> dict:
         """Model and optimizer as megatron's sharded state dict, to be saved or (for_loading) loaded into."""
@@ -94,6 +93,11 @@ class Engine:
             own_step_counts(self.optimizer)
         else:
             self.weights_changed()
+
+
+def _finalize_gradients(chunks, num_tokens=None, **options) -> None:
+    """megatron's reduction over the groups, without its division by num_tokens: the loss carries it already."""
+    mcore.finalize_model_grads(chunks, None, **options)
 
 
 def sharded_weights(model, mesh: Mesh) -> dict:

@@ -27,8 +27,10 @@ class LossSum:
         return self.loss / max(self.num_tokens, 1)
 
 
-def run_rows(model, mesh: Mesh, rows: list[Row], *, forward_only: bool) -> Tensor:
-    """Run this data-parallel rank's rows, equally many and long on every rank, with gradients unless forward_only.
+def run_rows(model, mesh: Mesh, rows: list[Row], *, loss_scale: float | None = None) -> Tensor:
+    """Run this data-parallel rank's rows, equally many and long on every rank.
+
+    loss_scale: gradients are those of the summed loss times this; None runs the forward pass alone.
 
     model: a stage of the model, wrapped for data parallelism or not. Returns fp64 [rows, 2] of (summed loss, scored
     tokens) of this rank's shard of each row, the same on all pipeline stages.
@@ -36,13 +38,13 @@ def run_rows(model, mesh: Mesh, rows: list[Row], *, forward_only: bool) -> Tenso
     num_tokens = {row.tokens.shape[0] for row in rows}
     assert len(num_tokens) == 1, f"rows of one step must be equally long, got {sorted(num_tokens)}"
     sums = mcore.get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, mesh=mesh),
+        forward_step_func=partial(_forward_step, mesh=mesh, loss_scale=loss_scale or 0.0),
         data_iterator=iter(rows),
         model=model,
         num_microbatches=len(rows),
         seq_length=num_tokens.pop(),
         micro_batch_size=1,
-        forward_only=forward_only,
+        forward_only=loss_scale is None,
     )
     table = torch.stack(sums) if sums else torch.zeros(len(rows), 2, dtype=torch.float64, device=mesh.device)
     if mesh.layout.pp > 1:
@@ -61,7 +63,7 @@ def evaluate_rows(model, mesh: Mesh, rows: list[Row]) -> list[LossSum]:
     mine = [rows[min(i * mesh.dp + mesh.dp_rank, len(rows) - 1)] for i in range(num_rounds)]
     was_training = model.training
     model.eval()
-    sums = run_rows(model, mesh, mine, forward_only=True)
+    sums = run_rows(model, mesh, mine)
     model.train(was_training)
     table = torch.zeros(num_rounds, mesh.dp, 2, dtype=torch.float64, device=mesh.device)
     table[:, mesh.dp_rank] = sums
@@ -69,15 +71,15 @@ def evaluate_rows(model, mesh: Mesh, rows: list[Row]) -> list[LossSum]:
     return [LossSum(loss, int(num_tokens)) for loss, num_tokens in table.flatten(0, 1)[: len(rows)].tolist()]
 
 
-def _forward_step(rows, model, *, mesh: Mesh):
+def _forward_step(rows, model, *, mesh: Mesh, loss_scale: float):
     row = next(rows)
     row = Row(*(x.to(mesh.device, non_blocking=True) for x in (row.tokens, row.labels, row.cu_seqlens)))
     tokens, labels, documents = shard_row(row, rank=mesh.sp_rank, size=mesh.layout.sp)
-    return model(tokens, documents, labels), partial(_token_sums, labels)
+    return model(tokens, documents, labels), partial(_token_sums, labels, loss_scale)
 
 
-def _token_sums(labels: Tensor, losses: Tensor):
+def _token_sums(labels: Tensor, loss_scale: float, losses: Tensor):
     """What megatron's schedule wants of the last stage: the loss to differentiate, scored tokens, what to report."""
     num_tokens = (labels != IGNORE).sum()
     loss = losses.sum()
-    return loss, num_tokens.to(torch.int), torch.stack([loss.detach().double(), num_tokens.double()])
+    return loss * loss_scale, num_tokens.to(torch.int), torch.stack([loss.detach().double(), num_tokens.double()])
