@@ -16,17 +16,18 @@ from parallel.mesh import Mesh, start_distributed
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.run_dir import Exit, check_owner, describe_run, run_folder
 from sbtrain.checkpoint.state import RunState
-from sbtrain.checkpoint.store import Store
+from sbtrain.checkpoint.store import Store, check_room, read_state
 from sbtrain.config.rules import check_training, world_problem
 from sbtrain.config.schema import Recipe, Stage
 from sbtrain.convert.export import export_checkpoint
-from sbtrain.convert.start import fill
+from sbtrain.convert.start import check_source, fill
 from sbtrain.data.loader import build_loader
 from sbtrain.metrics.meter import Meter
 from sbtrain.metrics.sinks import Sinks, open_sinks
 from sbtrain.model.build import build_model, global_parameters
 from sbtrain.model.flops import training_flops_per_token
 from sbtrain.plan.auto_layout import fit_world
+from sbtrain.plan.memory import checkpoint_bytes
 from sbtrain.report.page import write_report
 from sbtrain.report.tables import summary_table
 from sbtrain.train.evaluate import Evaluations, HeldOut
@@ -39,9 +40,8 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
 
     Raises ValueError, before anything is written, for a recipe that cannot run here.
     """
-    recipe, held_out = prepare(recipe)
+    recipe, ledger, evaluations = prepare(recipe)
     folder = run_folder(recipe)
-    ledger, evaluations = Ledger(folder), Evaluations(folder, held_out)
     store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=ops.table_hash())
     first = dist.get_rank() == 0
     with ExitStack() as stack:
@@ -96,8 +96,8 @@ def convert(recipe: Recipe) -> Path:
     return ledger.checkpoint
 
 
-def prepare(recipe: Recipe) -> tuple[Recipe, HeldOut]:
-    """Everything that can refuse a recipe: the world, the run directory's owner, the data. Then describe the run."""
+def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
+    """Everything that can refuse a recipe: world, owner of the run directory, data, start. Then describe the run."""
     start_distributed()
     recipe = fit_world(recipe, dist.get_world_size())
     check_training(recipe)
@@ -115,12 +115,23 @@ def prepare(recipe: Recipe) -> tuple[Recipe, HeldOut]:
             dp_size=dp,
             vocab_size=recipe.model.vocab_size,
         ).close()
-    held_out = HeldOut(recipe)
+    ledger, evaluations = Ledger(run_folder(recipe)), Evaluations(run_folder(recipe), HeldOut(recipe))
+    check_beginning(recipe, ledger)
     dist.barrier()
     if dist.get_rank() == 0:
         describe_run(recipe)
     dist.barrier()
-    return recipe, held_out
+    return recipe, ledger, evaluations
+
+
+def check_beginning(recipe: Recipe, ledger: Ledger) -> None:
+    """Raise ValueError unless what the run goes on from can be read, and the disk holds what it will save."""
+    if ledger.checkpoint is not None:
+        read_state(ledger.checkpoint)
+    elif recipe.start.path:
+        check_source(recipe.start.path, model=recipe.model)
+    if ledger.unfinished(list(recipe.stages)):
+        check_room(run_folder(recipe), checkpoint_bytes(recipe))
 
 
 def _agree_on_ops() -> None:

@@ -97,6 +97,15 @@ class Store:
             shutil.rmtree(folder)
 
 
+def check_room(run_dir: Path, needed_bytes: int) -> None:
+    """Raise ValueError if the disk cannot hold one more checkpoint of that size. The run directory may not exist."""
+    folder = run_dir.absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.is_dir())
+    problem = _shortage(run_dir / "checkpoints", needed_bytes, shutil.disk_usage(existing).free)
+    if problem:
+        raise ValueError(problem)
+
+
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint. Raises ValueError naming the folder if it is no checkpoint of ours."""
     path = folder / "state.json"
@@ -139,10 +148,16 @@ def _cannot_hold(partial: Path, needed_bytes: int) -> str | None:
         free_bytes = shutil.disk_usage(partial).free
     except OSError as error:
         return f"{partial}: {error.strerror or error}; choose a writable run_dir"
-    if needed_bytes > free_bytes:
+    problem = _shortage(partial.parent, needed_bytes, free_bytes)
+    if problem:
         partial.rmdir()
-        return (
-            f"no space left in {partial.parent}: the checkpoint needs {needed_bytes / 1e9:.2f} GB and "
-            f"{free_bytes / 1e9:.2f} GB are free; free some space and start the same command again"
-        )
-    return None
+    return problem
+
+
+def _shortage(folder: Path, needed_bytes: int, free_bytes: int) -> str | None:
+    if needed_bytes <= free_bytes:
+        return None
+    return (
+        f"no space left in {folder}: the checkpoint needs {needed_bytes / 1e9:.2f} GB and "
+        f"{free_bytes / 1e9:.2f} GB are free; free some space and start the same command again"
+    )

@@ -82,6 +82,11 @@ class Mapping(ABC):
             _check(source, reader)
             view.copy_(self._read(reader, source, view.shape, tp_rank=tp_rank, tp=tp))
 
+    def check(self, reader: Reader) -> None:
+        """Raise ValueError naming a source whose shape is not the model's."""
+        for source in self.sources:
+            _check(source, reader)
+
     def shard_into(self, local: Tensor, whole: Tensor, *, tp_rank: int, tp: int) -> None:
         """Copy this rank's part of the unsharded parameter into local."""
         for view, full in zip(self.views(local), self.views(whole)):

@@ -50,6 +50,15 @@ def fill(
             row.shard_into(parameter, whole, tp_rank=tp_rank, tp=tp)
 
 
+def check_source(path: str, *, model: ModelConfig) -> None:
+    """Raise what `fill` would raise about the checkpoint at path. Reads headers alone."""
+    reader, rows = HFCheckpoint(path), table(model)
+    check_names(reader.names(), rows, model=model, where=path)
+    for row in rows:
+        if not row.new:
+            row.check(reader)
+
+
 def new_parameters(model: ModelConfig) -> set[str]:
     """Global names of the parameters that the teacher did not have (they may get a learning rate of their own)."""
     return {row.name for row in table(model) if row.new}
