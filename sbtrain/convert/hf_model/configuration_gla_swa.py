@@ -69,8 +69,7 @@ class GLAswaConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.layer_kinds = layer_kinds
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
-        self.qkv_bias = qkv_bias
-        self.qk_norm = qk_norm
+        self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
         self.llama3_rope = llama3_rope
         super().__init__(
             pad_token_id=pad_token_id,
