@@ -326,3 +326,26 @@ def test_a_run_that_was_damaged(stopped, problem):
     spoil, mentions = SPOILED_RUNS[problem]
     spoil(stopped.run_dir)
     stopped.refuses(ONE_STAGE, [str(stopped.run_dir), *mentions])
+
+
+SPOILED_TENSORS: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda f: _truncate(max(f.glob("*.distcp"), key=lambda path: path.stat().st_size)),
+    "missing": lambda f: max(f.glob("*.distcp"), key=lambda path: path.stat().st_size).unlink(),
+    "metadata": lambda f: (f / ".metadata").write_bytes(b"garbage"),
+    "common": lambda f: _truncate(f / "common.pt"),
+}
+
+
+@pytest.mark.parametrize("problem", SPOILED_TENSORS)
+def test_a_checkpoint_whose_tensors_cannot_be_read(stopped, problem):
+    """Found when it is loaded; the run stays as it was, and goes on from the checkpoint before when it is told to."""
+    folder = stopped.run_dir / "checkpoints/step_4"
+    SPOILED_TENSORS[problem](folder)
+    before = stopped.files(but=("exit.json",))
+    code, line = stopped.train(*ONE_STAGE)
+    assert code == 2 and line.startswith(f"error: {folder} cannot be read (") and line.count("\n") == 1
+    assert "point ledger.json at an earlier checkpoints/step_N" in line
+    after = stopped.files(but=("exit.json",))
+    assert {name: it and it[0] for name, it in after.items()} == {name: it and it[0] for name, it in before.items()}
+    _edit(stopped.run_dir / "ledger.json", checkpoint="checkpoints/step_3", step=3)
+    assert stopped.train(*ONE_STAGE)[0] == 0 and Ledger(stopped.run_dir).step == 6

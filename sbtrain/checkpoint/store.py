@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -66,7 +67,10 @@ class Store:
         dist.barrier()
 
     def restore(self, engine: Engine) -> RunState | None:
-        """Load the newest checkpoint into the engine, or return None if there is none. Collective."""
+        """Load the newest checkpoint into the engine, or return None if there is none. Collective.
+
+        Raises ValueError naming the checkpoint when it is damaged or of another format.
+        """
         folder = self.ledger.checkpoint
         if folder is None:
             return None
@@ -75,7 +79,14 @@ class Store:
             sharded = {"model": sharded_weights(engine.model, engine.mesh)}
         else:
             sharded = engine.sharded_state_dict(for_loading=True)
-        engine.load_state_dict(mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False))
+        try:
+            loaded = mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False)
+        except (OSError, EOFError, RuntimeError, UnpicklingError, CheckpointException) as error:
+            raise ValueError(
+                f"{folder} cannot be read ({_reason(error)}); point ledger.json at an earlier checkpoints/step_N "
+                "or choose another run_dir"
+            ) from error
+        engine.load_state_dict(loaded)
         return RunState(**{key: content[key] for key in RunState.__dataclass_fields__})
 
     def _make_room(self, sharded: dict, partial: Path, write: bool) -> None:
@@ -123,11 +134,12 @@ def read_state(folder: Path) -> dict:
     return content
 
 
-def _reason(error: OSError | CheckpointException) -> str:
-    """What went wrong, in one line."""
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line. CheckpointException wraps what other processes raised."""
     if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
-    return error.strerror or str(error)
+        return "; ".join(f"rank {rank}: {_reason(failure)}" for rank, (failure, _) in error.failures.items())
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0]
 
 
 def _own_bytes(sharded) -> int:
