@@ -51,8 +51,15 @@ class Mesh:
         self.close()
 
     def close(self) -> None:
-        """Destroy the process groups; torch.distributed stays up."""
+        """Destroy the process groups; torch.distributed stays up.
+
+        megatron only forgets its groups: their threads (gloo) and communicators (NCCL) would stay until the end.
+        """
+        groups = [group for group in mcore.parallel_state._global_process_group_list if group is not None]
         mcore.parallel_state.destroy_model_parallel()
+        self.groups = None
+        for group in groups:
+            dist.destroy_process_group(group)
 
     @property
     def tp_rank(self) -> int:
