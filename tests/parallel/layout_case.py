@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 
 from parallel.engine import Engine
@@ -73,8 +75,10 @@ def one_step(
     rank: int, layout: Layout, config: ModelConfig, rows: list[Row], recompute=Recompute.none, num_steps: int = 1
 ):
     """Loss, gradient norm, this rank's gradients by global name with its tp coordinates, and the loss after a step."""
-    with Mesh.build(layout) as mesh:
+    with ExitStack() as stack:
+        mesh = stack.enter_context(Mesh.build(layout))
         engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), recompute=recompute)
+        stack.callback(engine.close)
         mine = rows[mesh.dp_rank :: mesh.dp]
         first = engine.forward_backward(mine)
         engine.gather_gradients()
