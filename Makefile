@@ -13,7 +13,7 @@ env: .venv/.ready
 
 demo: env
 	$(VENV)/python launch/fetch_demo.py
-	$(VENV)/torchrun --nproc_per_node=2 launch/train.py recipe=demo
+	OMP_NUM_THREADS=1 $(VENV)/torchrun --nproc_per_node=2 launch/train.py recipe=demo
 
 lint: env
 	$(VENV)/python -m ruff check .
