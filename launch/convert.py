@@ -1,6 +1,6 @@
 """python launch/convert.py recipe=NAME [key=value ...]: Hugging Face checkpoint -> initial checkpoint of the run.
 
-Converts offline, streaming; torchrun splits the work over ranks. launch/train.py with the same recipe continues from it.
+Offline, streaming; torchrun splits the work over ranks. launch/train.py with the same recipe continues from it.
 """
 
 import os

@@ -48,8 +48,9 @@ def step(optimizer, *, lr: float, clip_grad: float) -> float:
     grad_norm = float(optimizer.get_grad_norm())
     too_long = (grad_norm + 1e-6) / clip_grad if clip_grad > 0 else 1.0
     for part in _parts(optimizer):
-        if not isinstance(part.optimizer, torch.optim.AdamW):
-            part.clip_grad_norm(clip_grad)
+        if not isinstance(part.optimizer, torch.optim.AdamW):  # apex or TransformerEngine are installed
+            if clip_grad > 0:
+                part.clip_grad_norm(clip_grad)
         elif too_long > 1:
             part.optimizer.grad_scale = torch.tensor(too_long, device=torch.cuda.current_device())
         else:
@@ -76,7 +77,10 @@ def allocate_state(optimizer) -> None:
         set_learning_rate(part, 0.0)
         part._init_optimizer_states_with_dummy_values()
         for state in part.optimizer.state.values():
-            state["step"].zero_()
+            if "step" in state:
+                state["step"].zero_()
+        for group in part.optimizer.param_groups:
+            group.pop("step", None)  # where apex and TransformerEngine count
 
 
 def own_step_counts(optimizer) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import ops
 from parallel.engine import Engine
 from parallel.layout import Layout
-from parallel.mesh import Mesh, start_distributed
+from parallel.mesh import Mesh, device, start_distributed
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.run_dir import Exit, check_owner, describe_run, run_folder
 from sbtrain.checkpoint.state import RunState
@@ -47,29 +47,29 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
     with ExitStack() as stack:
         sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(sinks.close)
+        watch = stack.enter_context(Watch(save_every_steps=recipe.checkpoint.every_steps, device=device()))
         for name in ledger.unfinished(list(recipe.stages)):
-            reason = run_stage(recipe, name, store, evaluations, sinks)
-            if reason:
-                return Exit.REQUEUE, reason
+            if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
+                return Exit.REQUEUE, watch.reason
             ledger.finish(name, write=first)
+    dist.barrier()
     if first:
         finish(recipe, ledger)
-    dist.barrier()
     return Exit.DONE, "all stages are done"
 
 
-def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations, sinks: Sinks) -> str | None:
-    """One stage on its own layout: build, restore or start, train, judge. Returns why it stopped early, or None."""
+def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations, sinks: Sinks, watch: Watch) -> bool:
+    """One stage on its own layout: build, restore or start, train, judge. Returns False if it had to stop early."""
     stage = recipe.stages[name]
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(stage.layout))
         judge_teacher(recipe, stage, mesh, evaluations)
         engine = stack.enter_context(closing(build_engine(recipe, stage, mesh)))
         state = begin_stage(recipe, name, engine, store, evaluations)
-        state, reason = train_stage(recipe, state, engine, store, sinks)
-        if not reason and evaluations.due(name):
+        state, finished = train_stage(recipe, state, engine, store, sinks, watch)
+        if finished and evaluations.due(name):
             evaluations.add(name, engine.model, mesh, tokens=state.tokens)
-    return reason
+    return finished
 
 
 def convert(recipe: Recipe) -> Path:
@@ -179,7 +179,14 @@ def begin_stage(recipe: Recipe, name: str, engine: Engine, store: Store, evaluat
         state = RunState(stage=name)
     if state.step == 0 and evaluations.due("start"):
         evaluations.add("start", engine.model, engine.mesh, tokens=0)
-    return state if state.stage == name else state.entering(name)
+    if state.stage == name:
+        return state
+    if state.step > 0 and not store.ledger.is_done(state.stage):
+        raise ValueError(
+            f"{store.ledger.checkpoint} is of stage {state.stage}, which is not done, and the next one is {name}; "
+            "put the stages back in their order or point ledger.json at a checkpoint of that stage"
+        )
+    return state.entering(name)
 
 
 def fill_start(recipe: Recipe, model, mesh: Mesh) -> None:
@@ -194,8 +201,10 @@ def fill_start(recipe: Recipe, model, mesh: Mesh) -> None:
     )
 
 
-def train_stage(recipe: Recipe, state: RunState, engine: Engine, store: Store, sinks) -> tuple[RunState, str | None]:
-    """Train the state's stage. Returns the state, saved, and None when its budget is spent, else why it stopped."""
+def train_stage(
+    recipe: Recipe, state: RunState, engine: Engine, store: Store, sinks: Sinks, watch: Watch
+) -> tuple[RunState, bool]:
+    """Train the state's stage. Returns the state, saved, and whether its budget is spent."""
     stage, mesh = recipe.stages[state.stage], engine.mesh
     meter = Meter(
         world_size=mesh.world_size,
@@ -213,11 +222,8 @@ def train_stage(recipe: Recipe, state: RunState, engine: Engine, store: Store, s
     )
     if state.loader is not None:
         loader.load_state_dict(state.loader)
-    with ExitStack() as stack:
-        stack.callback(loader.close)
-        watch = stack.enter_context(Watch(save_every_steps=recipe.checkpoint.every_steps, device=mesh.device))
-        state, finished = train(engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch)
-        return state, None if finished else watch.reason
+    with closing(loader):
+        return train(engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch)
 
 
 def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluations) -> None:
@@ -235,7 +241,9 @@ def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluat
 
 def finish(recipe: Recipe, ledger: Ledger) -> None:
     """Export where the recipe asks for it, write the report and print its table. Called on rank 0."""
-    if recipe.export_dir and not Path(recipe.export_dir).exists():
+    if recipe.export_dir and Path(recipe.export_dir).exists():
+        print(f"not exported: {recipe.export_dir} exists already", flush=True)
+    elif recipe.export_dir:
         form = export_checkpoint(ledger.checkpoint, recipe=recipe, out=recipe.export_dir, dtype=recipe.precision.value)
         print(f"exported to {recipe.export_dir} ({form} format)", flush=True)
     page = write_report(run_folder(recipe))

@@ -8,12 +8,12 @@ import signal
 from pathlib import Path
 
 import numpy
-from tiny_corpus import write_corpus, write_tokenizer, sha256
 
 from sbtrain.config.load import load
 from sbtrain.config.schema import Recipe
 from sbtrain.run import run
 from sbtrain.train.watch import Watch
+from tiny_corpus import sha256, write_corpus, write_tokenizer
 
 RECIPE = """
 name: tiny
@@ -32,11 +32,13 @@ data:
 optim: {{weight_decay: 0.1, new_lr_scale: 3.0}}
 stages:
   ctx_32:
-    {{seq_len: 32, tokens: 768, global_batch_tokens: 128, micro_batch: 2, schedule: {{lr: 1e-2, min_lr: 1e-3, warmup_tokens: 128}}}}
+    {{seq_len: 32, tokens: 768, global_batch_tokens: 128, micro_batch: 2,
+     schedule: {{lr: 1e-2, min_lr: 1e-3, warmup_tokens: 128}}}}
   ctx_64:
     {{seq_len: 64, tokens: 512, global_batch_tokens: 128, layout: {{pp: 2}}, schedule: {{lr: 3e-3, min_lr: 1e-3}}}}
   ctx_128:
-    {{seq_len: 128, tokens: 512, global_batch_tokens: 128, layout: {{sp: 2}}, schedule: {{lr: 1e-3, min_lr: 1e-4, decay: wsd}}}}
+    {{seq_len: 128, tokens: 512, global_batch_tokens: 128, layout: {{sp: 2}},
+     schedule: {{lr: 1e-3, min_lr: 1e-4, decay: wsd}}}}
 checkpoint: {{every_steps: 3, keep_last: 2}}
 evaluation: {{tokens: 128, seq_len: 64}}
 cluster: {{num_gpus: 2}}

@@ -88,6 +88,8 @@ def losses(arithmetic: Arithmetic, hidden, weight, labels, *, loss_weights, igno
     scale = scored.to(exact) if loss_weights is None else loss_weights.to(exact).where(scored, 0)
     local = torch.where(scored & (labels >= first) & (labels < first + num_local), labels - first, -1)
     problem = _Problem(arithmetic, local, scale.detach(), group, num_valid)
+    if not torch.is_grad_enabled():  # needs_input_grad would still ask for gradients
+        hidden, weight = hidden.detach(), weight.detach()
     return _Losses.apply(hidden, weight, problem)
 
 

@@ -25,8 +25,13 @@ class Ledger:
 
     @property
     def step(self) -> int:
-        """Step of the newest checkpoint, 0 without one."""
-        return self._value["step"]
+        """Step of the newest checkpoint, 0 without one; its name counts, so that a user may point at another one."""
+        name = self._value["checkpoint"]
+        return 0 if name is None else int(name.rsplit("_", 1)[1])
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage has spent its budget."""
+        return stage in self._value["stages_done"]
 
     def unfinished(self, stages: list[str]) -> list[str]:
         """The stages still to run, in order."""

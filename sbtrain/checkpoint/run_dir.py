@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
@@ -27,7 +28,7 @@ class Exit(IntEnum):
 
 FREE = ("name", "run_dir", "cluster", "log", "checkpoint", "evaluation", "ops", "export_dir", "dry_run", "layout_auto")
 """Keys that may change when a run goes on."""
-FREE_OF_STAGE = ("layout", "recompute", "micro_batch")
+FREE_OF_STAGE = ("layout", "recompute", "micro_batch", "schedule")
 """Keys of a stage that may change when a run goes on."""
 
 
@@ -41,7 +42,8 @@ def check_owner(recipe: Recipe) -> None:
     folder = run_folder(recipe)
     path = folder / "recipe.yaml"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        leftovers = [path for path in folder.iterdir() if path.name != "exit.json"] if folder.exists() else []
+        if any(path.suffix != ".partial" for path in leftovers):
             raise ValueError(f"run_dir={folder} is not empty and holds no recipe.yaml; choose a new run_dir")
         return
     theirs, ours = identity(load([f"recipe={path}", "dry_run=true"])), identity(recipe)
@@ -72,9 +74,16 @@ def _flat(value, prefix: str = "") -> dict:
 
 
 def describe_run(recipe: Recipe) -> None:
-    """Write recipe.yaml (resolved) and env.json. Called on rank 0."""
+    """Write recipe.yaml (resolved) and env.json, and forget how the last start ended. Called on rank 0.
+
+    Raises ValueError where the run directory cannot be written.
+    """
     folder = run_folder(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "exit.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir={folder}: {error.strerror or error}; choose a writable folder") from None
     save(recipe, folder / "recipe.yaml")
     environment = {
         "python": platform.python_version(),
@@ -91,8 +100,12 @@ def describe_run(recipe: Recipe) -> None:
 def record_exit(recipe: Recipe, code: int, reason: str) -> None:
     """Write exit.json, which outlives torchrun's own exit code, if the run directory exists. Called on rank 0."""
     folder = run_folder(recipe)
-    if folder.is_dir():
+    if not folder.is_dir():
+        return
+    try:
         write_json(folder / "exit.json", {"code": int(code), "reason": reason})
+    except OSError as error:  # a full disk must not hide why the run ended
+        print(f"{folder / 'exit.json'}: {error.strerror or error}", file=sys.stderr, flush=True)
 
 
 def _commit() -> str | None:

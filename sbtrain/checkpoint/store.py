@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from pickle import UnpicklingError
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -81,6 +82,8 @@ class Store:
             sharded = engine.sharded_state_dict(for_loading=True)
         try:
             loaded = mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False)
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, EOFError, RuntimeError, UnpicklingError, CheckpointException) as error:
             raise ValueError(
                 f"{folder} cannot be read ({_reason(error)}); point ledger.json at an earlier checkpoints/step_N "
@@ -103,9 +106,11 @@ class Store:
     def _drop_old(self) -> None:
         for leftover in self.folder.glob("step_*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
-        steps = sorted(self.folder.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
-        for folder in steps[: -self.keep_last] if self.keep_last else []:
-            shutil.rmtree(folder)
+        numbers = (folder.name.removeprefix("step_") for folder in self.folder.glob("step_*"))
+        # what lies beyond the ledger's checkpoint stays: the run may have been taken back to an earlier one
+        steps = sorted(int(number) for number in numbers if number.isdigit() and int(number) <= self.ledger.step)
+        for step in steps[: -self.keep_last] if self.keep_last else []:
+            shutil.rmtree(self.folder / f"step_{step}")
 
 
 def check_room(run_dir: Path, needed_bytes: int) -> None:

@@ -39,6 +39,7 @@ def check(recipe: Recipe) -> None:
         problem = layout_problem(recipe.model, stage, stage.layout)
         if problem:
             raise ValueError(f"stages.{name}.{problem}")
+        check_evaluation(recipe, name, stage)
 
 
 def check_training(recipe: Recipe) -> None:
@@ -152,6 +153,17 @@ def check_optim(recipe: Recipe) -> None:
             raise ValueError(f"optim.{field}={getattr(optim, field)} is negative; give 0 or more")
     if optim.eps <= 0:
         raise ValueError(f"optim.eps={optim.eps} must be greater than 0")
+
+
+def check_evaluation(recipe: Recipe, name: str, stage: Stage) -> None:
+    """Held-out rows are judged on every stage's layout, which must be able to cut them."""
+    layout, seq_len = stage.layout, recipe.evaluation.seq_len
+    parts = layout.sp * (layout.tp if layout.tp_sequence_parallel else 1)
+    if recipe.evaluation.tokens > 0 and seq_len % parts:
+        raise ValueError(
+            f"evaluation.seq_len={seq_len} cannot be cut into the {parts} shards of stages.{name}.layout; "
+            f"give a multiple of {parts}"
+        )
 
 
 def check_counts(recipe: Recipe) -> None:

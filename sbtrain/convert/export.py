@@ -92,11 +92,11 @@ def export(
 def export_checkpoint(
     step_dir: str | Path, *, recipe: Recipe, out: str | Path, format: str = "hf", dtype: str = "bf16"
 ) -> str:
-    """Export checkpoints/step_N of a run; the tokenizer is start.path's, or data.tokenizer where that has none.
+    """Export checkpoints/step_N of a run; the tokenizer is data.tokenizer, or start.path's where none is named.
 
     For one process (rank 0 of a run). See `export` for the rest.
     """
-    folders = [folder for folder in (recipe.start.path, recipe.data.tokenizer) if folder]
+    folders = [folder for folder in (recipe.data.tokenizer, recipe.start.path) if folder]
     with_tokenizer = [folder for folder in folders if (Path(folder) / "tokenizer.json").is_file()]
     tokenizer_dir = next(iter([*with_tokenizer, *folders]), "")
     reader = CheckpointReader(step_dir)

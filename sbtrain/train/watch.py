@@ -38,9 +38,25 @@ class Watch:
         """What stopped the run, for exit.json."""
         return "stopped by another rank" if self._signal is None else signal.Signals(self._signal).name
 
+    def together(self, read):
+        """read() on every rank; what one rank raises as ValueError, a damaged file say, all ranks raise. Collective."""
+        result, problem = None, None
+        try:
+            result = read()
+        except ValueError as error:
+            problem = str(error)
+        if self._any(problem is not None):
+            problems = [None] * dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+            raise ValueError(next(text for text in problems if text))
+        return result
+
     def must_stop(self) -> bool:
         """Whether any rank was told to stop. Collective: all ranks get the same answer."""
-        flag = torch.tensor(int(self._signal is not None), device=self._device)
+        return self._any(self._signal is not None)
+
+    def _any(self, here: bool) -> bool:
+        flag = torch.tensor(int(here), device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
@@ -53,5 +69,5 @@ class Watch:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise ArithmeticError(
                 f"step {state.step} of stage {state.stage}: loss {loss}, gradient norm {grad_norm}; the newest "
-                "checkpoint is intact, lower stages.NAME.schedule.lr or look at the data, and start the same command again"
+                "checkpoint is intact; lower the stage's schedule.lr and start again, or look at the data"
             )
