@@ -62,13 +62,20 @@ class RankPool:
         return [answers[rank]["value"] for rank in range(self.world_size)]
 
     def stop(self) -> None:
-        """Kill the processes. The pool may be used again and then starts new ones."""
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
+        """End the processes. The pool may be used again and then starts new ones.
+
+        A rank that listens ends by itself when its pipe closes, and so ends the processes that it started; killed, it
+        would leave them behind.
+        """
         for pipe in self._pipes:
             pipe.close()
+        deadline = time.monotonic() + GRACE_S
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self._processes, self._pipes, self._store = [], [], None
 
     def _start(self) -> None:
@@ -165,9 +172,11 @@ def prepare(backend: str, case: int, fresh: bool) -> None:
     else:
         poison_memory()
     if not dist.is_initialized():
-        # The store keeps the keys of earlier groups; the restart count gives each new group its own prefix.
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(case)
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        # The store keeps the keys of earlier groups, which would send a rank to a peer that is gone: a prefix each.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = dist.PrefixStore(f"case {case}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
 
 
 def poison_memory(on: bool = True) -> None:
