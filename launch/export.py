@@ -13,6 +13,7 @@ from sbtrain.convert.export import export_checkpoint
 
 
 def main(arguments: list[str]) -> int:
+    """Export as the arguments say. Returns the exit code: 2, with one line, for a mistake in them."""
     try:
         options = _options(arguments)
         run = Path(options["run"])

@@ -47,6 +47,7 @@ VALID_PERCENT = 2.0
 
 
 def main(arguments: list[str]) -> int:
+    """Fetch and prepare what is missing. Returns the exit code: 2, with one line, for a failed download or checksum."""
     out = Path(".cache/demo")
     for argument in arguments:
         key, _, value = argument.partition("=")

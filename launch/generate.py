@@ -33,6 +33,7 @@ class Text:
 
 
 def main(arguments: list[str]) -> int:
+    """Generate as the arguments say. Returns the exit code: 2, with one line, for a mistake in them."""
     try:
         given = split(arguments)
         check_keys(given, Where, Text, Sampling)

@@ -12,6 +12,7 @@ from sbtrain.data.prepare import prepare
 
 
 def main(arguments: list[str]) -> int:
+    """Prepare as the arguments say. Returns the exit code: 2 for a mistake in them or the text, 130 if interrupted."""
     try:
         options = _options(arguments)
         corpora = prepare(
