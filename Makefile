@@ -13,14 +13,14 @@ env: .venv/.ready
 
 demo: env
 	$(VENV)/python launch/fetch_demo.py
-	OMP_NUM_THREADS=1 $(VENV)/torchrun --nproc_per_node=2 launch/train.py recipe=demo
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/torchrun --nproc_per_node=2 launch/train.py recipe=demo
 
 lint: env
 	$(VENV)/python -m ruff check .
 	$(VENV)/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m "$(HERE)"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m "$(HERE)"
 
 # On a machine with GPUs.
 gpu: env

@@ -33,6 +33,24 @@ def bounds(cu_seqlens: Tensor) -> list[int]:
     return derived(cu_seqlens, "bounds", cu_seqlens.tolist)
 
 
+def lengths(cu_seqlens: Tensor) -> list[int]:
+    """Tokens of each document that has any, on the host."""
+
+    def build() -> list[int]:
+        edges = bounds(cu_seqlens)
+        return [end - start for start, end in zip(edges, edges[1:]) if end > start]
+
+    return derived(cu_seqlens, "lengths", build)
+
+
+def to_device(cu_seqlens: Tensor, device) -> Tensor:
+    """cu_seqlens on the device, its bounds known on the host already: no op has to wait for the device to read them."""
+    edges = bounds(cu_seqlens)
+    moved = cu_seqlens.to(device, non_blocking=True)
+    derived(moved, "bounds", lambda: edges)
+    return moved
+
+
 def derived(cu_seqlens: Tensor, key: Any, build: Callable[[], Any]) -> Any:
     """build(), or what it returned earlier for this tensor and key. All layers of a step share one cu_seqlens.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from datetime import timedelta
 
 import torch
@@ -100,7 +101,10 @@ def device() -> torch.device:
 
 
 def start_distributed() -> None:
-    """Start torch.distributed from torchrun's variables, or a world of one process without them. Idempotent."""
+    """Start torch.distributed from torchrun's variables, or a world of one process without them. Idempotent.
+
+    Raises ValueError where two processes would share a GPU.
+    """
     if dist.is_initialized():
         return
     on_gpu = torch.cuda.is_available()
@@ -112,3 +116,19 @@ def start_distributed() -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if on_gpu:
+        mine = (platform.node(), str(torch.cuda.get_device_properties(device()).uuid))
+        everyone = [mine] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        check_one_rank_a_gpu(everyone)
+
+
+def check_one_rank_a_gpu(gpus: list[tuple[str, str]]) -> None:
+    """Raise ValueError if two ranks hold one GPU, which NCCL cannot serve. gpus: (host, GPU) by rank."""
+    for rank, gpu in enumerate(gpus):
+        first = gpus.index(gpu)
+        if first != rank:
+            raise ValueError(
+                f"ranks {first} and {rank} share one GPU of {gpu[0]}; start one process a GPU (torchrun "
+                "--nproc_per_node), or hide the GPUs to run on CPU: CUDA_VISIBLE_DEVICES="
+            )

@@ -73,8 +73,7 @@ def evaluate_rows(model, mesh: Mesh, rows: list[Row]) -> list[LossSum]:
 
 def _forward_step(rows, model, *, mesh: Mesh, loss_scale: float):
     row = next(rows)
-    row = Row(*(x.to(mesh.device, non_blocking=True) for x in (row.tokens, row.labels, row.cu_seqlens)))
-    tokens, labels, documents = shard_row(row, rank=mesh.sp_rank, size=mesh.layout.sp)
+    tokens, labels, documents = shard_row(row.to(mesh.device), rank=mesh.sp_rank, size=mesh.layout.sp)
     return model(tokens, documents, labels), partial(_token_sums, labels, loss_scale)
 
 

@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 
+from autotuning import shorten
 from rank_pool import RankPool, poison_memory
 
 
@@ -33,6 +34,8 @@ def _seeds_and_poison(request):
     torch.manual_seed(0)
     on_gpu = request.node.get_closest_marker("gpu") or request.node.get_closest_marker("multigpu")
     poison_memory(not on_gpu)
+    if on_gpu:
+        shorten()
     yield
     poison_memory(False)
 

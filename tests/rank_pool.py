@@ -91,12 +91,17 @@ class RankPool:
                 subprocess.Popen(
                     [sys.executable, "-c", code, *wanted],
                     pass_fds=[theirs.fileno()],
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env=self._environment(),
                 )
             )
             theirs.close()
             self._pipes.append(ours)
         self._fresh = False
+
+    def _environment(self) -> dict[str, str]:
+        """One thread a rank; gloo's ranks are CPU ranks on a machine with GPUs, too."""
+        hidden = {} if self.backend == "nccl" else {"CUDA_VISIBLE_DEVICES": ""}
+        return {**os.environ, "OMP_NUM_THREADS": "1", **hidden}
 
     def _collect(self, timeout_s: float) -> tuple[dict[int, dict], list[int]]:
         """Answers by rank, and the ranks that gave none in time."""
@@ -168,7 +173,11 @@ def prepare(backend: str, case: int, fresh: bool) -> None:
     if fresh and dist.is_initialized():
         dist.destroy_process_group()
     if backend == "nccl":
+        from autotuning import shorten
+
+        shorten()
         torch.cuda.set_device(int(os.environ["RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
     else:
         poison_memory()
     if not dist.is_initialized():

@@ -1,5 +1,5 @@
-"""Attention on NVIDIA GPUs, in bf16 and fp16: cuDNN through torch's SDPA for one document a row without a window, and
-FlexAttention for windows, packed documents, sinks (put before the keys) and log-sum-exps.
+"""Attention on NVIDIA GPUs, in bf16 and fp16: cuDNN through torch's SDPA for documents of one length without a window,
+and FlexAttention for windows, other documents, sinks (put before the keys) and log-sum-exps.
 
 Every mask here is "keys first[t] .. t of query t", so FlexAttention compiles one kernel for all of them, and its block
 mask is computed from `first` without a T x T matrix. Other dtypes go to the reference.
@@ -43,13 +43,14 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
             return_lse=return_lse,
         )
     num_tokens = q.shape[1]
-    if window is not None and window >= num_tokens:
+    lengths = [num_tokens] if cu_seqlens is None else documents.lengths(cu_seqlens)
+    if window is not None and window >= max(lengths):
         window = None
-    if cu_seqlens is not None and sum(b > a for a, b in _spans(cu_seqlens)) <= 1:
+    if len(lengths) == 1:
         cu_seqlens = None
+    if window is None and len(set(lengths)) == 1 and sink_k is None and not return_lse:
+        return _dense(q, k, v, scale, length=lengths[0])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if window is None and cu_seqlens is None and sink_k is None and not return_lse:
-        return _dense(q, k, v, scale)
     num_sinks = 0
     if sink_k is not None:
         num_sinks = len(sink_k)
@@ -73,15 +74,12 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
     return result.transpose(1, 2)
 
 
-def _dense(q, k, v, scale):
+def _dense(q, k, v, scale, *, length: int):
+    """Documents of one length are a batch."""
+    rows = (x.reshape(-1, length, *x.shape[2:]).transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return o.transpose(1, 2)
-
-
-def _spans(cu_seqlens):
-    bounds = documents.bounds(cu_seqlens)
-    return zip(bounds, bounds[1:])
+        o = scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
+    return o.transpose(1, 2).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def _mask(cu_seqlens, window, num_tokens, num_sinks, device) -> BlockMask:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ops import documents
+
 IGNORE = -100
 """Label of a token whose prediction is not scored (the last token of a document, padding)."""
 
@@ -27,6 +29,11 @@ class Row:
     labels: Tensor
     cu_seqlens: Tensor
 
+    def to(self, device: torch.device) -> Row:
+        """The row on the device."""
+        tokens, labels = (x.to(device, non_blocking=True) for x in (self.tokens, self.labels))
+        return Row(tokens, labels, documents.to_device(self.cu_seqlens, device))
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -39,8 +46,9 @@ class Documents:
 def positions_of(cu_seqlens: Tensor) -> Tensor:
     """Position of each token inside its document. cu_seqlens int32 [N+1] -> int64 [T]."""
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    num_tokens = int(cu_seqlens[-1])
-    return torch.arange(num_tokens, device=cu_seqlens.device) - torch.repeat_interleave(starts, lengths)
+    num_tokens = documents.bounds(cu_seqlens)[-1]
+    starts = torch.repeat_interleave(starts, lengths, output_size=num_tokens)
+    return torch.arange(num_tokens, device=cu_seqlens.device) - starts
 
 
 def shard_row(row: Row, *, rank: int, size: int) -> tuple[Tensor, Tensor, Documents]:

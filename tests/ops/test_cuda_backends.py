@@ -115,9 +115,12 @@ def test_attention_ragged_documents(window, heads, size):
     )
 
 
-def test_attention_one_document_between_empty_ones():
+@pytest.mark.parametrize("edges", [(0, 0, 1000, 1000), (0, 250, 500, 750, 1000), (0, 500, 500, 1000), (0, 1, 1000)])
+@pytest.mark.parametrize("window", [None, 250, 499])
+def test_attention_documents_of_one_length(window, edges):
+    """They are a batch to the kernel; (0, 1, 1000) is none, and a window as long as every document is no window."""
     tensors = attention_inputs(1000)
-    compare("attention", lambda m, *x: [m.attention(*x, cu_seqlens=cu(0, 0, 1000, 1000))], tensors, torch.bfloat16)
+    compare("attention", lambda m, *x: [m.attention(*x, window=window, cu_seqlens=cu(*edges))], tensors, torch.bfloat16)
 
 
 @pytest.mark.parametrize("num_sinks", [0, 128, 5])

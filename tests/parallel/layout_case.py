@@ -72,17 +72,23 @@ def build_engine(config: ModelConfig, mesh: Mesh, *, seq_len: int, precision=Pre
 
 
 def one_step(
-    rank: int, layout: Layout, config: ModelConfig, rows: list[Row], recompute=Recompute.none, num_steps: int = 1
+    rank: int,
+    layout: Layout,
+    config: ModelConfig,
+    rows: list[Row],
+    recompute=Recompute.none,
+    num_steps: int = 1,
+    precision: Precision = Precision.fp32,
 ):
     """Loss, gradient norm, this rank's gradients by global name with its tp coordinates, and the loss after a step."""
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(layout))
-        engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), recompute=recompute)
+        engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), recompute=recompute, precision=precision)
         stack.callback(engine.close)
         mine = rows[mesh.dp_rank :: mesh.dp]
         first = engine.forward_backward(mine)
         engine.gather_gradients()
-        grads = {name: p.main_grad.clone() for name, p in global_parameters(engine.model).items()}
+        grads = {name: p.main_grad.cpu().clone() for name, p in global_parameters(engine.model).items()}
         norm = engine.step(lr=1e-2)
         after = [engine.forward_backward(mine) for _ in range(num_steps)][-1]
         return dict(

@@ -1,0 +1,94 @@
+"""The engine on GPUs and NCCL: one GPU equals the CPU, two equal one, in fp32 exactly and in bf16 within its rounding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from layout_case import one_step, packed_rows, small_model
+from parallel.layout import Layout
+from sbtrain.config.schema import Precision
+from sharding import local_shard
+from test_layouts import LAYOUTS, check_equal
+
+PAIRS = [name for name, (num_ranks, _) in LAYOUTS.items() if num_ranks == 2]
+TIMEOUT_S = 400.0  # kernels compile
+
+
+def kernel_model(**changes):
+    """Head and hidden sizes that the kernels were made for."""
+    return small_model(
+        **{**dict(hidden_size=256, head_dim=64, ffn_size=384, num_heads=6, num_kv_heads=2, window=100), **changes}
+    )
+
+
+def distance(result: dict, whole: dict) -> dict[str, float]:
+    """How far a rank's step is from the fp32 one: relative differences of the losses, and of all gradients as one."""
+    apart = {key: abs(result[key] / whole[key] - 1) for key in ("loss", "grad_norm", "after")}
+    squares = [0.0, 0.0]
+    for name, grad in result["grads"].items():
+        tied = name == "output_layer.weight" and name not in whole["grads"]
+        source = whole["grads"]["embedding.word_embeddings.weight" if tied else name]
+        expected = local_shard(name, source, tp_rank=result["tp_rank"], tp=result["tp"]).double()
+        squares[0] += float((grad.double() - expected).pow(2).sum())
+        squares[1] += float(expected.pow(2).sum())
+    return {**apart, "grads": math.sqrt(squares[0] / squares[1])}
+
+
+def check_near(result: dict, whole: dict, *, allowed: dict[str, float]) -> None:
+    """Rounding alone: within twice the distance that another bf16 step has, or one thousandth."""
+    for key, apart in distance(result, whole).items():
+        assert apart <= max(2 * allowed[key], 1e-3), (key, apart, allowed)
+
+
+@pytest.mark.gpu
+def test_one_gpu_in_fp32_equals_the_cpu(run_ranks):
+    model, rows = small_model(), packed_rows(2, 48, 120)
+    (cpu,) = run_ranks(1)(one_step, Layout(), model, rows)
+    check_equal(run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows), cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, dict(num_heads=9, num_kv_heads=3, tie_embeddings=True, qk_norm=True)], ids=str)
+def test_one_gpu_in_bf16_is_as_near_to_fp32_as_the_references(run_ranks, changes):
+    """The kernels may round no worse than plain torch does in bf16 on the CPU."""
+    model, rows = kernel_model(**changes), packed_rows(2, 500, 120)
+    cpu = run_ranks(1, timeout_s=TIMEOUT_S)
+    (whole,) = cpu(one_step, Layout(), model, rows)
+    (reference,) = cpu(one_step, Layout(), model, rows, precision=Precision.bf16)
+    gpu = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)
+    (result,) = gpu(one_step, Layout(), model, rows, precision=Precision.bf16)
+    check_near(result, whole, allowed=distance(reference, whole))
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_gpus_in_fp32_equal_one(name, run_ranks):
+    _, layout = LAYOUTS[name]
+    model, rows = small_model(), packed_rows(4, 48, 120)
+    (whole,) = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows)
+    check_equal(run_ranks(2, backend="nccl", timeout_s=TIMEOUT_S)(one_step, layout, model, rows), whole)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("name", ["pp2", "sp2"])
+def test_odd_heads_and_tied_embeddings_on_two_gpus(name, run_ranks):
+    _, layout = LAYOUTS[name]
+    model = small_model(num_heads=9, num_kv_heads=3, tie_embeddings=True, qkv_bias=False, qk_norm=True)
+    rows = packed_rows(2, 42, 120)
+    (whole,) = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows)
+    check_equal(run_ranks(2, backend="nccl", timeout_s=TIMEOUT_S)(one_step, layout, model, rows), whole)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_gpus_in_bf16_are_as_near_to_fp32_as_one(name, run_ranks):
+    _, layout = LAYOUTS[name]
+    model, rows = kernel_model(), packed_rows(2, 500, 120)
+    one, two = (run_ranks(n, backend="nccl", timeout_s=TIMEOUT_S) for n in (1, 2))
+    (whole,) = one(one_step, Layout(), model, rows)
+    (alone,) = one(one_step, Layout(), model, rows, precision=Precision.bf16)
+    allowed = distance(alone, whole)
+    for result in two(one_step, layout, model, rows, precision=Precision.bf16):
+        check_near(result, whole, allowed=allowed)
