@@ -58,11 +58,13 @@ def summarize(found: list[trace.Kernel], *, num_steps: int, flops: dict[str, flo
     rows = [
         (top["kernel"][:70], top["owner"][:45], top["category"], f"{top['runs']:g}", f"{top['ms']:.3f}") for top in tops
     ]
-    text = "\n\n".join([
-        f"{step_ms:.1f} ms a step under the profiler, GPU idle {idle:.1%}",
-        aligned(("kind", "ms/step", "share", "TFLOP/s"), shares),
-        aligned(("kernel", "launched by", "kind", "runs/step", "ms/step"), rows),
-    ])
+    text = "\n\n".join(
+        [
+            f"{step_ms:.1f} ms a step under the profiler, GPU idle {idle:.1%}",
+            aligned(("kind", "ms/step", "share", "TFLOP/s"), shares),
+            aligned(("kernel", "launched by", "kind", "runs/step", "ms/step"), rows),
+        ]
+    )
     return {
         "step_ms": step_ms,
         "idle_share": idle,

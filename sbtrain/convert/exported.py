@@ -52,9 +52,7 @@ def read_model(folder: str | Path) -> ModelConfig:
             qkv_bias=theirs.qkv_bias,
             qk_norm=theirs.qk_norm,
             window=theirs.sliding_window + 1,
-            gla=GLAConfig(
-                gate_rank=theirs.gate_low_rank_dim, gate_normalizer=float(theirs.gate_logit_normalizer)
-            ),
+            gla=GLAConfig(gate_rank=theirs.gate_low_rank_dim, gate_normalizer=float(theirs.gate_logit_normalizer)),
         )
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{path} does not describe a model ({error}); export the model again") from None

@@ -62,9 +62,7 @@ def run(loaded: Loaded, options: BitsOptions) -> dict:
         prefixes = _prefixes(loaded, options, Path(scratch))
         pairs = [(source, length) for source in prefixes for length in options.lengths]
         for source, length in tqdm(pairs, desc="bpb", unit="context", disable=None):
-            rows = heldout_rows(
-                prefixes[source], seq_len=length, tokens=options.tokens, tokenizer=loaded.tokenizer
-            )
+            rows = heldout_rows(prefixes[source], seq_len=length, tokens=options.tokens, tokenizer=loaded.tokenizer)
             results.append({"source": source, "length": length, **_judge(loaded, rows, prefixes[source])})
     return {"results": results}
 

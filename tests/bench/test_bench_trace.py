@@ -66,7 +66,11 @@ def test_time_is_counted_once_and_gaps_are_idle():
     assert summary["categories_ms"]["gemm"] == pytest.approx(0.015)
     assert "200" in next(line for line in summary["text"].splitlines() if line.startswith("gemm"))  # 3e9 in 15 us
     assert summary["kernels"][0] == {
-        "kernel": "multi_tensor_apply_kernel", "owner": "", "category": "optimizer", "runs": 0.5, "ms": 0.02
+        "kernel": "multi_tensor_apply_kernel",
+        "owner": "",
+        "category": "optimizer",
+        "runs": 0.5,
+        "ms": 0.02,
     }
 
 
@@ -78,8 +82,11 @@ def test_time_is_counted_once_and_gaps_are_idle():
         ("triton_tem_fused_mm_3", ("CompiledFunction",), "compiled, fused"),
         ("sm90_xmma_gemm_bf16bf16", ("_Losses",), "gemm"),
         ("gradient", ("_LossesBackward",), "loss"),
-        ("vectorized_elementwise_kernel", ("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad",),
-         "gradient buffers"),
+        (
+            "vectorized_elementwise_kernel",
+            ("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad",),
+            "gradient buffers",
+        ),
         ("reduce_kernel", ("bench: optimizer", "aten::norm"), "optimizer"),
     ],
 )

@@ -18,13 +18,26 @@ def bench(*arguments: str):
 
 def test_train_measures_both_peers_and_writes_what_it_saw(tmp_path):
     done = bench(
-        "train", "model=tiny", "layers=2", "seq_len=64", "micro_batch=2", "pattern=LS", "precision=fp32", "steps=2",
-        "warmup=1", "profile=true", "peak_tflops=1", f"out={tmp_path}",
+        "train",
+        "model=tiny",
+        "layers=2",
+        "seq_len=64",
+        "micro_batch=2",
+        "pattern=LS",
+        "precision=fp32",
+        "steps=2",
+        "warmup=1",
+        "profile=true",
+        "peak_tflops=1",
+        f"out={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench_train.json").read_text())
     assert [(row["round"], row["peer"]) for row in report["results"]] == [
-        (1, "hand"), (1, "engine"), (2, "hand"), (2, "engine")
+        (1, "hand"),
+        (1, "engine"),
+        (2, "hand"),
+        (2, "engine"),
     ]
     for row in report["results"]:
         assert len(row["steps_ms"]) == 2 and len(row["losses"]) == len(row["grad_norms"]) == 3
@@ -51,7 +64,10 @@ def test_prefill_measures_every_length_of_every_pattern(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench_prefill.json").read_text())
     assert [(row["pattern"], row["num_tokens"]) for row in report["results"]] == [
-        ("F", 32), ("F", 64), ("LS", 32), ("LS", 64)
+        ("F", 32),
+        ("F", 64),
+        ("LS", 32),
+        ("LS", 64),
     ]
     assert all(row["step_ms"]["median"] > 0 and row["tokens_per_s"] > 0 for row in report["results"])
     assert done.stdout.count("LS") >= 2

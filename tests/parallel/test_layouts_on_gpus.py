@@ -1,4 +1,4 @@
-"""The engine on GPUs and NCCL: one GPU equals the CPU, two equal one, in fp32 exactly and in bf16 within its rounding."""
+"""The engine on GPUs and NCCL: one GPU equals the CPU, two equal one; in bf16 within its rounding."""
 
 from __future__ import annotations
 
