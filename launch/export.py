@@ -4,11 +4,9 @@ python launch/export.py run=DIR out=DIR [format=hf|gla_swa|sbtrain] [dtype=bf16|
 """
 
 import sys
-from pathlib import Path
 
 import _path  # noqa: F401
-from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.config.load import load
+from sbtrain.checkpoint.run_dir import open_run
 from sbtrain.convert.export import export_checkpoint
 
 
@@ -16,9 +14,7 @@ def main(arguments: list[str]) -> int:
     """Export as the arguments say. Returns the exit code: 2, with one line, for a mistake in them."""
     try:
         options = _options(arguments)
-        run = Path(options["run"])
-        step_dir = _step_dir(run, options.get("step", "newest"))
-        recipe = load([f"recipe={run / 'recipe.yaml'}", "dry_run=true"])  # the teacher's folder may be gone by now
+        recipe, step_dir = open_run(options["run"], options.get("step", ""))
         how = {key: options[key] for key in ("format", "dtype") if key in options}
         form = export_checkpoint(step_dir, recipe=recipe, out=options["out"], **how)
     except ValueError as error:
@@ -40,19 +36,6 @@ def _options(arguments: list[str]) -> dict[str, str]:
         if not options.get(key):
             raise ValueError(f"{key}= is missing; usage: {__doc__.splitlines()[2]}")
     return options
-
-
-def _step_dir(run: Path, step: str) -> Path:
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"run={run} is no run directory (no recipe.yaml); give the run_dir of a training run")
-    newest = Ledger(run).checkpoint
-    if newest is None:
-        raise ValueError(f"run={run} has no checkpoint yet; train at least to the first one")
-    folder = newest if step == "newest" else run / "checkpoints" / f"step_{step}"
-    if not folder.is_dir():
-        there = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("step_*")))
-        raise ValueError(f"step={step}: {folder} does not exist; there are: {there or 'none'}")
-    return folder
 
 
 if __name__ == "__main__":

@@ -63,12 +63,14 @@ def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations,
     stage = recipe.stages[name]
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(stage.layout))
-        judge_teacher(recipe, stage, mesh, evaluations)
+        judge_teacher(recipe, stage, mesh, evaluations, watch)
         engine = stack.enter_context(closing(build_engine(recipe, stage, mesh)))
-        state = begin_stage(recipe, name, engine, store, evaluations)
+        state = begin_stage(recipe, name, engine, store, evaluations, watch)
+        if watch.must_stop():
+            return False
         state, finished = train_stage(recipe, state, engine, store, sinks, watch)
         if finished and evaluations.due(name):
-            evaluations.add(name, engine.model, mesh, tokens=state.tokens)
+            finished = evaluations.add(name, engine.model, mesh, tokens=state.tokens, must_stop=watch.must_stop)
     return finished
 
 
@@ -84,6 +86,7 @@ def convert(recipe: Recipe) -> Path:
     ledger = Ledger(folder)
     if ledger.checkpoint is not None:
         raise ValueError(f"run_dir={folder} already holds {ledger.checkpoint}; choose a new run_dir")
+    check_room(folder, checkpoint_bytes(recipe, optimizer=False))
     layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
     with Mesh.build(layout) as mesh:
         model = build_model(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
@@ -170,7 +173,9 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
     return Engine(model, mesh, adam=asdict(recipe.optim))
 
 
-def begin_stage(recipe: Recipe, name: str, engine: Engine, store: Store, evaluations: Evaluations) -> RunState:
+def begin_stage(
+    recipe: Recipe, name: str, engine: Engine, store: Store, evaluations: Evaluations, watch: Watch
+) -> RunState:
     """Restore the newest checkpoint, or start from the recipe's first weights (and judge them)."""
     state = store.restore(engine)
     if state is None:
@@ -178,7 +183,7 @@ def begin_stage(recipe: Recipe, name: str, engine: Engine, store: Store, evaluat
         engine.weights_changed()
         state = RunState(stage=name)
     if state.step == 0 and evaluations.due("start"):
-        evaluations.add("start", engine.model, engine.mesh, tokens=0)
+        evaluations.add("start", engine.model, engine.mesh, tokens=0, must_stop=watch.must_stop)
     if state.stage == name:
         return state
     if state.step > 0 and not store.ledger.is_done(state.stage):
@@ -226,14 +231,14 @@ def train_stage(
         return train(engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch)
 
 
-def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluations) -> None:
+def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluations, watch: Watch) -> None:
     """Judge the unconverted source once, if the recipe asks for it."""
     if not (recipe.evaluation.teacher and recipe.start.path and evaluations.due("teacher")):
         return
     teacher = replace(recipe.model, pattern="F")
     model = build_model(teacher, mesh, precision=recipe.precision, seq_len=stage.seq_len)
     fill_start(recipe, model, mesh)
-    evaluations.add("teacher", model, mesh, tokens=0)
+    evaluations.add("teacher", model, mesh, tokens=0, must_stop=watch.must_stop)
     del model
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -244,7 +249,7 @@ def finish(recipe: Recipe, ledger: Ledger) -> None:
     if recipe.export_dir and Path(recipe.export_dir).exists():
         print(f"not exported: {recipe.export_dir} exists already", flush=True)
     elif recipe.export_dir:
-        form = export_checkpoint(ledger.checkpoint, recipe=recipe, out=recipe.export_dir, dtype=recipe.precision.value)
+        form = export_checkpoint(ledger.checkpoint, recipe=recipe, out=recipe.export_dir)
         print(f"exported to {recipe.export_dir} ({form} format)", flush=True)
     page = write_report(run_folder(recipe))
     print(f"\n{summary_table(run_folder(recipe))}\n\nreport: {page}", flush=True)

@@ -12,6 +12,7 @@ import numpy
 from sbtrain.config.load import load
 from sbtrain.config.schema import Recipe
 from sbtrain.run import run
+from sbtrain.train.evaluate import Evaluations
 from sbtrain.train.watch import Watch
 from tiny_corpus import sha256, write_corpus, write_tokenizer
 
@@ -77,6 +78,22 @@ def run_until(rank: int, recipe: Recipe, stop_at_step: int | None = None) -> int
         return int(run(recipe)[0])
     finally:
         Watch.check = check
+
+
+def run_until_judging(rank: int, recipe: Recipe, name: str) -> int:
+    """Run the recipe; rank 0 sends itself SIGTERM when the evaluation of that point begins. Returns the exit code."""
+    add = Evaluations.add
+
+    def stop_and_add(self, point, *args, **kwargs):
+        if rank == 0 and point == name:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return add(self, point, *args, **kwargs)
+
+    Evaluations.add = stop_and_add
+    try:
+        return int(run(recipe)[0])
+    finally:
+        Evaluations.add = add
 
 
 def curve(run_dir: Path) -> list[tuple]:

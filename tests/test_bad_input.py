@@ -19,6 +19,7 @@ from run_case import write_inputs
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.config.load import load
 from sbtrain.plan.memory import checkpoint_bytes
+from sbtrain.run import convert
 from sbtrain.train.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -281,6 +282,16 @@ def test_no_space_left(stopped, monkeypatch):
     stopped.refuses(ONE_STAGE, mentions)
     shutil.rmtree(stopped.run_dir)
     stopped.refuses(ONE_STAGE, mentions)
+
+
+def test_no_space_left_for_a_conversion(stopped, monkeypatch):
+    """It needs room for the weights alone, and leaves nothing where there is none."""
+    recipe = load([f"recipe={stopped.recipe}", *ONE_STAGE, f"run_dir={stopped.root / 'other'}"])
+    need = checkpoint_bytes(recipe, optimizer=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12, need - 1))
+    with pytest.raises(ValueError, match="no space left in .*other/checkpoints"):
+        convert(recipe)
+    assert not (stopped.root / "other").exists()
 
 
 def test_space_that_runs_out_during_the_run(stopped, monkeypatch):

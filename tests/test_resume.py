@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from run_case import curve, run_until, tiny_recipe, write_inputs
+from run_case import curve, run_until, run_until_judging, tiny_recipe, write_inputs
 from sbtrain.checkpoint.run_dir import Exit
+from sbtrain.report.run_files import read_run
+from sbtrain.report.tables import bits_rows
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,30 @@ def test_resume_is_bitwise_on_the_same_layout(whole, run_ranks, stop):
     assert curve(root / f"stop_{stop}") == records
     points = [json.loads((root / name / "evaluation.json").read_text()) for name in ("whole", f"stop_{stop}")]
     assert points[0] == points[1]
+
+
+@pytest.mark.parametrize("name, step", [("start", None), ("ctx_64", 10)])
+def test_a_signal_stops_an_evaluation(whole, run_ranks, name, step):
+    """It can be long: the run stops between its rows, and does the whole evaluation when it goes on."""
+    root, records = whole
+    recipe = tiny_recipe(root, f"judging_{name}")
+    assert run_ranks(2)(run_until_judging, recipe, name) == [Exit.REQUEUE] * 2
+    path = root / recipe.run_dir / "evaluation.json"
+    assert not path.exists() or f'"{name}"' not in path.read_text()
+    assert not step or len(curve(root / recipe.run_dir)) == step
+    assert run_ranks(2)(run_until, recipe) == [Exit.DONE, Exit.DONE]
+    assert curve(root / recipe.run_dir) == records
+    assert path.read_text() == (root / "whole/evaluation.json").read_text()
+
+
+def test_other_evaluation_settings_add_points_and_lose_none(whole, run_ranks):
+    root, _ = whole
+    assert run_ranks(2)(run_until, tiny_recipe(root, "settings"), 8) == [Exit.REQUEUE] * 2
+    assert run_ranks(2)(run_until, tiny_recipe(root, "settings", "evaluation.tokens=64")) == [Exit.DONE] * 2
+    points = json.loads((root / "settings/evaluation.json").read_text())["points"]
+    assert [point["name"] for point in points] == ["start", "ctx_32", "ctx_64", "ctx_128"]
+    assert [point["sources"]["one"]["tokens"] > 64 for point in points] == [True, True, False, False]
+    assert [row.name for row in bits_rows(read_run(root / "settings"))] == ["ctx_64", "ctx_128"]
 
 
 def test_resume_on_another_layout(whole, run_ranks):

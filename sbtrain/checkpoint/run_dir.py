@@ -14,6 +14,7 @@ import torch
 import ops
 from parallel import mcore
 from sbtrain.checkpoint.files import write_json
+from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.config.load import load, save
 from sbtrain.config.schema import Recipe
 
@@ -46,13 +47,35 @@ def check_owner(recipe: Recipe) -> None:
         if any(path.suffix != ".partial" for path in leftovers):
             raise ValueError(f"run_dir={folder} is not empty and holds no recipe.yaml; choose a new run_dir")
         return
-    theirs, ours = identity(load([f"recipe={path}", "dry_run=true"])), identity(recipe)
-    for key in sorted(set(theirs) | set(ours)):
+    there = load([f"recipe={path}", "dry_run=true"])
+    theirs, ours = identity(there), identity(recipe)
+    orders = [", ".join(stages) for stages in (there.stages, recipe.stages)]
+    theirs["the order of stages"], ours["the order of stages"] = orders
+    for key in sorted(set(theirs) | set(ours)):  # a stage too many is named before the order it changes
         if theirs.get(key) != ours.get(key):
             raise ValueError(
                 f"run_dir={folder} belongs to another recipe: {key} is {theirs.get(key, 'absent')} there and "
                 f"{ours.get(key, 'absent')} here; choose another run_dir or restore the value"
             )
+
+
+def open_run(run: str | Path, step: str = "") -> tuple[Recipe, Path]:
+    """The recipe of a run directory and the folder of one of its checkpoints, by number; "" takes the newest.
+
+    Nothing that the recipe names need exist any more. Raises ValueError naming run= or step=.
+    """
+    folder = Path(run)
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"run={run} is no run directory (no recipe.yaml); give the run_dir of a training run")
+    recipe = load([f"recipe={folder / 'recipe.yaml'}", "dry_run=true"])
+    newest = Ledger(folder).checkpoint
+    if newest is None:
+        raise ValueError(f"run={run} has no checkpoint yet; train at least to the first one")
+    step_dir = folder / "checkpoints" / f"step_{step}" if step else newest
+    if not step_dir.is_dir():
+        there = ", ".join(sorted(path.name for path in (folder / "checkpoints").glob("step_*")))
+        raise ValueError(f"step={step}: {step_dir} does not exist; there are: {there or 'none'}")
+    return recipe, step_dir
 
 
 def identity(recipe: Recipe) -> dict:

@@ -90,12 +90,13 @@ def export(
 
 
 def export_checkpoint(
-    step_dir: str | Path, *, recipe: Recipe, out: str | Path, format: str = "hf", dtype: str = "bf16"
+    step_dir: str | Path, *, recipe: Recipe, out: str | Path, format: str = "hf", dtype: str = ""
 ) -> str:
     """Export checkpoints/step_N of a run; the tokenizer is data.tokenizer, or start.path's where none is named.
 
-    For one process (rank 0 of a run). See `export` for the rest.
+    dtype "" is the run's own precision. For one process (rank 0 of a run). See `export` for the rest.
     """
+    dtype = dtype or recipe.precision.value
     folders = [folder for folder in (recipe.data.tokenizer, recipe.start.path) if folder]
     with_tokenizer = [folder for folder in folders if (Path(folder) / "tokenizer.json").is_file()]
     tokenizer_dir = next(iter([*with_tokenizer, *folders]), "")

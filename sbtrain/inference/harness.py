@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from sbtrain.checkpoint.run_dir import open_run
 from sbtrain.convert.export import export_checkpoint
-from sbtrain.inference.load import Where, read_run
+from sbtrain.inference.load import Where
 
 INSTALL = "pip install lm-eval==0.4.13"
 
@@ -101,7 +102,7 @@ def _folder(where: Where) -> Iterator[Path]:
     if where.model:
         yield Path(where.model)
         return
-    recipe, step_dir = read_run(where)
+    recipe, step_dir = open_run(where.run, where.step)
     with tempfile.TemporaryDirectory(dir=where.folder, prefix="lm_eval_export_") as scratch:
         folder = Path(scratch) / "export"
         export_checkpoint(step_dir, recipe=recipe, out=folder, dtype=where.precision or recipe.precision.value)

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from parallel.mesh import Mesh
-from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.checkpoint.run_dir import open_run
 from sbtrain.config.hf_shape import FAMILIES, read_shape
-from sbtrain.config.load import load
 from sbtrain.config.schema import ModelConfig, Precision, Recipe
 from sbtrain.convert.exported import MODEL_TYPES, fill_exported, model_type, read_model
 from sbtrain.convert.reader import CheckpointReader
@@ -82,24 +81,8 @@ def load_model(where: Where, mesh: Mesh) -> Loaded:
     return _from_run(where, mesh) if where.run else _from_folder(where, mesh)
 
 
-def read_run(where: Where) -> tuple[Recipe, Path]:
-    """The recipe of where.run and the folder of the checkpoint meant. Raises ValueError naming run= or step=."""
-    run = Path(where.run)
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"run={run} is no run directory (no recipe.yaml); give the run_dir of a training run")
-    recipe = load([f"recipe={run / 'recipe.yaml'}", "dry_run=true"])  # the source checkpoint may be gone by now
-    newest = Ledger(run).checkpoint
-    if newest is None:
-        raise ValueError(f"run={run} has no checkpoint yet; train at least to the first one")
-    folder = run / "checkpoints" / f"step_{where.step}" if where.step else newest
-    if not folder.is_dir():
-        there = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("step_*")))
-        raise ValueError(f"step={where.step}: {folder} does not exist; there are: {there or 'none'}")
-    return recipe, folder
-
-
 def _from_run(where: Where, mesh: Mesh) -> Loaded:
-    recipe, step_dir = read_run(where)
+    recipe, step_dir = open_run(where.run, where.step)
     folders = [folder for folder in (recipe.data.tokenizer, recipe.start.path) if folder]
     with_tokenizer = [folder for folder in folders if (Path(folder) / "tokenizer.json").is_file()]
     if not with_tokenizer:

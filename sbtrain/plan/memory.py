@@ -54,11 +54,11 @@ def rank_parameters(model: ModelConfig, layout: Layout, layers: range) -> float:
     return count + (vocabulary if last and not (first and model.tie_embeddings) else 0)
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """Bytes of one checkpoint: the weights, their fp32 master copies and two moments."""
+def checkpoint_bytes(recipe: Recipe, *, optimizer: bool = True) -> int:
+    """Bytes of one checkpoint: the weights and, with the optimizer, their fp32 master copies and two moments."""
     model = recipe.model
     count = rank_parameters(model, Layout(), range(model.num_layers))
-    return round((_element_bytes(recipe.precision) + 12) * count)
+    return round((_element_bytes(recipe.precision) + (12 if optimizer else 0)) * count)
 
 
 def layer_activation_bytes(

@@ -52,9 +52,19 @@ def read_run(run_dir: str | Path) -> RunFiles:
         recipe=recipe or {},
         ledger=ledger or {},
         records=[record for record in records or [] if {"step", "tokens", "stage"} <= record.keys()],
-        points=[point for point in (evaluation or {}).get("points", []) if point.get("sources")],
+        points=comparable((evaluation or {}).get("points", []), notes),
         notes=tuple(notes),
     )
+
+
+def comparable(points: list[dict], notes: list[str]) -> list[dict]:
+    """The points measured as the newest one was; a note counts the others."""
+    points = [point for point in points if point.get("sources")]
+    same = [point for point in points if point.get("settings") == points[-1].get("settings")]
+    if len(same) < len(points):
+        left_out = len(points) - len(same)
+        notes.append(f"{left_out} points of evaluation.json, of other evaluation settings, are left out.")
+    return same
 
 
 def read_part(path: Path, parse, kind: type, consequence: str, notes: list[str]):

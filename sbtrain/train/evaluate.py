@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from parallel.mesh import Mesh
@@ -28,19 +29,34 @@ class HeldOut:
                 rows = heldout_rows(source.valid, seq_len=seq_len, tokens=recipe.evaluation.tokens, tokenizer=tokenizer)
                 self.rows[name], self.num_bytes[name] = rows, scored_bytes(rows, tokenizer.token_bytes())
 
-    def bits_per_byte(self, model, mesh: Mesh) -> dict:
-        """{source: {bits_per_byte, tokens, bytes}}. Collective; the same on every rank."""
-        sources = {}
+    @property
+    def settings(self) -> dict:
+        """What makes two points comparable: the rows of each source by number and length, and their bytes."""
+        return {
+            name: {"rows": len(rows), "seq_len": len(rows[0].tokens), "bytes": self.num_bytes[name]}
+            for name, rows in self.rows.items()
+        }
+
+    def bits_per_byte(self, model, mesh: Mesh, *, must_stop: Callable[[], bool]) -> dict | None:
+        """{source: {bits_per_byte, tokens, bytes}}, or None once must_stop says so. Collective; the same everywhere."""
+        sources, at_once = {}, mesh.dp * mesh.layout.pp
         for name, rows in self.rows.items():
-            sums = evaluate_rows(model, mesh, rows)
-            nats, num_tokens = sum(s.loss for s in sums), sum(s.num_tokens for s in sums)
+            nats, num_tokens = 0.0, 0
+            for first in range(0, len(rows), at_once):
+                if must_stop():
+                    return None
+                sums = evaluate_rows(model, mesh, rows[first : first + at_once])
+                nats, num_tokens = nats + sum(s.loss for s in sums), num_tokens + sum(s.num_tokens for s in sums)
             bits_per_byte = nats / math.log(2) / max(self.num_bytes[name], 1)
             sources[name] = {"bits_per_byte": bits_per_byte, "tokens": num_tokens, "bytes": self.num_bytes[name]}
         return sources
 
 
 class Evaluations:
-    """evaluation.json: one point per model that was judged, `teacher`, `start`, then the stages by name."""
+    """evaluation.json: one point per model that was judged, `teacher`, `start`, then the stages by name.
+
+    A run that goes on with other evaluation settings adds points of its own; the earlier ones stay in the file.
+    """
 
     def __init__(self, run_dir: Path, held_out: HeldOut):
         self.path, self.held_out = run_dir / "evaluation.json", held_out
@@ -48,14 +64,22 @@ class Evaluations:
 
     def due(self, name: str) -> bool:
         """Whether there is held-out text and this point is not known yet."""
-        return bool(self.held_out.rows) and name not in [point["name"] for point in self.points]
+        known = [(point["name"], point.get("settings")) for point in self.points]
+        return bool(self.held_out.rows) and (name, self.held_out.settings) not in known
 
-    def add(self, name: str, model, mesh: Mesh, *, tokens: int) -> None:
-        """Judge the model and append the point. tokens: trained so far. Collective; rank 0 writes and prints."""
-        sources = self.held_out.bits_per_byte(model, mesh)
+    def add(self, name: str, model, mesh: Mesh, *, tokens: int, must_stop: Callable[[], bool]) -> bool:
+        """Judge the model and append the point; False, and no point, if it had to stop.
+
+        tokens: trained so far. must_stop: asked between rows. Collective; rank 0 writes and prints.
+        """
+        sources = self.held_out.bits_per_byte(model, mesh, must_stop=must_stop)
+        if sources is None:
+            return False
         mean = sum(source["bits_per_byte"] for source in sources.values()) / len(sources)
-        self.points = [*self.points, {"name": name, "tokens": tokens, "sources": sources, "mean": mean}]
+        point = {"name": name, "tokens": tokens, "sources": sources, "mean": mean, "settings": self.held_out.settings}
+        self.points = [*self.points, point]
         if mesh.rank == 0:
             write_json(self.path, {"points": self.points})
             figures = ", ".join(f"{key} {value['bits_per_byte']:.3f}" for key, value in sources.items())
             print(f"bits per byte, {name}: {mean:.3f} ({figures})", flush=True)
+        return True

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from run_case import tiny_recipe, write_inputs
-from sbtrain.checkpoint.run_dir import Exit, check_owner, describe_run, identity, record_exit
+from sbtrain.checkpoint.run_dir import Exit, check_owner, describe_run, identity, open_run, record_exit
 from sbtrain.config.load import load
 
 
@@ -77,6 +77,19 @@ def test_another_recipe_is_refused_by_the_name_of_a_key(described, override, key
     text = str(caught.value)
     assert "\n" not in text and key in text
     assert text.startswith(f"run_dir={described / 'run'} belongs to another recipe: ") and "another run_dir" in text
+
+
+def test_stages_in_another_order_are_another_recipe(described):
+    recipe = tiny_recipe(described, "run")
+    with pytest.raises(ValueError, match="the order of stages is ctx_32, ctx_64, ctx_128 there and ctx_128, "):
+        check_owner(replace(recipe, stages=dict(reversed(recipe.stages.items()))))
+
+
+def test_a_run_without_its_folder_or_checkpoint_is_named(described):
+    with pytest.raises(ValueError, match=r"none is no run directory \(no recipe.yaml\)"):
+        open_run(described / "none")
+    with pytest.raises(ValueError, match="run has no checkpoint yet"):
+        open_run(described / "run")
 
 
 def test_a_folder_that_is_not_ours_is_refused_and_an_empty_one_is_not(root):

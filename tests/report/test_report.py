@@ -89,6 +89,16 @@ def test_recovered_share(tmp_path):
     assert rows[1].recovered_mean == 0.0
 
 
+def test_points_of_other_evaluation_settings_are_left_out_and_counted(tmp_path):
+    folder = write_run(tmp_path)
+    points = json.loads((folder / "evaluation.json").read_text())["points"]
+    points[0]["settings"], points[1]["settings"], points[2]["settings"] = {"wiki": 1}, {"wiki": 2}, {"wiki": 2}
+    (folder / "evaluation.json").write_text(json.dumps({"points": points}))
+    run = read_run(folder)
+    assert [row.name for row in bits_rows(run)] == ["teacher", "ctx_8k"]
+    assert run.notes == ("1 points of evaluation.json, of other evaluation settings, are left out.",)
+
+
 def test_layout_text():
     assert layout_text({"tp": 1, "pp": 1, "sp": 1, "ep": 1}, 1) == "1 rank"
     assert layout_text({"sp": 8}, 256) == "dp 32 · sp 8"
