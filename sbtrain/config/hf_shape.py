@@ -29,8 +29,7 @@ _DEFAULT_POSITIONS = {"qwen2": 32768, "qwen3": 32768, "llama": 2048}
 
 def read_shape(folder: str | Path) -> dict[str, Any]:
     """ModelConfig fields of the checkpoint in `folder`. Raises ValueError naming the file and the key."""
-    path = Path(folder) / "config.json"
-    config = _read(path)
+    path, config = Path(folder) / "config.json", read_config(folder)
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -46,6 +45,22 @@ def read_shape(folder: str | Path) -> dict[str, Any]:
     shape["qkv_bias"] = family == "qwen2"
     shape["qk_norm"] = family == "qwen3"
     return shape
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder. Raises ValueError naming the folder, as start.path, or the file."""
+    path = Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise ValueError(f"start.path={path.parent} is not a folder; give one with config.json and safetensors files")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"start.path={path.parent} has no config.json; give a Hugging Face model folder") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); fetch the file again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch the file again")
+    return config
 
 
 def complete_shape(model: ModelConfig, folder: str, *, may_be_absent: bool = False) -> ModelConfig:
@@ -82,20 +97,6 @@ def complete_shape(model: ModelConfig, folder: str, *, may_be_absent: bool = Fal
                 f"model.{field} is not known: {where}; set start.path to a Hugging Face folder, or give model.{field}"
             )
     return model
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.parent.is_dir():
-        raise ValueError(f"start.path={path.parent} is not a folder; give one with config.json and safetensors files")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"start.path={path.parent} has no config.json; give a Hugging Face model folder") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); fetch the file again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch the file again")
-    return config
 
 
 def _refuse_other_blocks(config: dict[str, Any], family: str, path: Path) -> None:

@@ -5,12 +5,12 @@ Both formats of sbtrain.convert.export, hence the folder format of the released 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sbtrain.config.hf_shape import read_config
 from sbtrain.config.schema import GLAConfig, ModelConfig, RopeScaling
 from sbtrain.convert.export import released_name
 from sbtrain.convert.hf import HFCheckpoint
@@ -19,17 +19,11 @@ from sbtrain.convert.weights import table
 MODEL_TYPES = ("gla_swa", "sbtrain_hybrid")
 
 
-def model_type(folder: str | Path) -> str:
-    """model_type of a Hugging Face folder's config.json. Raises ValueError naming the file."""
-    return str(_config(Path(folder) / "config.json").get("model_type"))
-
-
 def read_model(folder: str | Path) -> ModelConfig:
     """The configuration of an exported model. Raises ValueError, one line, naming the file and the key."""
     from sbtrain.convert.hf_model.configuration_gla_swa import GLAswaConfig
 
-    path = Path(folder) / "config.json"
-    values = _config(path)
+    path, values = Path(folder) / "config.json", read_config(folder)
     if values.get("model_type") not in MODEL_TYPES:
         raise ValueError(f"{path}: model_type {values.get('model_type')!r} is none of {', '.join(MODEL_TYPES)}")
     try:
@@ -91,15 +85,3 @@ class _Renamed:
 
     def get_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         return self.checkpoint.get_slice(released_name(name), dim, start, stop)
-
-
-def _config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; give a Hugging Face model folder") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}); fetch the file again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch the file again")
-    return config

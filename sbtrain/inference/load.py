@@ -12,9 +12,9 @@ import torch
 
 from parallel.mesh import Mesh
 from sbtrain.checkpoint.run_dir import open_run
-from sbtrain.config.hf_shape import FAMILIES, read_shape
+from sbtrain.config.hf_shape import FAMILIES, read_config, read_shape
 from sbtrain.config.schema import ModelConfig, Precision, Recipe
-from sbtrain.convert.exported import MODEL_TYPES, fill_exported, model_type, read_model
+from sbtrain.convert.exported import MODEL_TYPES, fill_exported, read_model
 from sbtrain.convert.reader import CheckpointReader
 from sbtrain.convert.start import fill
 from sbtrain.data import tokenizer as tokenizers
@@ -106,13 +106,13 @@ def _from_folder(where: Where, mesh: Mesh) -> Loaded:
     folder = Path(where.model)
     if not folder.is_dir():
         raise ValueError(f"model={folder} is not a folder; give a Hugging Face folder (config.json and safetensors)")
-    family = model_type(folder)
-    if family not in (*FAMILIES, *MODEL_TYPES):
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type {family!r} is not supported; supported: "
-            f"{', '.join((*FAMILIES, *MODEL_TYPES))}"
-        )
     with _in_terms_of_model():
+        family = read_config(folder).get("model_type")
+        if family not in (*FAMILIES, *MODEL_TYPES):
+            raise ValueError(
+                f"{folder / 'config.json'}: model_type {family!r} is not supported; supported: "
+                f"{', '.join((*FAMILIES, *MODEL_TYPES))}"
+            )
         exported = family in MODEL_TYPES
         config = read_model(folder) if exported else ModelConfig(pattern="F", **read_shape(folder))
         model = _build(config, mesh, where)

@@ -115,7 +115,7 @@ def test_a_source_checkpoint_comes_unconverted(mesh, tmp_path):
         (Where(), "give model=FOLDER"),
         (Where(model="a", run="b"), "one of them"),
         (Where(model="nowhere"), "model=nowhere is not a folder"),
-        (Where(model="empty"), "empty/config.json does not exist"),
+        (Where(model="empty"), "empty has no config.json"),
         (Where(model="bert"), "model_type 'bert' is not supported"),
         (Where(model="export", precision="int3"), "precision=int3"),
         (Where(model="export", step="5"), "step= picks a checkpoint of run="),
