@@ -15,6 +15,11 @@ def convert(args: list[str]) -> int:
     first = int(os.environ.get("RANK", 0)) == 0
     try:
         recipe = load(args)
+        if recipe.dry_run:
+            from sbtrain.plan.dry_run import dry_run
+
+            dry_run(recipe)
+            return 0
         from sbtrain.run import convert as write_start
 
         checkpoint = write_start(recipe)

@@ -10,11 +10,22 @@ import _path  # noqa: F401
 from sbtrain.config.load import load
 
 
-def refuse(error: ValueError) -> int:
-    """Print a user's mistake once, on the first rank."""
+def refuse(error: ValueError, run_dir: str) -> int:
+    """Print a user's mistake once, on the first rank, and replace what exit.json says of an earlier start."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.path.exists(os.path.join(run_dir, "exit.json")):
+            from sbtrain.checkpoint.run_dir import record_exit
+
+            record_exit(run_dir, 2, str(error))
     return 2
+
+
+def run_dir_of(args: list[str]) -> str:
+    """The run directory that the arguments mean, also where they make no recipe."""
+    given = {key: value for key, _, value in (arg.partition("=") for arg in args)}
+    name = given.get("name") or os.path.basename(given.get("recipe", "")).removesuffix(".yaml")
+    return given.get("run_dir") or os.path.join("runs", name)
 
 
 def train(args: list[str]) -> int:
@@ -27,24 +38,24 @@ def train(args: list[str]) -> int:
             dry_run(recipe)
             return 0
     except ValueError as error:
-        return refuse(error)
+        return refuse(error, run_dir_of(args))
     from sbtrain.checkpoint.run_dir import check_owner, record_exit
     from sbtrain.run import run
 
     try:
         check_owner(recipe)
     except ValueError as error:
-        return refuse(error)
+        return refuse(error, recipe.run_dir)
     try:
         code, reason = run(recipe)
     except ValueError as error:
-        code, reason = refuse(error), str(error)
+        code, reason = refuse(error, recipe.run_dir), str(error)
     except BaseException as error:
         code, reason = 1, f"{type(error).__name__}: {error}"
         raise
     finally:
         if int(os.environ.get("RANK", 0)) == 0:
-            record_exit(recipe, code, reason)
+            record_exit(recipe.run_dir, code, reason)
     return int(code)
 
 

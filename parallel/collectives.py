@@ -1,13 +1,18 @@
 """Collectives with gradients: each is an autograd Function whose backward is its transpose; the group is an argument.
 
-A group of one rank returns its input at once.
+A group of one rank returns its input at once. `together` lets all ranks fail where one does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 class _AllToAll(torch.autograd.Function):
@@ -38,3 +43,26 @@ def all_to_all(x: Tensor, *, group, split_dim: int, concat_dim: int) -> Tensor:
     if group.size() == 1:
         return x
     return _AllToAll.apply(x, group, split_dim, concat_dim)
+
+
+def together(call: Callable[[], Result]) -> Result:
+    """call() on every rank; what it raises on one, a file that only this host cannot read say, all ranks raise.
+
+    Collective. Raises ValueError with the first failing rank's line, for ValueError and OSError; other exceptions are
+    bugs and end their rank.
+    """
+    result, problem = None, None
+    try:
+        result = call()
+    except ValueError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}; make it readable and writable"
+    problems = [problem]
+    if dist.get_world_size() > 1:
+        problems *= dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    first = next((text for text in problems if text), None)
+    if first:
+        raise ValueError(first)
+    return result

@@ -33,6 +33,7 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402, F401
     IndexedDataset,
     IndexedDatasetBuilder,
 )
+from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402, F401
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402, F401
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding  # noqa: E402, F401
 from megatron.core.distributed import (  # noqa: E402, F401

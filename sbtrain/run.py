@@ -10,18 +10,19 @@ import torch
 import torch.distributed as dist
 
 import ops
+from parallel.collectives import together
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh, device, start_distributed
 from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.checkpoint.run_dir import Exit, check_owner, describe_run, run_folder
+from sbtrain.checkpoint.run_dir import Exit, check_folder, check_owner, describe_run, run_folder
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store, check_room, read_state
 from sbtrain.config.rules import check_training, world_problem
 from sbtrain.config.schema import Recipe, Stage
 from sbtrain.convert.export import export_checkpoint
 from sbtrain.convert.start import check_source, fill
-from sbtrain.data.loader import build_loader
+from sbtrain.data.loader import Loader, build_loader
 from sbtrain.metrics.meter import Meter
 from sbtrain.metrics.sinks import Sinks, open_sinks
 from sbtrain.model.build import build_model, global_parameters
@@ -78,25 +79,33 @@ def convert(recipe: Recipe) -> Path:
     """Write the recipe's first weights as checkpoint step_0 of its run directory, for training to start from.
 
     Each rank streams its own shard. The first stage's layout is used where it fits the world, else every rank holds
-    the whole model. Collective. Raises ValueError if the run has begun already.
+    the whole model. Collective. Raises ValueError, before anything is written, if the run has begun already or the
+    source cannot be read.
     """
     start_distributed()
-    check_owner(recipe)
     folder, (name, stage) = run_folder(recipe), next(iter(recipe.stages.items()))
-    ledger = Ledger(folder)
-    if ledger.checkpoint is not None:
-        raise ValueError(f"run_dir={folder} already holds {ledger.checkpoint}; choose a new run_dir")
-    check_room(folder, checkpoint_bytes(recipe, optimizer=False))
+    ledger = together(lambda: unbegun(recipe))
     layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
     with Mesh.build(layout) as mesh:
         model = build_model(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
-        fill_start(recipe, model, mesh)
-        if mesh.rank == 0:
-            describe_run(recipe)
-        dist.barrier()
+        together(lambda: fill_start(recipe, model, mesh))
+        describe(recipe)
         store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=ops.table_hash())
         store.save_weights(model, mesh, RunState(stage=name))
     return ledger.checkpoint
+
+
+def unbegun(recipe: Recipe) -> Ledger:
+    """The ledger of a run that has nothing yet, if its first weights can be read and written here."""
+    check_owner(recipe)
+    ops.use(recipe.ops)
+    ledger = Ledger(run_folder(recipe))
+    if ledger.checkpoint is not None:
+        raise ValueError(f"run_dir={recipe.run_dir} already holds {ledger.checkpoint}; choose a new run_dir")
+    if recipe.start.path:
+        check_source(recipe.start.path, model=recipe.model)
+    check_room(run_folder(recipe), checkpoint_bytes(recipe, optimizer=False))
+    return ledger
 
 
 def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
@@ -104,27 +113,28 @@ def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
     start_distributed()
     recipe = fit_world(recipe, dist.get_world_size())
     check_training(recipe)
+    ledger, evaluations = together(lambda: inspect(recipe))
+    _agree_on_ops()
+    describe(recipe)
+    return recipe, ledger, evaluations
+
+
+def inspect(recipe: Recipe) -> tuple[Ledger, Evaluations]:
+    """What this rank can check by itself: the run directory, the ops, every stage's data, the start, the export."""
     check_owner(recipe)
     ops.use(recipe.ops)
-    _agree_on_ops()
     for name, stage in recipe.stages.items():
-        dp = stage.layout.dp(dist.get_world_size())
-        build_loader(
-            recipe.data,
-            stage,
-            seed=recipe.seed,
-            stage_name=name,
-            dp_rank=0,
-            dp_size=dp,
-            vocab_size=recipe.model.vocab_size,
-        ).close()
+        with closing(stage_loader(recipe, name, stage, dp_rank=0, dp=stage.layout.dp(dist.get_world_size()))) as loader:
+            loader.next_step()
     ledger, evaluations = Ledger(run_folder(recipe)), Evaluations(run_folder(recipe), HeldOut(recipe))
     check_beginning(recipe, ledger)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        describe_run(recipe)
-    dist.barrier()
-    return recipe, ledger, evaluations
+    check_folder("export_dir", recipe.export_dir)
+    return ledger, evaluations
+
+
+def describe(recipe: Recipe) -> None:
+    """Rank 0 writes what belongs to the run from now on. Collective."""
+    together(lambda: describe_run(recipe) if dist.get_rank() == 0 else None)
 
 
 def check_beginning(recipe: Recipe, ledger: Ledger) -> None:
@@ -216,19 +226,24 @@ def train_stage(
         flops_per_token=training_flops_per_token(recipe.model, stage.seq_len),
         peak_tflops=recipe.cluster.peak_tflops,
     )
-    loader = build_loader(
-        recipe.data,
-        stage,
-        seed=recipe.seed,
-        stage_name=state.stage,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp,
-        vocab_size=recipe.model.vocab_size,
-    )
+    loader = stage_loader(recipe, state.stage, stage, dp_rank=mesh.dp_rank, dp=mesh.dp)
     if state.loader is not None:
         loader.load_state_dict(state.loader)
     with closing(loader):
         return train(engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch)
+
+
+def stage_loader(recipe: Recipe, name: str, stage: Stage, *, dp_rank: int, dp: int) -> Loader:
+    """The rows of a stage from its beginning. Close it after use."""
+    return build_loader(
+        recipe.data,
+        stage,
+        seed=recipe.seed,
+        stage_name=name,
+        dp_rank=dp_rank,
+        dp_size=dp,
+        vocab_size=recipe.model.vocab_size,
+    )
 
 
 def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluations, watch: Watch) -> None:

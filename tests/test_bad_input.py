@@ -188,7 +188,8 @@ def test_source_weights_of_another_shape(site):
 
 
 def _corrupt_ids(path: Path) -> None:
-    path.write_bytes(b"\xff\xff" * (path.stat().st_size // 2))
+    with open(path, "r+b") as file:  # in place: a run may have it mapped
+        file.write(b"\xff\xff" * (path.stat().st_size // 2))
 
 
 SPOILED_DATA: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -201,6 +202,7 @@ SPOILED_DATA: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "of two runs": (lambda r: shutil.copy(r / "one.json", r / "two.json"), ["two.idx has", "not of one run"]),
     "held-out": (lambda r: _truncate(r / "held.bin"), ["held.bin is truncated", "copy it again"]),
     "held-out ids": (lambda r: _corrupt_ids(r / "held.bin"), ["held.bin is corrupt", "65535", "rerun prepare_data"]),
+    "ids": (lambda r: _corrupt_ids(r / "one.bin"), ["one.bin is corrupt", "65535", "rerun prepare_data"]),
     "tokenizer": (lambda r: (r / "tokenizer/tokenizer.json").unlink(), ["tokenizer.json is missing", "data.tokenizer"]),
     "tokenizer file": (lambda r: _truncate(r / "tokenizer/tokenizer.json"), ["tokenizer.json is not a readable"]),
 }
@@ -228,9 +230,15 @@ def test_a_folder_that_is_not_a_run(site):
     assert not (site.run_dir / "exit.json").exists()
 
 
-def test_data_that_turns_out_corrupt_while_training(site):
+def test_data_that_turns_out_corrupt_while_training(site, monkeypatch):
     """The ids themselves are read when they are needed."""
-    _corrupt_ids(site.root / "one.bin")
+    check = Watch.check
+
+    def check_and_corrupt(self, state, **figures):
+        check(self, state, **figures)
+        _corrupt_ids(site.root / "one.bin")
+
+    monkeypatch.setattr(Watch, "check", check_and_corrupt)
     code, line = site.train(*ONE_STAGE)
     assert code == 2 and line.count("\n") == 1
     assert "one.bin is corrupt" in line and "rerun prepare_data" in line
@@ -265,11 +273,19 @@ def test_exit_json_says_how_it_ended(stopped):
     assert exit_of(stopped)["code"] == 0
 
 
+@pytest.mark.parametrize("override", ["stages.ctx_32.layout.tp=4", "seed=three", "evaluation.tokens=-1"])
+def test_a_refused_restart_replaces_what_asked_for_one(stopped, override):
+    """A batch script that reads exit.json must not start a broken command again and again."""
+    assert exit_of(stopped)["code"] == 75
+    code, line = stopped.train(*ONE_STAGE, override)
+    assert code == 2 and exit_of(stopped) == {"code": 2, "reason": line.removeprefix("error: ").rstrip("\n")}
+
+
 def test_a_run_directory_of_another_recipe(stopped):
     belongs = f"run_dir={stopped.run_dir} belongs to another recipe: "
     stopped.refuses((*ONE_STAGE, "seed=4"), [belongs, "seed is 3 there and 4 here", "choose another run_dir"])
     stopped.refuses(ONE_PROCESS, [belongs, "stages.ctx_128", "absent there", "choose another run_dir"])
-    assert exit_of(stopped)["code"] == 75, "it is not ours to write there"
+    assert exit_of(stopped)["code"] == 2 and "belongs to another recipe" in exit_of(stopped)["reason"]
 
 
 def test_no_space_left(stopped, monkeypatch):
@@ -294,6 +310,14 @@ def test_no_space_left_for_a_conversion(stopped, monkeypatch):
     assert not (stopped.root / "other").exists()
 
 
+def test_conversion_of_a_dry_run_writes_nothing(site):
+    convert_command = runpy.run_path(str(ROOT / "launch" / "convert.py"))["convert"]
+    before = site.files()
+    assert convert_command([f"recipe={site.recipe}", f"run_dir={site.run_dir}", "dry_run=true"]) == 0
+    assert convert_command([f"recipe={site.recipe}", f"run_dir={site.run_dir}", "ops.nope=cuda"]) == 2
+    assert site.files() == before
+
+
 def test_space_that_runs_out_during_the_run(stopped, monkeypatch):
     """The next checkpoint is refused; the run stands where it stood and goes on when there is space."""
     before, check = stopped.files(), Watch.check
@@ -313,6 +337,14 @@ def test_space_that_runs_out_during_the_run(stopped, monkeypatch):
     assert stopped.train(*ONE_STAGE)[0] == 0 and Ledger(stopped.run_dir).step == 6
 
 
+def test_a_torn_character_in_the_metrics_is_a_torn_line(stopped):
+    with open(stopped.run_dir / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 5, "note": "\xc3')
+    assert stopped.train(*ONE_STAGE)[0] == 0
+    lines = (stopped.run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
 def _edit(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -329,6 +361,24 @@ SPOILED_RUNS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no ledger": (lambda r: (r / "ledger.json").write_text("{}"), ["ledger.json lacks", "restore it from a copy"]),
     "recipe": (lambda r: (r / "recipe.yaml").write_text("name: [tiny"), ["recipe.yaml", "not valid YAML"]),
     "evaluation": (lambda r: (r / "evaluation.json").write_text("["), ["evaluation.json is not valid JSON"]),
+    "points": (lambda r: (r / "evaluation.json").write_text("{}"), ["evaluation.json holds no points"]),
+    "no tensor format": (
+        lambda r: (r / "checkpoints/step_4/metadata.json").unlink(),
+        ["step_4 is not a complete checkpoint (metadata.json is missing)"],
+    ),
+    "tensor format": (
+        lambda r: _edit(r / "checkpoints/step_4/metadata.json", sharded_backend="zarr"),
+        ["step_4/metadata.json", "in the format 'zarr', not in torch_dist"],
+    ),
+    "half a tensor format": (
+        lambda r: (r / "checkpoints/step_4/metadata.json").write_text("{"),
+        ["step_4/metadata.json is not valid JSON"],
+    ),
+    "no common part": (lambda r: (r / "checkpoints/step_4/common.pt").unlink(), ["common.pt is missing"]),
+    "half a state": (
+        lambda r: (r / "checkpoints/step_4/state.json").write_text('{"format": 1}'),
+        ["step_4/state.json lacks parts"],
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def run_folder(recipe: Recipe) -> Path:
 def check_owner(recipe: Recipe) -> None:
     """Raise ValueError, naming the key, if the run directory holds a run that this recipe would not continue."""
     folder = run_folder(recipe)
+    check_folder("run_dir", folder)
     path = folder / "recipe.yaml"
     if not path.exists():
         leftovers = [path for path in folder.iterdir() if path.name != "exit.json"] if folder.exists() else []
@@ -57,6 +59,18 @@ def check_owner(recipe: Recipe) -> None:
                 f"run_dir={folder} belongs to another recipe: {key} is {theirs.get(key, 'absent')} there and "
                 f"{ours.get(key, 'absent')} here; choose another run_dir or restore the value"
             )
+
+
+def check_folder(key: str, folder: str | Path) -> None:
+    """Raise ValueError, naming the key, if the folder is a file or could not be made. "" is no folder and passes."""
+    if not folder:
+        return
+    path = Path(folder).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{key}={folder}: {existing} is a file; choose a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{key}={folder}: {existing} is not writable; choose another folder")
 
 
 def open_run(run: str | Path, step: str = "") -> tuple[Recipe, Path]:
@@ -120,9 +134,9 @@ def describe_run(recipe: Recipe) -> None:
     write_json(folder / "env.json", environment)
 
 
-def record_exit(recipe: Recipe, code: int, reason: str) -> None:
+def record_exit(run_dir: str | Path, code: int, reason: str) -> None:
     """Write exit.json, which outlives torchrun's own exit code, if the run directory exists. Called on rank 0."""
-    folder = run_folder(recipe)
+    folder = Path(run_dir)
     if not folder.is_dir():
         return
     try:

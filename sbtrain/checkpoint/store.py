@@ -22,6 +22,10 @@ from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.state import RunState
 
 FORMAT = 1
+TENSOR_FORMAT = "torch_dist"
+FILES = ("state.json", "metadata.json", "common.pt", ".metadata")
+"""What every checkpoint has beside its tensors."""
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, UnpicklingError, mcore.CheckpointingException)
 
 
 class Store:
@@ -84,7 +88,7 @@ class Store:
             loaded = mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False)
         except torch.OutOfMemoryError:
             raise
-        except (OSError, EOFError, RuntimeError, UnpicklingError, CheckpointException) as error:
+        except (*_UNREADABLE, CheckpointException) as error:
             raise ValueError(
                 f"{folder} cannot be read ({_reason(error)}); point ledger.json at an earlier checkpoints/step_N "
                 "or choose another run_dir"
@@ -125,17 +129,33 @@ def check_room(run_dir: Path, needed_bytes: int) -> None:
 def read_state(folder: Path) -> dict:
     """state.json of a checkpoint. Raises ValueError naming the folder if it is no checkpoint of ours."""
     path = folder / "state.json"
-    if not path.is_file() or not (folder / ".metadata").is_file():
+    absent = [name for name in FILES if not (folder / name).is_file()]
+    if absent:
         raise ValueError(
-            f"{folder} is not a complete checkpoint (state.json or .metadata is missing); point ledger.json "
+            f"{folder} is not a complete checkpoint ({absent[0]} is missing); point ledger.json "
             "at an earlier checkpoints/step_N or remove it to start over"
         )
-    content = read_json(path)
+    content, tensors = _mapping(path), _mapping(folder / "metadata.json")
     if content.get("format") != FORMAT:
         raise ValueError(
             f"{path}: checkpoint format {content.get('format')!r} is not {FORMAT}; load it with the version "
             "of sbtrain that wrote it"
         )
+    missing = [key for key in ("parts", *RunState.__dataclass_fields__) if key not in content]
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]}; point ledger.json at an earlier checkpoints/step_N")
+    if tensors.get("sharded_backend") != TENSOR_FORMAT:
+        raise ValueError(
+            f"{folder / 'metadata.json'}: tensors are in the format {tensors.get('sharded_backend')!r}, not in "
+            f"{TENSOR_FORMAT}; point ledger.json at a checkpoint that sbtrain wrote"
+        )
+    return content
+
+
+def _mapping(path: Path) -> dict:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; point ledger.json at an earlier checkpoints/step_N")
     return content
 
 

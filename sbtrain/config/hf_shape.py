@@ -9,6 +9,7 @@ num_key_value_heads means one per query head.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ def read_shape(folder: str | Path) -> dict[str, Any]:
     kv_heads = config.get("num_key_value_heads")
     shape["num_kv_heads"] = shape["num_heads"] if kv_heads is None else _positive(config, "num_key_value_heads", path)
     shape["head_dim"] = _head_dim(config, family, shape, path)
-    shape["norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
-    shape["rope_theta"], shape["rope_scaling"] = _rope(config, path)
-    shape["max_positions"] = config.get("max_position_embeddings", _DEFAULT_POSITIONS[family])
-    shape["tie_embeddings"] = bool(config.get("tie_word_embeddings", False))
+    shape["norm_eps"] = _number(config, "rms_norm_eps", path, default=1e-6)
+    positions = {"max_position_embeddings": _DEFAULT_POSITIONS[family], **config}
+    shape["max_positions"] = _positive(positions, "max_position_embeddings", path)
+    shape["rope_theta"], shape["rope_scaling"] = _rope(config, path, max_positions=shape["max_positions"])
+    shape["tie_embeddings"] = _flag(config, "tie_word_embeddings", path)
     shape["qkv_bias"] = family == "qwen2"
     shape["qk_norm"] = family == "qwen3"
     return shape
@@ -74,7 +76,9 @@ def complete_shape(model: ModelConfig, folder: str, *, may_be_absent: bool = Fal
         shape = read_shape(folder)
     for field, theirs in shape.items():
         ours = getattr(model, field)
-        if ours is not None and ours != theirs:
+        if field == "max_positions" and ours is not None:  # what training extends, no part of the shape
+            shape = {**shape, field: ours}
+        elif ours is not None and ours != theirs:
             raise ValueError(
                 f"model.{field}={ours} contradicts {field} {theirs} of start.path={folder}; "
                 f"drop model.{field} or choose the checkpoint that has it"
@@ -100,18 +104,36 @@ def complete_shape(model: ModelConfig, folder: str, *, may_be_absent: bool = Fal
 
 
 def _refuse_other_blocks(config: dict[str, Any], family: str, path: Path) -> None:
+    only_full = "only full-attention checkpoints convert"
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ValueError(f"{path}: layer_types is {layer_types!r} and must be a list; fetch the file again")
+    bias = _flag(config, "attention_bias", path)
     refused = {
-        "attention_bias": family != "qwen2" and bool(config.get("attention_bias")) and "o_proj would have a bias",
-        "mlp_bias": family == "llama" and bool(config.get("mlp_bias")) and "the FFN would have biases",
+        "attention_bias": family != "qwen2" and bias and "o_proj would have a bias",
+        "mlp_bias": family == "llama" and _flag(config, "mlp_bias", path) and "the FFN would have biases",
         "hidden_act": config.get("hidden_act", "silu") != "silu" and "only silu (SwiGLU) is supported",
-        "use_sliding_window": bool(config.get("use_sliding_window")) and "only full-attention checkpoints convert",
-        "layer_types": any(kind != "full_attention" for kind in config.get("layer_types") or ())
-        and "only full-attention checkpoints convert",
+        "use_sliding_window": _flag(config, "use_sliding_window", path) and only_full,
+        "layer_types": any(kind != "full_attention" for kind in layer_types) and only_full,
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0) != 1.0 and "only full rotary is supported",
     }
     for key, reason in refused.items():
         if reason:
             raise ValueError(f"{path}: {key} {config[key]!r} is not supported: {reason}; choose another checkpoint")
+
+
+def _flag(config: dict[str, Any], key: str, path: Path) -> bool:
+    value = config.get(key)
+    if value not in (None, True, False):
+        raise ValueError(f"{path}: {key} is {value!r} and must be true or false; fetch the file again")
+    return bool(value)
+
+
+def _number(config: dict[str, Any], key: str, path: Path, *, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{path}: {key} is {value!r} and must be a positive number; fetch the file again")
+    return float(value)
 
 
 def _positive(config: dict[str, Any], key: str, path: Path) -> int:
@@ -134,23 +156,25 @@ def _head_dim(config: dict[str, Any], family: str, shape: dict[str, Any], path: 
     return shape["hidden_size"] // shape["num_heads"]
 
 
-def _rope(config: dict[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
+def _rope(config: dict[str, Any], path: Path, *, max_positions: int) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    new = config.get("rope_parameters")
-    key = "rope_scaling" if new is None else "rope_parameters"
+    key = "rope_scaling" if config.get("rope_parameters") is None else "rope_parameters"
     rope = config.get(key) or {}
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: {key} is {rope!r} and must hold keys; fetch the file again")
+    theta = _number({**config, **rope}, "rope_theta", path, default=10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise ValueError(f"{path}: {key} of type {kind!r} is not supported; supported: default, llama3")
-    try:
-        return theta, RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_positions=int(rope["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: {key} of type 'llama3' lacks {error.args[0]}; fetch the file again") from None
+    rope = {"original_max_position_embeddings": max_positions, **rope}  # as transformers does
+    missing = [name for name in ("factor", "low_freq_factor", "high_freq_factor") if name not in rope]
+    if missing:
+        raise ValueError(f"{path}: {key} of type 'llama3' lacks {missing[0]}; fetch the file again")
+    return theta, RopeScaling(
+        factor=_number(rope, "factor", path),
+        low_freq_factor=_number(rope, "low_freq_factor", path),
+        high_freq_factor=_number(rope, "high_freq_factor", path),
+        original_max_positions=_positive(rope, "original_max_position_embeddings", path),
+    )

@@ -44,7 +44,8 @@ def load(args: list[str]) -> Recipe:
     config = _compose(file, groups)
     for override in values:
         _apply(config, override)
-    config.setdefault("name", file.stem)
+    if not config.get("name"):
+        config.name = file.stem
     if not config.get("run_dir"):
         config.run_dir = f"runs/{config.name}"
     with _one_line(file):

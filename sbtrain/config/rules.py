@@ -11,6 +11,7 @@ import difflib
 import math
 from pathlib import Path
 
+import ops
 from parallel.layout import Layout
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
@@ -29,6 +30,7 @@ def check(recipe: Recipe) -> None:
     check_optim(recipe)
     check_counts(recipe)
     check_sources(recipe)
+    check_ops(recipe)
     if not recipe.stages:
         raise ValueError("stages is empty; a recipe needs at least one, such as stage@stages.ctx_8k: 8k")
     for name, stage in recipe.stages.items():
@@ -39,7 +41,7 @@ def check(recipe: Recipe) -> None:
         problem = layout_problem(recipe.model, stage, stage.layout)
         if problem:
             raise ValueError(f"stages.{name}.{problem}")
-        check_evaluation(recipe, name, stage)
+        check_evaluation(recipe, name, stage.layout)
 
 
 def check_training(recipe: Recipe) -> None:
@@ -59,6 +61,7 @@ def check_world(recipe: Recipe, world_size: int) -> None:
             fits = f"the smallest world that fits all stages is {smallest}"
             none = "no world fits all stages as they are"
             raise ValueError(f"stages.{name}: {problem}; {fits if smallest else none}, or set layout_auto=true")
+        check_evaluation(recipe, name, stage.layout)
 
 
 def smallest_world(recipe: Recipe) -> int | None:
@@ -155,15 +158,30 @@ def check_optim(recipe: Recipe) -> None:
         raise ValueError(f"optim.eps={optim.eps} must be greater than 0")
 
 
-def check_evaluation(recipe: Recipe, name: str, stage: Stage) -> None:
+def check_evaluation(recipe: Recipe, name: str, layout: Layout) -> None:
     """Held-out rows are judged on every stage's layout, which must be able to cut them."""
-    layout, seq_len = stage.layout, recipe.evaluation.seq_len
+    problem = evaluation_problem(recipe, layout)
+    if problem:
+        raise ValueError(f"evaluation.seq_len: {problem} of stages.{name}.layout; give a multiple of them")
+
+
+def evaluation_problem(recipe: Recipe, layout: Layout) -> str | None:
+    """Why held-out rows cannot be judged on a layout, or None. Without evaluation.seq_len the longest stage counts."""
+    seq_len = recipe.evaluation.seq_len or max(stage.seq_len for stage in recipe.stages.values())
     parts = layout.sp * (layout.tp if layout.tp_sequence_parallel else 1)
     if recipe.evaluation.tokens > 0 and seq_len % parts:
-        raise ValueError(
-            f"evaluation.seq_len={seq_len} cannot be cut into the {parts} shards of stages.{name}.layout; "
-            f"give a multiple of {parts}"
-        )
+        return f"{seq_len} tokens cannot be cut into the {parts} shards"
+    return None
+
+
+def check_ops(recipe: Recipe) -> None:
+    """`ops:` names ops that exist. Whether this machine has the backend is seen when the run starts."""
+    known = list(ops.scan())
+    for op in recipe.ops:
+        if op not in known:
+            nearest = difflib.get_close_matches(op, known, n=1)
+            advice = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(known)}"
+            raise ValueError(f"ops.{op}: there is no such op; {advice}")
 
 
 def check_counts(recipe: Recipe) -> None:
@@ -260,7 +278,8 @@ def check_blend(recipe: Recipe, name: str, stage: Stage) -> None:
             nearest = difflib.get_close_matches(source, known, n=1)
             advice = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(known) or 'none'}"
             raise ValueError(f"stages.{name}.blend.{source} is not one of data.sources; {advice}")
-    _check_weights(f"stages.{name}.blend", stage.blend)
+    merged = {source: stage.blend.get(source, about.weight) for source, about in recipe.data.sources.items()}
+    _check_weights(f"stages.{name}.blend", merged)
 
 
 def _check_weights(key: str, weights: dict[str, float], suffix: str = "") -> None:

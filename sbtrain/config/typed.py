@@ -7,6 +7,7 @@ cannot compose into, and their messages name neither the neighbor of a typo nor 
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -34,6 +35,8 @@ def build(kind: type, value: Any, key: str = "") -> Any:
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"{key}={value!r} is not {_wanted(kind)}; {_hint(kind, value, key)}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{key}={value} is not a finite number; {_hint(kind, value, key)}")
     return value
 
 

@@ -8,24 +8,26 @@ a target that exists is complete.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sbtrain.checkpoint.files import read_json, write_json
 from sbtrain.config.schema import ModelConfig, Recipe
 from sbtrain.convert.reader import CheckpointReader
 from sbtrain.convert.shards import DTYPES, ShardWriter
 from sbtrain.convert.weights import EMBEDDING, symbols, table
+from sbtrain.data import tokenizer as tokenizers
 
 FORMATS = ("hf", "gla_swa", "sbtrain")
 _MODELING = Path(__file__).parent / "hf_model"
-_COPIED = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -35,8 +37,8 @@ _COPIED = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
 )
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _RENAMED = {
     "embed_tokens": "embeddings",
     "input_layernorm": "attn_norm",
@@ -58,14 +60,16 @@ def export(
     model: ModelConfig,
     out: str | Path,
     tokenizer_dir: str | Path = "",
+    source_dir: str | Path = "",
     dtype: str = "bf16",
     format: str = "hf",
     max_shard_bytes: int = 5_000_000_000,
 ) -> str:
     """Write the folder `out` and return the format it has, gla_swa or sbtrain.
 
-    out: must not exist. tokenizer_dir: tokenizer files, generation_config.json and the special token ids of its
-        config.json are taken along; "" takes none. dtype: bf16, fp16 or fp32.
+    out: must not exist or be empty. tokenizer_dir: its tokenizer files are taken along; "" takes none.
+    source_dir: generation_config.json and the special token ids of config.json are its own, or else tokenizer_dir's.
+    dtype: bf16, fp16 or fp32.
     format: hf writes gla_swa where the released code can hold the model, else sbtrain.
     Raises ValueError, one line, before anything is written where that is possible; never leaves a partial `out`.
     """
@@ -73,14 +77,15 @@ def export(
     form = _choose_format(format, model)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is not known; choose one of {', '.join(DTYPES)}")
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"out={out} exists; choose another folder or remove it")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         _write(partial, reader, model=model, form=form, dtype=dtype, max_shard_bytes=max_shard_bytes, out=out)
-        _write_config(partial, model, form=form, dtype=dtype, tokenizer_dir=tokenizer_dir)
+        _write_config(partial, model, form=form, dtype=dtype)
+        _take_along(partial, [Path(place) for place in (source_dir, tokenizer_dir) if place], tokenizer_dir)
         os.rename(partial, out)
     except OSError as error:
         raise ValueError(f"out={out} cannot be written ({error}); free space or choose another folder") from None
@@ -100,15 +105,24 @@ def export_checkpoint(
     folders = [folder for folder in (recipe.data.tokenizer, recipe.start.path) if folder]
     with_tokenizer = [folder for folder in folders if (Path(folder) / "tokenizer.json").is_file()]
     tokenizer_dir = next(iter([*with_tokenizer, *folders]), "")
-    reader = CheckpointReader(step_dir)
-    return export(reader, model=recipe.model, out=out, tokenizer_dir=tokenizer_dir, dtype=dtype, format=format)
+    longest = max(stage.seq_len for stage in recipe.stages.values())
+    model = replace(recipe.model, max_positions=max(recipe.model.max_positions, longest))
+    return export(
+        CheckpointReader(step_dir),
+        model=model,
+        out=out,
+        tokenizer_dir=tokenizer_dir,
+        source_dir=recipe.start.path,
+        dtype=dtype,
+        format=format,
+    )
 
 
 def gla_swa_refusal(model: ModelConfig) -> str | None:
     """Why the released SpikingBrain-7B modeling code cannot hold this model; None if it can."""
     gate = (model.gla.gate_rank, model.gla.gate_normalizer)
     reasons = [
-        (model.qk_norm and set(symbols(model)) != {"L"}, "its attention has no q/k norms"),
+        (model.qk_norm, "its attention has no q/k norms"),
         ("F" in symbols(model), "it has no full-attention layers"),
         (model.num_heads * model.head_dim != model.hidden_size, "its head_dim is hidden_size / num_heads"),
         (model.rope_scaling is not None, "its RoPE has no scaling"),
@@ -176,19 +190,27 @@ def _added(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return added
 
 
-def _write_config(folder: Path, model: ModelConfig, *, form: str, dtype: str, tokenizer_dir: str | Path) -> None:
-    source = Path(tokenizer_dir) if tokenizer_dir else None
-    config = _config(model, form=form, dtype=dtype)
-    if source is not None and (source / "config.json").exists():
-        theirs = json.loads((source / "config.json").read_text())
-        config |= {key: theirs[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in theirs}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def _write_config(folder: Path, model: ModelConfig, *, form: str, dtype: str) -> None:
+    write_json(folder / "config.json", _config(model, form=form, dtype=dtype))
     for path in _MODELING.glob("*.py"):
         if path.name != "__init__.py":
             shutil.copyfile(path, folder / path.name)
-    for name in _COPIED if source is not None else ():
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+
+
+def _take_along(folder: Path, places: list[Path], tokenizer_dir: str | Path) -> None:
+    """Tokenizer files, and what the first of `places` that has it says of special tokens and generation."""
+    for name in _TOKENIZER_FILES if tokenizer_dir else ():
+        if (Path(tokenizer_dir) / name).is_file():
+            shutil.copyfile(Path(tokenizer_dir) / name, folder / name)
+    config = read_json(folder / "config.json")
+    for place in reversed(places):
+        if (place / "generation_config.json").is_file():
+            shutil.copyfile(place / "generation_config.json", folder / "generation_config.json")
+        theirs = read_json(place / "config.json") if (place / "config.json").is_file() else {}
+        config |= {key: theirs[key] for key in _SPECIAL_IDS if theirs.get(key) is not None}
+    if config["eos_token_id"] is None and (folder / "tokenizer.json").is_file():
+        config["eos_token_id"] = tokenizers.load(tokenizer_dir).eos_id  # what training has put behind every document
+    write_json(folder / "config.json", config)
 
 
 def _config(model: ModelConfig, *, form: str, dtype: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class HFCheckpoint:
 
     def _read_single(self) -> dict[str, _Entry]:
         path = self.folder / SINGLE
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(
                 f"start.path: {self.folder} holds neither {SINGLE} nor {INDEX}; only safetensors are read, "
                 "convert other weights with save_pretrained"
@@ -82,11 +82,13 @@ class HFCheckpoint:
     def _read_index(self) -> dict[str, _Entry]:
         try:
             files = dict(json.loads(self._index.read_text())["weight_map"])
+            if not all(isinstance(file, str) for file in files.values()):
+                raise ValueError("names of files are text")
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{self._index} is not a safetensors index; download it again") from None
         headers = {}
         for file in sorted(set(files.values())):
-            if not (self.folder / file).exists():
+            if not (self.folder / file).is_file():
                 raise ValueError(f"{self.folder / file} is missing but {INDEX} names it; download this shard")
             headers[file] = _read_header(self.folder / file)
         for name, file in files.items():

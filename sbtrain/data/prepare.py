@@ -103,7 +103,8 @@ def prepare(
                 raise ValueError(
                     f"no space left for {prefix}; free some and repeat the command, it continues"
                 ) from error
-            raise
+            where = error.filename or prefix
+            raise ValueError(f"out={prefix}: {where}: {error.strerror or error}; choose another out=") from error
     shutil.rmtree(folder, ignore_errors=True)
     return [output.with_name(output.name + ".json") for output in outputs.values()]
 

@@ -89,16 +89,16 @@ def open_corpus(
 
 
 def _description(path: Path) -> dict[str, Any]:
-    keys = ("num_tokens", "num_bytes", "vocab_size", "eos_id", "tokenizer_sha256")
+    keys = {"num_tokens": int, "num_bytes": int, "vocab_size": int, "eos_id": int, "tokenizer_sha256": str}
     if not path.is_file():
         raise ValueError(f"{path} is missing; make the corpus with launch/prepare_data.py out={path.with_suffix('')}")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in keys if key not in about]
-    except (ValueError, TypeError) as error:
+        missing = [key for key, kind in keys.items() if not isinstance(about.get(key), kind)]
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); rerun prepare_data") from error
     if missing:
-        raise ValueError(f"{path} lacks {missing[0]}; rerun prepare_data")
+        raise ValueError(f"{path} lacks {missing[0]} of type {keys[missing[0]].__name__}; rerun prepare_data")
     return about
 
 
@@ -118,9 +118,14 @@ def _check_files(prefix: str) -> int:
             raise ValueError(
                 f"{idx} has {idx.stat().st_size} bytes instead of {expected}; copy it again or rerun prepare_data"
             )
-        num_tokens = int(np.fromfile(stream, dtype=np.int32, count=num_documents).sum(dtype=np.int64))
-    if num_tokens == 0:
+        lengths = np.fromfile(stream, dtype=np.int32, count=num_documents).astype(np.int64)
+        pointers = np.fromfile(stream, dtype=np.int64, count=num_documents)
+    if lengths.sum() == 0:
         raise ValueError(f"{binary} is empty; rerun prepare_data with text in input=")
+    starts = (lengths.cumsum() - lengths) * _item_bytes(idx, dtype_code)
+    if lengths.min() < 0 or not np.array_equal(pointers, starts):
+        raise ValueError(f"{idx} is corrupt: its documents do not follow one another; copy it again")
+    num_tokens = int(lengths.sum())
     _check_size(binary, num_tokens * _item_bytes(idx, dtype_code))
     return num_tokens
 

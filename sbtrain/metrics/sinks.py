@@ -69,7 +69,7 @@ def open_jsonl(path: str | Path, resume_step: int = 1) -> JsonLines:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if is_before(line, resume_step)]
         if kept != lines:
             staged = path.with_name(path.name + ".tmp")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 from parallel.layout import Layout
-from sbtrain.config.rules import check_world, layout_problem, world_problem
+from sbtrain.config.rules import check_world, evaluation_problem, layout_problem, world_problem
 from sbtrain.config.schema import Recipe, Stage
 from sbtrain.plan.memory import GIB, rank_memory
 
@@ -38,7 +38,7 @@ def auto_layout(recipe: Recipe, world_size: int) -> Recipe:
 
 
 def _fit_stage(recipe: Recipe, name: str, stage: Stage, world_size: int) -> Stage:
-    if not world_problem(stage, world_size):
+    if not world_problem(stage, world_size) and not evaluation_problem(recipe, stage.layout):
         return stage
     knows_memory = recipe.cluster.memory_gib > 0
     legal = [
@@ -46,6 +46,7 @@ def _fit_stage(recipe: Recipe, name: str, stage: Stage, world_size: int) -> Stag
         for layout in _layouts(world_size, max_tp=recipe.cluster.gpus_per_node, model_ranks_first=knows_memory)
         if not layout_problem(recipe.model, candidate := replace(stage, layout=layout), layout)
         and not world_problem(candidate, world_size)
+        and not evaluation_problem(recipe, layout)
     ]
     if not legal:
         raise ValueError(

@@ -60,7 +60,7 @@ class Evaluations:
 
     def __init__(self, run_dir: Path, held_out: HeldOut):
         self.path, self.held_out = run_dir / "evaluation.json", held_out
-        self.points = read_json(self.path)["points"] if self.path.exists() else []
+        self.points = _points(self.path) if self.path.exists() else []
 
     def due(self, name: str) -> bool:
         """Whether there is held-out text and this point is not known yet."""
@@ -83,3 +83,11 @@ class Evaluations:
             figures = ", ".join(f"{key} {value['bits_per_byte']:.3f}" for key, value in sources.items())
             print(f"bits per byte, {name}: {mean:.3f} ({figures})", flush=True)
         return True
+
+
+def _points(path: Path) -> list[dict]:
+    content = read_json(path)
+    points = content.get("points") if isinstance(content, dict) else None
+    if not isinstance(points, list) or not all(isinstance(point, dict) and "name" in point for point in points):
+        raise ValueError(f"{path} holds no points; restore it from a copy, or remove it and they are measured again")
+    return points

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from parallel.collectives import together
 from parallel.engine import Engine
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store
@@ -30,7 +31,7 @@ def train(
     finished = True
     while state.stage_tokens < stage.tokens:
         lr = learning_rate(stage.schedule, tokens=state.stage_tokens, total_tokens=stage.tokens)
-        loss = engine.forward_backward(watch.together(loader.next_step))
+        loss = engine.forward_backward(together(loader.next_step))
         grad_norm = engine.step(lr=lr)
         state = state.advanced(stage.global_batch_tokens)
         watch.check(state, loss=loss.mean, grad_norm=grad_norm)

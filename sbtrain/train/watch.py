@@ -38,19 +38,6 @@ class Watch:
         """What stopped the run, for exit.json."""
         return "stopped by another rank" if self._signal is None else signal.Signals(self._signal).name
 
-    def together(self, read):
-        """read() on every rank; what one rank raises as ValueError, a damaged file say, all ranks raise. Collective."""
-        result, problem = None, None
-        try:
-            result = read()
-        except ValueError as error:
-            problem = str(error)
-        if self._any(problem is not None):
-            problems = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-            raise ValueError(next(text for text in problems if text))
-        return result
-
     def must_stop(self) -> bool:
         """Whether any rank was told to stop. Collective: all ranks get the same answer."""
         return self._any(self._signal is not None)

@@ -92,6 +92,13 @@ def test_a_run_without_its_folder_or_checkpoint_is_named(described):
         open_run(described / "run")
 
 
+def test_a_file_is_no_folder(root):
+    (root / "file").write_text("x")
+    for folder in (root / "file", root / "file/below"):
+        with pytest.raises(ValueError, match=r"run_dir=.*: .*/file is a file; choose a folder"):
+            check_owner(replace(tiny_recipe(root, "run"), run_dir=str(folder)))
+
+
 def test_a_folder_that_is_not_ours_is_refused_and_an_empty_one_is_not(root):
     recipe = tiny_recipe(root, "theirs")
     check_owner(recipe)
@@ -112,7 +119,7 @@ def test_the_description_reproduces_the_recipe(described):
 
 def test_the_exit_is_recorded_only_where_there_is_a_run(described):
     recipe = tiny_recipe(described, "run")
-    record_exit(recipe, Exit.REQUEUE, "SIGTERM")
+    record_exit(recipe.run_dir, Exit.REQUEUE, "SIGTERM")
     assert json.loads((described / "run" / "exit.json").read_text()) == {"code": 75, "reason": "SIGTERM"}
-    record_exit(replace(recipe, run_dir=str(described / "none")), 2, "no")
+    record_exit(described / "none", 2, "no")
     assert not (described / "none").exists()

@@ -122,6 +122,14 @@ REFUSED = [
     ({"hidden_size": None}, ["hidden_size is None"]),
     ({"num_hidden_layers": "4"}, ["num_hidden_layers is '4'"]),
     ({"hidden_size": 50}, ["head_dim is absent"]),
+    ({"rms_norm_eps": None}, ["rms_norm_eps is None", "a positive number"]),
+    ({"rms_norm_eps": "abc"}, ["rms_norm_eps is 'abc'"]),
+    ({"rope_theta": None}, ["rope_theta is None"]),
+    ({"rope_parameters": [1]}, ["rope_parameters is [1]"]),
+    ({"max_position_embeddings": "64"}, ["max_position_embeddings is '64'"]),
+    ({"max_position_embeddings": None}, ["max_position_embeddings is None"]),
+    ({"layer_types": 3}, ["layer_types is 3", "a list"]),
+    ({"tie_word_embeddings": "false"}, ["tie_word_embeddings is 'false'", "true or false"]),
 ]
 
 
@@ -144,6 +152,18 @@ def test_files_that_are_not_a_config(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds no JSON object"):
         read_shape(tmp_path)
+
+
+def test_llama3_scaling_without_its_original_length_means_max_positions(tmp_path):
+    """As transformers completes it."""
+    rope = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    shape = read_shape(folder(tmp_path, model_type="llama", **SMALL, max_position_embeddings=777, rope_scaling=rope))
+    assert shape["rope_scaling"].original_max_positions == 777
+
+
+def test_max_positions_may_be_extended(tmp_path):
+    path = str(folder(tmp_path, model_type="llama", **SMALL))
+    assert complete_shape(ModelConfig(max_positions=131072), path).max_positions == 131072
 
 
 def test_given_fields_stay_and_must_agree(tmp_path):

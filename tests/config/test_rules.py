@@ -66,6 +66,7 @@ REFUSALS = [
     ({f"{S}.schedule.decay_fraction": 1.5}, [f"{S}.schedule.decay_fraction=1.5"]),
     ({f"{S}.blend": {"pretrian": 1.0}}, [f"{S}.blend.pretrian", "did you mean pretrain?"]),
     ({f"{S}.blend": {"pretrain": 0.0}}, [f"{S}.blend: all weights are 0"]),
+    ({"ops": {"glaa": "cuda"}}, ["ops.glaa: there is no such op", "did you mean gla?"]),
     ({f"{S}.layout.tp": 0}, [f"{S}.layout.tp=0"]),
     ({f"{S}.layout.tp": 3}, [f"{S}.layout.tp=3", "model.num_heads=28"]),
     ({f"{S}.layout.tp": 7}, [f"{S}.layout.tp=7", "model.num_kv_heads=4"]),
@@ -154,6 +155,33 @@ def test_smallest_world_counts_the_batch(demo):
     for stage in ("ctx_512", "ctx_1024"):
         three = changed(three, f"stages.{stage}.global_batch_tokens", 3072)
     assert smallest_world(three) == 6
+
+
+def test_a_weight_of_0_leaves_a_source_out(demo):
+    check(changed(demo, "stages.ctx_256.blend", {"wiki": 0.0}))
+    with pytest.raises(ValueError, match="stages.ctx_256.blend: all weights are 0"):
+        check(changed(demo, "stages.ctx_256.blend", {"wiki": 0.0, "shakespeare": 0.0}))
+
+
+@pytest.mark.parametrize("key", ["optim.eps", "stages.ctx_256.schedule.lr", "model.rope_theta", "optim.clip_grad"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_are_finite(key, value):
+    with pytest.raises(ValueError, match=rf"{key}={value} is not a finite number"):
+        load(["recipe=demo", "dry_run=true", f"{key}={value}"])
+
+
+def test_held_out_rows_must_fit_every_layout(demo):
+    """Without evaluation.seq_len they are as long as the longest stage."""
+    short = replace(demo.stages["ctx_256"], seq_len=128, global_batch_tokens=512, layout=Layout(sp=2))
+    odd = replace(short, seq_len=129, global_batch_tokens=516, layout=Layout())
+    recipe = changed(replace(demo, stages={"short": short}), "evaluation.seq_len", 63)
+    with pytest.raises(ValueError, match="evaluation.seq_len: 63 tokens .* the 2 shards of stages.short.layout"):
+        check(recipe)
+    recipe = changed(replace(demo, stages={"short": short, "odd": odd}), "evaluation.seq_len", 0)
+    for rule in (check, lambda recipe: check_world(recipe, 2)):
+        with pytest.raises(ValueError, match="evaluation.seq_len: 129 tokens .* the 2 shards of stages.short.layout"):
+            rule(recipe)
+    check(changed(recipe, "evaluation.tokens", 0))
 
 
 def test_training_needs_data_and_a_tokenizer(demo):

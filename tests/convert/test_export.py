@@ -16,6 +16,7 @@ from sbtrain.convert import export as export_module
 from sbtrain.convert.export import export, gla_swa_refusal
 from sharding import global_state, hf_state
 from tiny_checkpoints import DictReader, filled, model_of, save_tiny
+from tiny_corpus import write_tokenizer
 
 RELEASED = ModelConfig(
     pattern="LS", vocab_size=90, hidden_size=32, num_layers=4, num_heads=8, num_kv_heads=2, head_dim=4, ffn_size=40,
@@ -247,8 +248,9 @@ def test_gla_swa_refusals(tmp_path, change, reason):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_linear_layers_of_a_qk_norm_model_fit_the_released_code():
-    assert gla_swa_refusal(dataclasses.replace(RELEASED, qk_norm=True, pattern="L")) is None
+@pytest.mark.parametrize("pattern", ["LS", "S", "L"])
+def test_a_model_with_qk_norms_does_not_fit_the_released_code(pattern):
+    assert "q/k norms" in gla_swa_refusal(dataclasses.replace(RELEASED, qk_norm=True, pattern=pattern))
 
 
 def test_bad_arguments_write_nothing(tmp_path):
@@ -259,8 +261,31 @@ def test_bad_arguments_write_nothing(tmp_path):
         export(reader, model=RELEASED, out=out, dtype="int8")
     assert list(tmp_path.iterdir()) == []
     out.mkdir()
+    (out / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="out=.*out exists; choose another folder"):
         export(reader, model=RELEASED, out=out)
+
+
+def test_an_empty_folder_is_a_free_place(tmp_path):
+    (tmp_path / "out").mkdir()
+    export(DictReader(global_state(RELEASED)), model=RELEASED, out=tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_special_ids_come_from_the_source_and_tokenizer_files_from_the_tokenizer(tmp_path):
+    source, tokenizer = tmp_path / "source", tmp_path / "tokenizer"
+    source.mkdir()
+    (source / "config.json").write_text('{"bos_token_id": 7, "eos_token_id": 5}')
+    (source / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    write_tokenizer(tokenizer)
+    read = lambda out, name: json.loads((tmp_path / out / name).read_text())  # noqa: E731
+    how = dict(model=RELEASED, tokenizer_dir=tokenizer)
+    export(DictReader(global_state(RELEASED)), out=tmp_path / "both", source_dir=source, **how)
+    assert [read("both", "config.json")[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [7, 5, None]
+    assert read("both", "generation_config.json") == {"eos_token_id": [5, 6]}
+    assert (tmp_path / "both/tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    export(DictReader(global_state(RELEASED)), out=tmp_path / "alone", **how)
+    assert read("alone", "config.json")["eos_token_id"] == 0, "what the tokenizer puts behind every document"
 
 
 def test_failures_leave_no_folder(tmp_path, monkeypatch):

@@ -36,6 +36,13 @@ def _edit(prefix, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def _spoil_pointers(prefix):
+    path = Path(f"{prefix}.idx")
+    raw = bytearray(path.read_bytes())
+    raw[34 + 3 * 4 + 8 : 34 + 3 * 4 + 16] = b"\x7f" * 8  # header, three lengths, the second pointer
+    path.write_bytes(raw)
+
+
 DAMAGE = [
     (lambda prefix: Path(f"{prefix}.json").unlink(), r"c\.json is missing; make the corpus with launch/prepare_data"),
     (lambda prefix: Path(f"{prefix}.json").write_text("{"), r"c\.json is not valid JSON"),
@@ -49,6 +56,8 @@ DAMAGE = [
     (lambda prefix: _edit(prefix, tokenizer_sha256="abd"), r"c\.json was made with another tokenizer"),
     (lambda prefix: _edit(prefix, vocab_size=VOCAB_SIZE + 1), r"vocabulary of 261, but model\.vocab_size is 260"),
     (lambda prefix: write_corpus(Path(prefix), [[]]), r"c\.bin is empty"),
+    (lambda prefix: _spoil_pointers(prefix), r"c\.idx is corrupt: its documents do not follow one another"),
+    (lambda prefix: _edit(prefix, vocab_size="260"), r"c\.json lacks vocab_size of type int"),
 ]
 
 

@@ -42,6 +42,14 @@ def test_memory_decides_where_it_is_known():
     assert layouts(fit_world(big, 8)) == [Layout()]
 
 
+def test_held_out_rows_fit_the_chosen_layout():
+    """One row a step leaves no dp; sp 2 would be next, but cannot cut held-out rows of 63 tokens."""
+    args = ["recipe=demo", "dry_run=true", "layout_auto=true", "~stages.ctx_512", "~stages.ctx_1024"]
+    args += ["stages.ctx_256.micro_batch=1", "stages.ctx_256.global_batch_tokens=256"]
+    assert layouts(fit_world(load(args), 2)) == [Layout(sp=2)]
+    assert layouts(fit_world(load([*args, "evaluation.seq_len=63"]), 2)) == [Layout(pp=2)]
+
+
 def test_refusals():
     args = ["recipe=7b_cpt", "dry_run=true", "layout_auto=true", "stages.ctx_8k.layout.sp=16"]
     with pytest.raises(ValueError, match="stages.ctx_8k: no layout of 8 ranks fits into 4 GiB a GPU"):
