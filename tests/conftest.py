@@ -61,3 +61,13 @@ def run_ranks():
     yield ranks
     for pool in pools.values():
         pool.stop()
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch, capfd):
+    """A folder with a tiny recipe and its inputs, in which launch/train.py can be called: see command_line.Site."""
+    from command_line import ROOT, Site
+
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    monkeypatch.chdir(tmp_path)
+    return Site(tmp_path, capfd)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import shutil
-import signal
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,59 +12,8 @@ import pytest
 import torch
 import transformers
 
-from run_case import write_inputs
-from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.config.load import load
-from sbtrain.plan.memory import checkpoint_bytes
-from sbtrain.run import convert
+from command_line import ONE_STAGE, ROOT, truncate
 from sbtrain.train.watch import Watch
-
-ROOT = Path(__file__).resolve().parents[1]
-ONE_STAGE = ("~stages.ctx_64", "~stages.ctx_128")
-ONE_PROCESS = ("stages.ctx_64.layout.pp=1", "stages.ctx_128.layout.sp=1")
-Usage = namedtuple("Usage", "total used free")
-
-
-class Site:
-    """A folder with a recipe and its inputs; launch/train.py works in it, in this process."""
-
-    def __init__(self, root: Path, capture):
-        self.root, self._capture = root, capture
-        self._train = runpy.run_path(str(ROOT / "launch" / "train.py"))["train"]
-        self.recipe = write_inputs(root)
-        self.run_dir = root / "run"
-
-    def train(self, *overrides: str, recipe: str = "") -> tuple[int, str]:
-        """Exit code and stderr of `train.py recipe=tiny run_dir=run overrides`."""
-        self._capture.readouterr()
-        code = self._train([f"recipe={recipe or self.recipe}", f"run_dir={self.run_dir}", *overrides])
-        return code, self._capture.readouterr().err
-
-    def files(self, but: tuple[str, ...] = ()) -> dict[str, tuple[bytes, int]]:
-        """Content and time of every file, and every folder."""
-        paths = [path for path in sorted(self.root.rglob("*")) if path.name not in but]
-        return {
-            str(path.relative_to(self.root)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
-            for path in paths
-        }
-
-    def refuses(self, overrides: tuple[str, ...], mentions: list[str], *, recipe: str = "") -> None:
-        """The rule of this file."""
-        before = self.files(but=("exit.json",))
-        code, line = self.train(*overrides, recipe=recipe)
-        assert code == 2, line
-        assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), line
-        assert [word for word in mentions if word not in line] == [], line
-        after = self.files(but=("exit.json",))
-        assert sorted(after) == sorted(before)
-        assert [name for name in before if before[name] != after[name]] == []
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch, capfd) -> Site:
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    monkeypatch.chdir(tmp_path)
-    return Site(tmp_path, capfd)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +82,6 @@ def _teacher(folder: Path) -> None:
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 def _rename_in_index(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
     path.write_text(path.read_text().replace("layers.2.mlp.up_proj", "layers.2.mlp.upper_proj"))
@@ -155,7 +97,7 @@ def _rename_everywhere(folder: Path) -> None:
 
 SPOILED_WEIGHTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing": (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), ["model-00002-of-", "is missing", "download"]),
-    "truncated": (lambda f: _truncate(sorted(f.glob("*.safetensors"))[-1]), ["model-0", "truncated", "download it"]),
+    "truncated": (lambda f: truncate(sorted(f.glob("*.safetensors"))[-1]), ["model-0", "truncated", "download it"]),
     "empty": (lambda f: sorted(f.glob("*.safetensors"))[0].write_bytes(b""), ["model-00001", "truncated", "download"]),
     "index": (_rename_in_index, ["index.json says that", "upper_proj", "download both"]),
     "renamed": (_rename_everywhere, ["holds no tensor model.layers.2.mlp.up_proj.weight", "start.path"]),
@@ -195,16 +137,16 @@ def _corrupt_ids(path: Path) -> None:
 SPOILED_DATA: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing": (lambda r: (r / "one.bin").unlink(), ["one.bin is missing", "prepare_data"]),
     "empty": (lambda r: (r / "two.bin").write_bytes(b""), ["two.bin is truncated: 0 bytes", "copy it again"]),
-    "truncated": (lambda r: _truncate(r / "one.bin"), ["one.bin is truncated", "copy it again"]),
-    "index": (lambda r: _truncate(r / "one.idx"), ["one.idx has", "copy it again or rerun prepare_data"]),
+    "truncated": (lambda r: truncate(r / "one.bin"), ["one.bin is truncated", "copy it again"]),
+    "index": (lambda r: truncate(r / "one.idx"), ["one.idx has", "copy it again or rerun prepare_data"]),
     "no index": (lambda r: (r / "one.idx").write_bytes(b"x" * 100), ["one.idx is not a megatron index"]),
     "description": (lambda r: (r / "two.json").write_text("{}"), ["two.json lacks num_tokens", "rerun prepare_data"]),
     "of two runs": (lambda r: shutil.copy(r / "one.json", r / "two.json"), ["two.idx has", "not of one run"]),
-    "held-out": (lambda r: _truncate(r / "held.bin"), ["held.bin is truncated", "copy it again"]),
+    "held-out": (lambda r: truncate(r / "held.bin"), ["held.bin is truncated", "copy it again"]),
     "held-out ids": (lambda r: _corrupt_ids(r / "held.bin"), ["held.bin is corrupt", "65535", "rerun prepare_data"]),
     "ids": (lambda r: _corrupt_ids(r / "one.bin"), ["one.bin is corrupt", "65535", "rerun prepare_data"]),
     "tokenizer": (lambda r: (r / "tokenizer/tokenizer.json").unlink(), ["tokenizer.json is missing", "data.tokenizer"]),
-    "tokenizer file": (lambda r: _truncate(r / "tokenizer/tokenizer.json"), ["tokenizer.json is not a readable"]),
+    "tokenizer file": (lambda r: truncate(r / "tokenizer/tokenizer.json"), ["tokenizer.json is not a readable"]),
 }
 
 
@@ -244,169 +186,9 @@ def test_data_that_turns_out_corrupt_while_training(site, monkeypatch):
     assert "one.bin is corrupt" in line and "rerun prepare_data" in line
 
 
-@pytest.fixture
-def stopped(site, monkeypatch) -> Site:
-    """A run that SIGTERM stopped after step 4 of 6; it has saved step 3 and 4."""
-    check = Watch.check
-
-    def check_and_stop(self, state, **figures):
-        check(self, state, **figures)
-        if state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Watch, "check", check_and_stop)
-        code, _ = site.train(*ONE_STAGE)
-    assert code == 75 and Ledger(site.run_dir).step == 4
-    return site
-
-
-def exit_of(site: Site) -> dict:
-    return json.loads((site.run_dir / "exit.json").read_text())
-
-
-def test_exit_json_says_how_it_ended(stopped):
-    assert exit_of(stopped) == {"code": 75, "reason": "SIGTERM"}
-    assert stopped.train(*ONE_STAGE)[0] == 0
-    assert exit_of(stopped) == {"code": 0, "reason": "all stages are done"}
-    assert stopped.train(*ONE_STAGE)[0] == 0, "a run that is done has nothing to do"
-    assert exit_of(stopped)["code"] == 0
-
-
-@pytest.mark.parametrize("override", ["stages.ctx_32.layout.tp=4", "seed=three", "evaluation.tokens=-1"])
-def test_a_refused_restart_replaces_what_asked_for_one(stopped, override):
-    """A batch script that reads exit.json must not start a broken command again and again."""
-    assert exit_of(stopped)["code"] == 75
-    code, line = stopped.train(*ONE_STAGE, override)
-    assert code == 2 and exit_of(stopped) == {"code": 2, "reason": line.removeprefix("error: ").rstrip("\n")}
-
-
-def test_a_run_directory_of_another_recipe(stopped):
-    belongs = f"run_dir={stopped.run_dir} belongs to another recipe: "
-    stopped.refuses((*ONE_STAGE, "seed=4"), [belongs, "seed is 3 there and 4 here", "choose another run_dir"])
-    stopped.refuses(ONE_PROCESS, [belongs, "stages.ctx_128", "absent there", "choose another run_dir"])
-    assert exit_of(stopped)["code"] == 2 and "belongs to another recipe" in exit_of(stopped)["reason"]
-
-
-def test_no_space_left(stopped, monkeypatch):
-    """Noticed before a step is trained that could not be saved, on a new run and on one that goes on."""
-    need = checkpoint_bytes(load([f"recipe={stopped.recipe}", *ONE_STAGE]))
-    size = sum(path.stat().st_size for path in (stopped.run_dir / "checkpoints/step_4").glob("*.distcp"))
-    assert need <= size < 1.5 * need, "the estimate is what checkpoints have, but for their headers"
-    mentions = ["no space left in ", "run/checkpoints", "free some space and start the same command again"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12, need - 1))
-    stopped.refuses(ONE_STAGE, mentions)
-    shutil.rmtree(stopped.run_dir)
-    stopped.refuses(ONE_STAGE, mentions)
-
-
-def test_no_space_left_for_a_conversion(stopped, monkeypatch):
-    """It needs room for the weights alone, and leaves nothing where there is none."""
-    recipe = load([f"recipe={stopped.recipe}", *ONE_STAGE, f"run_dir={stopped.root / 'other'}"])
-    need = checkpoint_bytes(recipe, optimizer=False)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12, need - 1))
-    with pytest.raises(ValueError, match="no space left in .*other/checkpoints"):
-        convert(recipe)
-    assert not (stopped.root / "other").exists()
-
-
 def test_conversion_of_a_dry_run_writes_nothing(site):
     convert_command = runpy.run_path(str(ROOT / "launch" / "convert.py"))["convert"]
     before = site.files()
     assert convert_command([f"recipe={site.recipe}", f"run_dir={site.run_dir}", "dry_run=true"]) == 0
     assert convert_command([f"recipe={site.recipe}", f"run_dir={site.run_dir}", "ops.nope=cuda"]) == 2
     assert site.files() == before
-
-
-def test_space_that_runs_out_during_the_run(stopped, monkeypatch):
-    """The next checkpoint is refused; the run stands where it stood and goes on when there is space."""
-    before, check = stopped.files(), Watch.check
-
-    def check_and_fill_up(self, state, **figures):
-        check(self, state, **figures)
-        patch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12, 1000))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Watch, "check", check_and_fill_up)
-        code, line = stopped.train(*ONE_STAGE)
-    assert code == 2 and line.count("\n") == 1 and line.startswith("error: no space left in ")
-    after, lasting = stopped.files(), ("ledger.json", "checkpoints", "recipe.yaml")
-    for name in {name for name in {*before, *after} if any(part in name for part in lasting)}:
-        assert (before[name] and before[name][0]) == (after[name] and after[name][0]), name
-    assert exit_of(stopped)["code"] == 2 and exit_of(stopped)["reason"].startswith("no space left")
-    assert stopped.train(*ONE_STAGE)[0] == 0 and Ledger(stopped.run_dir).step == 6
-
-
-def test_a_torn_character_in_the_metrics_is_a_torn_line(stopped):
-    with open(stopped.run_dir / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 5, "note": "\xc3')
-    assert stopped.train(*ONE_STAGE)[0] == 0
-    lines = (stopped.run_dir / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-
-
-def _edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-SPOILED_RUNS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "format": (
-        lambda r: _edit(r / "checkpoints/step_4/state.json", format=7),
-        ["step_4/state.json: checkpoint format 7 is not 1", "load it with the version of sbtrain that wrote it"],
-    ),
-    "state": (lambda r: (r / "checkpoints/step_4/state.json").unlink(), ["step_4 is not a complete checkpoint"]),
-    "metadata": (lambda r: (r / "checkpoints/step_4/.metadata").unlink(), ["step_4 is not a complete checkpoint"]),
-    "gone": (lambda r: shutil.rmtree(r / "checkpoints/step_4"), ["step_4 is not a complete checkpoint", "step_N"]),
-    "ledger": (lambda r: (r / "ledger.json").write_text('{"step": 4'), ["ledger.json is not valid JSON", "run_dir"]),
-    "no ledger": (lambda r: (r / "ledger.json").write_text("{}"), ["ledger.json lacks", "restore it from a copy"]),
-    "recipe": (lambda r: (r / "recipe.yaml").write_text("name: [tiny"), ["recipe.yaml", "not valid YAML"]),
-    "evaluation": (lambda r: (r / "evaluation.json").write_text("["), ["evaluation.json is not valid JSON"]),
-    "points": (lambda r: (r / "evaluation.json").write_text("{}"), ["evaluation.json holds no points"]),
-    "no tensor format": (
-        lambda r: (r / "checkpoints/step_4/metadata.json").unlink(),
-        ["step_4 is not a complete checkpoint (metadata.json is missing)"],
-    ),
-    "tensor format": (
-        lambda r: _edit(r / "checkpoints/step_4/metadata.json", sharded_backend="zarr"),
-        ["step_4/metadata.json", "in the format 'zarr', not in torch_dist"],
-    ),
-    "half a tensor format": (
-        lambda r: (r / "checkpoints/step_4/metadata.json").write_text("{"),
-        ["step_4/metadata.json is not valid JSON"],
-    ),
-    "no common part": (lambda r: (r / "checkpoints/step_4/common.pt").unlink(), ["common.pt is missing"]),
-    "half a state": (
-        lambda r: (r / "checkpoints/step_4/state.json").write_text('{"format": 1}'),
-        ["step_4/state.json lacks parts"],
-    ),
-}
-
-
-@pytest.mark.parametrize("problem", SPOILED_RUNS)
-def test_a_run_that_was_damaged(stopped, problem):
-    spoil, mentions = SPOILED_RUNS[problem]
-    spoil(stopped.run_dir)
-    stopped.refuses(ONE_STAGE, [str(stopped.run_dir), *mentions])
-
-
-SPOILED_TENSORS: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda f: _truncate(max(f.glob("*.distcp"), key=lambda path: path.stat().st_size)),
-    "missing": lambda f: max(f.glob("*.distcp"), key=lambda path: path.stat().st_size).unlink(),
-    "metadata": lambda f: (f / ".metadata").write_bytes(b"garbage"),
-    "common": lambda f: _truncate(f / "common.pt"),
-}
-
-
-@pytest.mark.parametrize("problem", SPOILED_TENSORS)
-def test_a_checkpoint_whose_tensors_cannot_be_read(stopped, problem):
-    """Found when it is loaded; the run stays as it was, and goes on from the checkpoint before when it is told to."""
-    folder = stopped.run_dir / "checkpoints/step_4"
-    SPOILED_TENSORS[problem](folder)
-    before = stopped.files(but=("exit.json",))
-    code, line = stopped.train(*ONE_STAGE)
-    assert code == 2 and line.startswith(f"error: {folder} cannot be read (") and line.count("\n") == 1
-    assert "point ledger.json at an earlier checkpoints/step_N" in line
-    after = stopped.files(but=("exit.json",))
-    assert {name: it and it[0] for name, it in after.items()} == {name: it and it[0] for name, it in before.items()}
-    _edit(stopped.run_dir / "ledger.json", checkpoint="checkpoints/step_3", step=3)
-    assert stopped.train(*ONE_STAGE)[0] == 0 and Ledger(stopped.run_dir).step == 6
