@@ -99,8 +99,8 @@ class RankPool:
         self._fresh = False
 
     def _environment(self) -> dict[str, str]:
-        """One thread a rank; gloo's ranks are CPU ranks on a machine with GPUs, too."""
-        hidden = {} if self.backend == "nccl" else {"CUDA_VISIBLE_DEVICES": ""}
+        """One thread a rank; gloo's ranks are CPU ranks on a machine with GPUs, too, and interpret Triton kernels."""
+        hidden = {} if self.backend == "nccl" else {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
         return {**os.environ, "OMP_NUM_THREADS": "1", **hidden}
 
     def _collect(self, timeout_s: float) -> tuple[dict[int, dict], list[int]]:
