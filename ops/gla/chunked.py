@@ -9,9 +9,9 @@ gradients, chunk by chunk. No atomics: the same bits every time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import product
 
 import torch
 import triton
@@ -19,13 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ops import documents
+from ops.gla import reference
 from ops.gla import triton_backward as backward
 from ops.gla import triton_forward as forward
+from ops.gla.triton_step import steps
+from ops.launch import Launcher
+
+STEPS = 8
+"""Up to so many tokens a row, one after the other is faster than chunks."""
 
 _PRECISIONS = {
     torch.bfloat16: dict(DOT=tl.bfloat16, PRECISION="tf32"),
     torch.float16: dict(DOT=tl.float32, PRECISION="tf32"),  # decays inside a chunk leave its range, not tf32's
-    torch.float32: dict(DOT=tl.float32, PRECISION="ieee"),
+    torch.float32: dict(DOT=tl.float32, PRECISION="tf32x3"),
 }
 _STATES = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32, torch.float32: torch.float32}
 """In what the states between chunks are kept; the scan itself is fp32."""
@@ -43,17 +49,19 @@ class Tile:
 @dataclass(frozen=True)
 class Tiles:
     """chunk_tokens: the longest chunk. block_tokens: queries at a time where decays are strong. scan_block: rows of a
-    state that a program scans, scan_ahead: the chunks on their way then. kernels: how each other one is launched."""
+    state that a program scans, scan_ahead: the chunks on their way then. kernels: how each other one is launched, by
+    name; the rest as `every`."""
 
     chunk_tokens: int = 64
     block_tokens: int = 16
     scan_block: int = 4
     scan_ahead: int = 8
-    kernels: Mapping[str, Tile] = field(default_factory=dict)
+    kernels: tuple[tuple[str, Tile], ...] = ()
+    every: Tile = Tile()
 
     def of(self, kernel) -> Tile:
         """The tile of a kernel."""
-        return self.kernels.get(kernel.__name__, Tile())
+        return dict(self.kernels).get(kernel.__name__, self.every)
 
 
 @dataclass(frozen=True)
@@ -89,20 +97,69 @@ def chunks_of(k: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
     return documents.derived(cu_seqlens, key, lambda: cut(documents.bounds(cu_seqlens), length, k.device))
 
 
-def gla(q, k, v, log_decay, *, scale, initial_state, cu_seqlens, output_final_state, tiles: Tiles):
-    """See ops.gla."""
-    chunks = chunks_of(k, cu_seqlens, tiles.chunk_tokens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, final = _Gla.apply(q, k, v, log_decay, initial_state, scale, chunks, tiles)
-    return o, final if output_final_state else None
+@dataclass(frozen=True)
+class Implementation:
+    """ops.gla with the tiles of a backend: for bf16, for heads of more than 128 numbers, for fp16 and fp32."""
+
+    narrow: Tiles
+    large: Tiles
+    wide: Tiles
+    largest_head: int
+
+    def tiles(self, q: Tensor, v: Tensor) -> Tiles | None:
+        """The tiles for these tensors; None where the reference must do."""
+        largest = max(q.shape[3], v.shape[3])
+        if q.dtype not in _PRECISIONS or largest > self.largest_head or q.shape[1] == 0:
+            return None
+        return self.wide if q.dtype != torch.bfloat16 else self.large if largest > 128 else self.narrow
+
+    def gla(self, q, k, v, log_decay, *, scale=None, initial_state=None, cu_seqlens=None, output_final_state=False):
+        """See ops.gla."""
+        tiles, states = self.tiles(q, v), dict(initial_state=initial_state, output_final_state=output_final_state)
+        if tiles is None:
+            return reference.gla(q, k, v, log_decay, scale=scale, cu_seqlens=cu_seqlens, **states)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        if _is_decoding(q, k, v, log_decay, initial_state, cu_seqlens):
+            o, final = _steps(q, k, v, log_decay, scale, initial_state)
+        else:
+            chunks = chunks_of(k, cu_seqlens, tiles.chunk_tokens)
+            o, final = _Gla.apply(q, k, v, log_decay, initial_state, scale, chunks, tiles)
+        return o, final if output_final_state else None
+
+    def gla_output(self, q, k, v, log_decay, state_in, *, scale=None, cu_seqlens=None):
+        """See ops.gla_output: the state enters the first document alone."""
+        num_documents = 1 if cu_seqlens is None else len(cu_seqlens) - 1
+        states = torch.cat([state_in[None], state_in.new_zeros(num_documents - 1, *state_in.shape)])
+        return self.gla(q, k, v, log_decay, scale=scale, initial_state=states, cu_seqlens=cu_seqlens)[0]
+
+    gla_state = staticmethod(reference.gla_state)
+    """Already one matmul."""
 
 
-def gla_output(q, k, v, log_decay, state_in, *, scale, cu_seqlens, tiles: Tiles):
-    """See ops.gla_output: the state enters the first document alone."""
-    num_documents = 1 if cu_seqlens is None else len(cu_seqlens) - 1
-    states = torch.cat([state_in[None], state_in.new_zeros(num_documents - 1, *state_in.shape)])
-    how = dict(scale=scale, initial_state=states, cu_seqlens=cu_seqlens, output_final_state=False)
-    return gla(q, k, v, log_decay, **how, tiles=tiles)[0]
+def _is_decoding(q, k, v, log_decay, initial_state, cu_seqlens) -> bool:
+    """A few tokens of each row, and no gradients wanted."""
+    few = cu_seqlens is None and q.shape[1] <= STEPS
+    tensors = (q, k, v, log_decay) if initial_state is None else (q, k, v, log_decay, initial_state)
+    return few and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def _steps(q, k, v, log_decay, scale, initial_state):
+    (rows, tokens, heads, key_size), value_size = k.shape, v.shape[3]
+    launch, parts = _step_launcher(tokens, q.shape[2] // heads, heads, key_size, value_size, initial_state is not None)
+    q, k, v, log_decay = (x.contiguous() for x in (q, k, v, log_decay))
+    o = q.new_empty(*q.shape[:3], value_size)
+    ends = q.new_empty(rows, heads, key_size, value_size, dtype=torch.float32)
+    given = ends if initial_state is None else initial_state.float().contiguous()
+    launch((rows * parts, heads), q, k, v, log_decay, given, o, ends, scale)
+    return o, ends
+
+
+@cache
+def _step_launcher(tokens, group, heads, key_size, value_size, given):
+    whole = [max(16, triton.next_power_of_2(n)) for n in (key_size, value_size)]
+    part = min(32, whole[1])
+    sizes = dict(T=tokens, G=group, H=heads, K=key_size, V=value_size, BK=whole[0], PV=part, PARTS=whole[1] // part)
+    return Launcher(steps, dict(sizes, GIVEN=given), num_warps=4, num_stages=1), whole[1] // part
 
 
 class _Gla(torch.autograd.Function):
@@ -112,106 +169,85 @@ class _Gla(torch.autograd.Function):
     def forward(ctx, q, k, v, log_decay, initial_state, scale, chunks, tiles):
         ctx.set_materialize_grads(False)
         q, k, v, log_decay = (x.contiguous() for x in (q, k, v, log_decay))
-        launch = _Launch(q, k, v, chunks, scale, tiles)
-        sums, totals, states, final = launch.states(k, v, log_decay, initial_state)
-        o = launch.outputs(q, k, v, log_decay, sums, states)
+        kernels = Kernels(q.shape[2] // k.shape[2], *k.shape[2:], v.shape[3], q.dtype, tiles)
+        added, sums = kernels.room(chunks, k), torch.empty_like(k, dtype=torch.float32)
+        totals = added.new_empty(added.shape[:3])
+        kernels.chunk_states(chunks, k, v, log_decay, chunks.table, sums, totals, added)
+        states, final = kernels.scan(chunks, added, totals, initial_state, reverse=False)
+        o = q.new_empty(*q.shape[:3], v.shape[3])
+        kernels.outputs(chunks, q, k, v, log_decay, sums, chunks.table, states, o, scale)
         ctx.save_for_backward(q, k, v, log_decay, sums, totals, states)
-        ctx.launch = launch
+        ctx.kernels, ctx.chunks, ctx.scale = kernels, chunks, scale
         return o, final
 
     @staticmethod
     def backward(ctx, do, dfinal):
         q, k, v, log_decay, sums, totals, states = ctx.saved_tensors
-        do = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[3]) if do is None else do
-        do, launch = do.contiguous(), ctx.launch
-        leaving, dinitial = launch.state_gradients(q, sums, totals, do, dfinal)
-        grads = launch.gradients(q, k, v, log_decay, sums, totals, do, states, leaving)
-        return *grads, dinitial if ctx.needs_input_grad[4] else None, None, None, None
-
-
-class _Launch:
-    """The kernels on one set of shapes and chunks."""
-
-    def __init__(self, q, k, v, chunks: Chunks, scale: float, tiles: Tiles):
-        self.chunks, self.scale, self.tiles = chunks, scale, tiles
-        self.heads, self.key_size, self.value_size = k.shape[2], k.shape[3], v.shape[3]
-        self.whole = [max(16, triton.next_power_of_2(n)) for n in (self.key_size, self.value_size)]
-        self.state_dtype = _STATES[q.dtype]
-        self.sizes = dict(H=self.heads, K=self.key_size, V=self.value_size)
-        group = q.shape[2] // k.shape[2]
-        self.constants = dict(
-            self.sizes,
-            G=group,
-            P=min(triton.next_power_of_2(group), tiles.chunk_tokens // tiles.block_tokens),
-            BK=self.whole[0],
-            BV=self.whole[1],
-            C=tiles.chunk_tokens,
-            R=tiles.block_tokens,
-            **_PRECISIONS[q.dtype],
-        )
-
-    def _run(self, kernel, *tensors) -> None:
-        """Launch over chunks, parts and heads."""
-        tile, sizes = self.tiles.of(kernel), self.constants
-        parts = [min(size, tile.part) for size in self.whole]
-        sizes = dict(sizes, PK=parts[0], PV=parts[1])
-        shared_out = [size // part for size, part, name in zip(self.whole, parts, ("PK", "PV")) if name in _names(kernel)]
-        sizes["PARTS"] = max(shared_out)
-        if self.chunks.num_chunks:
-            kernel[(self.chunks.num_chunks * sizes["PARTS"], self.heads)](
-                *tensors,
-                **{name: value for name, value in sizes.items() if name in _names(kernel)},
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
-
-    def _scan(self, added, totals, given, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """(what enters each chunk [M, H, K, V], what is behind the last of each document fp32 [N, H, K, V])."""
-        states = torch.empty_like(added, dtype=self.state_dtype)
-        ends = added.new_empty(self.chunks.num_documents, *added.shape[1:])
-        block, given_states = self.tiles.scan_block, ends if given is None else given.float().contiguous()
-        forward.scan_states[(self.chunks.num_documents, self.heads, triton.cdiv(self.key_size, block))](
-            added, totals, self.chunks.edges, given_states, states, ends,
-            **self.sizes, BLOCK=block, BV=self.whole[1], AHEAD=self.tiles.scan_ahead, GIVEN=given is not None,
-            REVERSE=reverse, num_warps=4,
-        )  # fmt: skip
-        return states, ends
-
-    def _states(self, like: Tensor) -> Tensor:
-        num_chunks = max(self.chunks.num_chunks, 1)
-        return like.new_empty(num_chunks, self.heads, self.key_size, self.value_size, dtype=torch.float32)
-
-    def states(self, k, v, log_decay, initial_state) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(sums of log_decay inside chunks, chunks' totals, states that enter chunks, final states)."""
-        added, sums = self._states(k), torch.empty_like(k, dtype=torch.float32)
-        totals = added.new_empty(added.shape[:3])
-        self._run(forward.chunk_states, k, v, log_decay, self.chunks.table, sums, totals, added)
-        return sums, totals, *self._scan(added, totals, initial_state, reverse=False)
-
-    def outputs(self, q, k, v, log_decay, sums, states) -> Tensor:
-        """o [B, T, Hq, V]."""
-        o = q.new_empty(*q.shape[:3], self.value_size)
-        self._run(forward.outputs, q, k, v, log_decay, sums, self.chunks.table, states, o, self.scale)
-        return o
-
-    def state_gradients(self, q, sums, totals, do, dfinal) -> tuple[Tensor, Tensor]:
-        """Gradients of the states behind chunks, and of the initial states."""
-        added = self._states(q)
-        self._run(backward.chunk_gradients, q, sums, do, self.chunks.table, added, self.scale)
-        return self._scan(added, totals, dfinal, reverse=True)
-
-    def gradients(self, q, k, v, log_decay, sums, totals, do, states, leaving) -> tuple[Tensor, ...]:
-        """dq, dk, dv, dlog_decay."""
-        dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, log_decay))
-        qdq, table = torch.empty_like(sums), self.chunks.table
-        tensors = (q, k, v, log_decay, sums, do, table, states, dq, qdq, self.scale)
-        self._run(backward.query_gradients, *tensors)
-        tensors = (q, k, v, log_decay, sums, do, qdq, table, totals, states, leaving, dk, dg, self.scale)
-        self._run(backward.key_gradients, *tensors)
-        self._run(backward.value_gradients, q, k, log_decay, sums, do, table, totals, leaving, dv, self.scale)
-        return dq, dk, dv, dg
+        kernels, chunks, scale = ctx.kernels, ctx.chunks, ctx.scale
+        do = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do.contiguous()
+        added = kernels.room(chunks, q)
+        kernels.chunk_gradients(chunks, q, sums, do, chunks.table, added, scale)
+        leaving, dinitial = kernels.scan(chunks, added, totals, dfinal, reverse=True)
+        del added
+        dq, dk, dv, dg, qdq = (torch.empty_like(x) for x in (q, k, v, log_decay, sums))
+        inputs = (q, k, v, log_decay, sums, do)
+        kernels.query_gradients(chunks, *inputs, chunks.table, states, dq, qdq, scale)
+        kernels.key_gradients(chunks, *inputs, qdq, chunks.table, totals, states, leaving, dk, dg, scale)
+        kernels.value_gradients(chunks, q, k, log_decay, sums, do, chunks.table, totals, leaving, dv, scale)
+        return dq, dk, dv, dg, dinitial if ctx.needs_input_grad[4] else None, None, None, None
 
 
 @lru_cache(maxsize=None)
-def _names(kernel) -> frozenset:
-    return frozenset(kernel.arg_names)
+class Kernels:
+    """The kernels with the sizes and tiles of one kind of call; launchers lists them all."""
+
+    def __init__(self, group: int, heads: int, key_size: int, value_size: int, dtype: torch.dtype, tiles: Tiles):
+        self.heads, self.key_size, self.value_size = heads, key_size, value_size
+        self.state_dtype, self.tiles = _STATES[dtype], tiles
+        self.whole = {name: max(16, triton.next_power_of_2(n)) for name, n in (("K", key_size), ("V", value_size))}
+        self.sizes = dict(H=heads, K=key_size, V=value_size, BK=self.whole["K"], BV=self.whole["V"])
+        self.sizes |= dict(G=group, C=tiles.chunk_tokens, R=tiles.block_tokens, **_PRECISIONS[dtype])
+        self.sizes["P"] = min(triton.next_power_of_2(group), tiles.chunk_tokens // tiles.block_tokens)
+        self.launchers: list[Launcher] = []
+        self.chunk_states = self._of_chunks(forward.chunk_states, "V")
+        self.outputs = self._of_chunks(forward.outputs, "V")
+        self.chunk_gradients = self._of_chunks(backward.chunk_gradients, "V")
+        self.query_gradients = self._of_chunks(backward.query_gradients, "K")
+        self.key_gradients = self._of_chunks(backward.key_gradients, "K")
+        self.value_gradients = self._of_chunks(backward.value_gradients, "V")
+        self.scans = {flags: self._scan(*flags) for flags in product((False, True), repeat=2)}
+
+    def _of_chunks(self, kernel, shared_out: str):
+        """launch(chunks, *tensors): programs are chunks, parts of the dimension that is shared out, and heads."""
+        tile = self.tiles.of(kernel)
+        part = min(self.whole[shared_out], tile.part)
+        parts = self.whole[shared_out] // part
+        sizes = {**self.sizes, "PARTS": parts, f"P{shared_out}": part}
+        run = Launcher(kernel, sizes, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        self.launchers.append(run)
+
+        def launch(chunks: Chunks, *arguments) -> None:
+            if chunks.num_chunks:
+                run((chunks.num_chunks * parts, self.heads), *arguments)
+
+        return launch
+
+    def _scan(self, given: bool, reverse: bool):
+        sizes = {**self.sizes, "BLOCK": self.tiles.scan_block, "AHEAD": self.tiles.scan_ahead}
+        sizes |= {"GIVEN": given, "REVERSE": reverse}
+        self.launchers.append(Launcher(forward.scan_states, sizes, num_warps=4, num_stages=1))
+        return self.launchers[-1]
+
+    def scan(self, chunks: Chunks, added, totals, given, *, reverse: bool) -> tuple[Tensor, Tensor]:
+        """(what enters each chunk [M, H, K, V], what is behind the last of each document fp32 [N, H, K, V])."""
+        states = torch.empty_like(added, dtype=self.state_dtype)
+        ends = added.new_empty(chunks.num_documents, *added.shape[1:])
+        grid = (chunks.num_documents, self.heads, triton.cdiv(self.key_size, self.tiles.scan_block))
+        entering = ends if given is None else given.float().contiguous()
+        self.scans[given is not None, reverse](grid, added, totals, chunks.edges, entering, states, ends)
+        return states, ends
+
+    def room(self, chunks: Chunks, like: Tensor) -> Tensor:
+        """Room for a state fp32 of every chunk [M, H, K, V]."""
+        shape = (max(chunks.num_chunks, 1), self.heads, self.key_size, self.value_size)
+        return like.new_empty(shape, dtype=torch.float32)

@@ -33,7 +33,9 @@ def state_tile(states, index, ik, iv, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def of_heads(x, tokens, end, h, first_head, columns, H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+def of_heads(
+    x, tokens, end, h, first_head, columns, H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, P: tl.constexpr
+):
     """Rows of x [T, H * G, W] for P query heads of key head h from first_head on: row p * R + t is head p, token t."""
     R: tl.constexpr = tokens.shape[0]
     row = tl.arange(0, P * R)
@@ -203,7 +205,8 @@ def outputs(
     PARTS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o of each chunk from the state that enters it; R tokens of P heads at a time where decays are strong. Grid (M * PARTS, H)."""
+    """o of each chunk from the state that enters it. Where decays are strong, R tokens of P heads make the rows of a
+    product instead of C tokens of one. Grid (M * PARTS, H)."""
     m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
     if is_strong(sums, start, end, h, H, K, BK, C):
