@@ -1,4 +1,4 @@
-"""Which ops and backends there are, found by scanning folders. Of what is found only descriptors are ever imported here.
+"""Which ops and backends there are, found by scanning folders. Of what is found, only descriptors are imported here.
 
 A root is a package laid out like this one: a folder for each op, named after it, and `backends/`. Ours is `ops`. Others
 come from the entry-point group `sbtrain.ops` of installed distributions and from OPS_MODULES: they may add ops (a

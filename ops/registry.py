@@ -58,18 +58,23 @@ class Choice:
         return self.functions[self.op]
 
 
+def _slots() -> dict[str, dict]:
+    return {op: {} for op in scan()}
+
+
 @dataclass
 class Table:
     """The process's op table: recipe overrides, the choices made so far, and what calls look up.
 
-    references, functions: (op, name) -> function, for tensors of device-blind and of all other devices.
+    references, functions: op -> name -> function, for tensors of device-blind and of all other devices; empty until the
+    op is resolved. A slot for each op is there from the start: Dynamo sees what is put into one before it looks there.
     refused: (op, reason) of the calls that went to the reference."""
 
     recipe: Mapping[str, str] = field(default_factory=dict)
     allow_reference: bool = False
     choices: dict = field(default_factory=dict)
-    references: dict = field(default_factory=dict)
-    functions: dict = field(default_factory=dict)
+    references: dict = field(default_factory=_slots)
+    functions: dict = field(default_factory=_slots)
     refused: set = field(default_factory=set)
     cautioned: bool = False
 
@@ -90,7 +95,7 @@ def use(recipe: Optional[Mapping[str, str]] = None, *, allow_reference: bool = F
     for op, wish in recipe.items():
         read_wish(f"recipe key ops.{op}", wish, backends())
     TABLE.recipe, TABLE.allow_reference = recipe, allow_reference
-    TABLE.choices, TABLE.functions, TABLE.refused = {}, {}, set()
+    TABLE.choices, TABLE.functions, TABLE.refused = {}, _slots(), set()
     for op in recipe:
         resolve(op)
 
@@ -119,7 +124,7 @@ def resolve(op: str, overrides: Optional[Mapping[str, str]] = None) -> Choice:
     allow_reference = allow_reference or TABLE.allow_reference
     found = tuning.select(op, backend, facts)
     if found:
-        tuning.load(op, backend)
+        tuning.load(op, backend, facts)
     functions = _functions(op, backend, allow_reference=allow_reference)
     choice = Choice(op, backend, reason, functions, emulated, allow_reference, found.describe() if found else None)
     if overrides is None:
@@ -135,9 +140,9 @@ def implementation(op: str, name: str, tensor: torch.Tensor) -> Callable:
     Cheap, and traced by torch.compile as a look-up: what it may have to import is done while tracing.
     """
     blind = tensor.device.type in DEVICE_BLIND
-    if torch.compiler.is_compiling() or (op, name) not in (TABLE.references if blind else TABLE.functions):
+    if torch.compiler.is_compiling() or not (TABLE.references if blind else TABLE.functions)[op]:
         _prepare(op, blind)
-    return (TABLE.references if blind else TABLE.functions)[op, name]
+    return (TABLE.references if blind else TABLE.functions)[op][name]
 
 
 def why_not(op: str, backend: Backend) -> Optional[str]:
@@ -153,11 +158,10 @@ def why_not(op: str, backend: Backend) -> Optional[str]:
 
 
 def _prepare(op: str, blind: bool) -> None:
-    if blind and (op, op) not in TABLE.references:
-        functions = _functions(op, "reference", allow_reference=True)
-        TABLE.references.update({(op, name): function for name, function in functions.items()})
-    elif not blind and (op, op) not in TABLE.functions:
-        TABLE.functions.update({(op, name): function for name, function in resolve(op).functions.items()})
+    if blind and not TABLE.references[op]:
+        TABLE.references[op].update(_functions(op, "reference", allow_reference=True))
+    elif not blind and not TABLE.functions[op]:
+        TABLE.functions[op].update(resolve(op).functions)
 
 
 def _note_refusal(op: str, name: str, backend: str, reason: str) -> None:
@@ -177,7 +181,7 @@ def _functions(op: str, backend: str, *, allow_reference: bool) -> dict[str, Cal
     names = import_module(catalog().packages[op]).__all__
     found = {name: getattr(module, name) for name in names}
     accepts = getattr(module, "accepts", None)
-    if accepts is None:
+    if accepts is None or backend == "reference":
         return found
     reference = _functions(op, "reference", allow_reference=True)
     substitutes = reference if allow_reference else dict.fromkeys(names)

@@ -39,16 +39,17 @@ class Wish(NamedTuple):
 def platform(facts: EnvFacts, backends: Mapping[str, Backend]) -> tuple[str, str]:
     """(name, reason) of the backend this machine is: OPS_BACKEND, else the first by rank whose probe says yes.
 
-    Raises ValueError with all facts when they contradict each other, and when OPS_BACKEND cannot be had.
+    Raises ValueError with all facts when they contradict each other or Triton fails (OPS_BACKEND=reference does
+    without knowing), and when OPS_BACKEND cannot be had.
     """
+    forced = _global_wish(facts, backends).backend
     for backend in backends.values():
         problem = backend.contradiction(facts)
-        if problem:
+        if problem and forced != "reference":
             raise ValueError(f"cannot tell which device this is: {problem}. Facts: {facts.describe()}")
-    if facts.triton_error:
+    if facts.triton_error and forced != "reference":
         hint = "" if facts.maca_path else " (on MetaX, set MACA_PATH)"
         raise ValueError(f"Triton is installed but fails: {facts.triton_error}{hint}. Facts: {facts.describe()}")
-    forced = _global_wish(facts, backends).backend
     if forced is None:
         ranked = sorted(backends.values(), key=lambda backend: backend.rank)
         probes = ((backend.name, backend.probe(facts)) for backend in ranked)

@@ -70,9 +70,9 @@ def tiles(op: str, backend: str) -> Mapping[str, Mapping]:
     return load(op, backend) if found is None else found
 
 
-def load(op: str, backend: str) -> Mapping[str, Mapping]:
-    """What `tiles` answers from now on, read from the file."""
-    facts = collect()
+def load(op: str, backend: str, facts: Optional[EnvFacts] = None) -> Mapping[str, Mapping]:
+    """What `tiles` answers from now on, read from the file for the device of these facts (this process's)."""
+    facts = facts or collect()
     tuning = select(op, backend, facts)
     if tuning is None:
         raise ValueError(f"{tune_file(op, backend)} does not exist; write its default section")
@@ -152,21 +152,19 @@ def save_tiles(op: str, backend: str, model: str, entries: Mapping[str, Mapping]
     """Write entries (kernel -> entry, status and source included) into a section of the op's file; returns the file.
 
     The section's other kernels, all other sections and their comments stay; comments inside the section go. The file is
-    replaced as a whole once the new one has passed `read`. model: of the device, as `ops.device.device_model` spells it, or "default".
-    Raises ValueError when the file does not exist or an entry is not legal.
+    replaced as a whole once the new one has passed `read`'s checks. model: of the device, as `ops.device.device_model`
+    spells it, or "default". Raises ValueError when the file does not exist or an entry is not legal.
     """
     path, descriptor = tune_file(op, backend), descriptors()[backend]
     if not path.exists():
         raise ValueError(f"{path} does not exist; write its default section first")
     section = {**read(path, descriptor).get(model, {}), **{name: dict(entry) for name, entry in entries.items()}}
     body = yaml.safe_dump({model: section}, default_flow_style=None, sort_keys=False, width=10_000)
+    text = _with_section(path.read_text(), model, body)
+    _parse(text, path, descriptor)
     partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(_with_section(path.read_text(), model, body))
-        read(partial, descriptor)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial.write_text(text)
+    partial.replace(path)
     LOADED.launch.pop((op, backend), None)
     return path
 
@@ -177,9 +175,7 @@ def mark_measured(op: str, backend: str, facts: EnvFacts, source: str) -> Option
     Raises ValueError where the backend is not this device's own.
     """
     if not descriptors()[backend].probe(facts)[0]:
-        raise ValueError(
-            f"entries of {backend} cannot be measured on {facts.device_name or 'a machine without device'}"
-        )
+        raise ValueError(f"entries of {backend} cannot be measured here: {descriptors()[backend].probe(facts)[1]}")
     tuning = select(op, backend, facts)
     if tuning is None:
         return None
@@ -213,8 +209,12 @@ def read(path: Path, backend: Backend) -> dict:
 
     Raises ValueError in one line that names the file and the key.
     """
+    return _parse(path.read_text(), path, backend)
+
+
+def _parse(text: str, path: Path, backend: Backend) -> dict:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get(DEFAULT), dict) or not content[DEFAULT]:
@@ -234,6 +234,8 @@ def read(path: Path, backend: Backend) -> dict:
     for section in (name for name in content if name != "dot"):
         limits = backend.limits_of_model(section)
         for kernel, entry in content[section].items():
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}: {section}.{kernel}: must be a mapping, got {entry!r}")
             problem = _shape_problem(entry, content[DEFAULT][kernel], backend)
             problem = problem or entry_problem(entry, limits, dot=dot.get(kernel, ()))
             if not problem and backend.entries_have_source and kernel in dot and "shared_bytes" not in entry:
@@ -272,8 +274,6 @@ def entry_problem(entry: Mapping, limits: Limits, *, dot: tuple = ()) -> Optiona
 
 def _shape_problem(entry, default, backend: Backend, *, source: bool = True) -> Optional[str]:
     """Names and types of an entry. default: the default section's entry, which has all sizes."""
-    if not isinstance(entry, dict) or not isinstance(default, dict):
-        return f"must be a mapping, got {entry!r}"
     sizes = {key for key in default if isinstance(key, str) and SIZE.fullmatch(key)}
     options = {name: other.limits.launch_options for name, other in descriptors().items()}
     for key, value in entry.items():

@@ -70,5 +70,5 @@ class Backend:
         return self.refine(self.limits, facts) if self.probe(facts)[0] else self.limits
 
     def limits_of_model(self, device_model: str) -> Limits:
-        """Limits of a device known by its model ("H100") alone; those of every device for "default" and unknown models."""
+        """Limits of a device known by its model ("H100") alone; of every device for "default" and unknown models."""
         return self.refine(self.limits, EnvFacts(torch_version="", device_name=device_model))
