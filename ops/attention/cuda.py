@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ops import documents
-from ops.attention import reference, windowed
+from ops.attention import hopper, reference, windowed
 
 TILES = {
     "outputs": dict(queries=128, keys=64, num_warps=8, num_stages=4, tma=True),
@@ -43,7 +43,8 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
     plain = window is None and len(set(lengths)) == 1 and sink_k is None and not return_lse
     if plain and q.dtype != torch.float32:
         return _dense(q, k, v, scale, length=lengths[0])
-    return windowed.attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **how, tiles=TILES_OF[q.dtype])
+    how |= dict(tiles=TILES_OF[q.dtype], launch=hopper.Launch)
+    return windowed.attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **how)
 
 
 def _dense(q, k, v, scale, *, length: int):

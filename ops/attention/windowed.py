@@ -24,15 +24,17 @@ LN2 = 0.6931471805599453
 LARGEST_WHOLE_SIZE = 128  # larger heads get half the queries and keys a tile
 
 
-def attention(q, k, v, *, window, cu_seqlens, sink_k, sink_v, scale, return_lse, tiles: Mapping[str, Mapping]):
-    """See ops.attention. q must have a token."""
+def attention(
+    q, k, v, *, window, cu_seqlens, sink_k, sink_v, scale, return_lse, tiles: Mapping[str, Mapping], launch=None
+):  # fmt: skip
+    """See ops.attention. q must have a token. launch: a kind of Launch, for devices with kernels of their own."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:  # the running maximum is taken before scaling
         q, scale = q * scale, 1.0
     if sink_k is not None:
         sink_k, sink_v = (x.to(k.dtype).contiguous() for x in (sink_k, sink_v))
     seen = visible(cu_seqlens, window, q.shape[1], q.device)
-    o, lse = _Attention.apply(q, k, v, sink_k, sink_v, *seen, scale, return_lse, tiles)
+    o, lse = _Attention.apply(q, k, v, sink_k, sink_v, *seen, scale, return_lse, tiles, launch or Launch)
     return (o, lse) if return_lse else o
 
 
@@ -40,9 +42,9 @@ class _Attention(torch.autograd.Function):
     """(o [B, T, Hq, V], lse [B, T, Hq] or None)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, sink_k, sink_v, first, last, scale, return_lse, tiles):
+    def forward(ctx, q, k, v, sink_k, sink_v, first, last, scale, return_lse, tiles, kind):
         q, k, v = (_by_token(x) for x in (q, k, v))
-        launch = _Launch(q, k, v, sink_k, scale, tiles)
+        launch = kind(q, k, v, sink_k, scale, tiles)
         o, lse = launch.outputs(q, k, v, sink_k, sink_v, first)
         ctx.save_for_backward(q, k, v, sink_k, sink_v, first, last, o, lse)
         ctx.launch = launch
@@ -59,7 +61,7 @@ class _Attention(torch.autograd.Function):
         sinks = (None, None)
         if sink_k is not None:
             sinks = ctx.launch.sink_gradients(q, sink_k, sink_v, do, lse, delta)
-        return dq, dk, dv, *sinks, None, None, None, None, None
+        return dq, dk, dv, *sinks, None, None, None, None, None, None
 
 
 def _by_token(x: Tensor) -> Tensor:
@@ -69,7 +71,12 @@ def _by_token(x: Tensor) -> Tensor:
     return x if dense and follows and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
-class _Launch:
+def added(parts: Tensor, dtype) -> Tensor:
+    """Sum of the parts [P, ...]."""
+    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
+
+
+class Launch:
     """The kernels on one set of shapes."""
 
     def __init__(self, q, k, v, sink_k, scale: float, tiles: Mapping[str, Mapping]):
@@ -139,19 +146,21 @@ class _Launch:
     def key_gradients(self, q, k, v, do, last, lse, delta) -> tuple[Tensor, Tensor]:
         """dk and dv."""
         tile, options, tma = self._tile(backward.key_gradients)
-        num_programs = self.num_rows * self.num_key_heads * triton.cdiv(self.num_tokens, tile["N"])
-        wanted = self.tiles["key_gradients"]["num_programs"]
-        parts = min(self.num_heads // self.num_key_heads, triton.cdiv(wanted, num_programs))
-        dtype = k.dtype if parts == 1 else torch.float32
-        dk, dv = (torch.empty(parts, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
+        num_programs, parts, (dk, dv) = self._key_parts(k, v, tile["N"])
         queries, keys = self._described(tma, tile["M"], q, do), self._described(tma, tile["N"], k, v)
         backward.key_gradients[(num_programs * parts,)](
             queries[0], *keys, queries[1], last, lse, delta, dk, dv, self.scale, self.num_tokens,
             q.stride(1), k.stride(1), v.stride(1), **self.sizes, **tile, PARTS=parts, TMA=tma, **options,
         )  # fmt: skip
-        if parts == 1:
-            return dk[0], dv[0]
-        return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+        return added(dk, k.dtype), added(dv, v.dtype)
+
+    def _key_parts(self, k, v, num_block_tokens: int) -> tuple[int, int, tuple[Tensor, Tensor]]:
+        """(programs of one part, parts, dk and dv with the parts first): too few programs share out query heads."""
+        num_programs = self.num_rows * self.num_key_heads * triton.cdiv(self.num_tokens, num_block_tokens)
+        wanted = self.tiles["key_gradients"]["num_programs"]
+        parts = min(self.num_heads // self.num_key_heads, triton.cdiv(wanted, num_programs))
+        dtype = k.dtype if parts == 1 else torch.float32
+        return num_programs, parts, tuple(torch.empty(parts, *x.shape, dtype=dtype, device=x.device) for x in (k, v))
 
     def sink_gradients(self, q, sink_k, sink_v, do, lse, delta) -> tuple[Tensor, Tensor]:
         """Gradients of the sinks, summed over all queries."""
@@ -163,7 +172,7 @@ class _Launch:
             queries[0], sink_k, sink_v, queries[1], lse, delta, dk, dv, self.scale, self.num_rows, self.num_tokens,
             self.num_sinks, q.stride(1), **self.sizes, **tile, TMA=tma, **options,
         )  # fmt: skip
-        return dk.sum(0).to(sink_k.dtype), dv.sum(0).to(sink_v.dtype)
+        return added(dk, sink_k.dtype), added(dv, sink_v.dtype)
 
     def _sinks(self, sink_k, sink_v, unused: Tensor) -> tuple[Tensor, Tensor]:
         return (unused, unused) if sink_k is None else (sink_k, sink_v)
