@@ -62,7 +62,7 @@ def test_direct_gradients_are_not_rounded_to_bf16(run_ranks):
 
 
 def evaluation_between_steps(rank: int, model, rows):
-    """Gradients of the head after a step, an evaluation, another step from the same weights, and a call of one's own."""
+    """Gradients of the head after a step, an evaluation, the same step again, and a call of one's own."""
     with Mesh.build(Layout()) as mesh:
         engine = build_engine(model, mesh, seq_len=len(rows[0].tokens))
         found = []
