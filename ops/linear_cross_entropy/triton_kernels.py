@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def statistics(
-    logits, labels, top, total, picked, num_valid, SIZE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
+    logits, labels, top, sums, picked, num_valid, SIZE: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Per row: max, sum of exp(logit - max), logit of the label or 0. One row a program.
 
@@ -31,7 +31,7 @@ def statistics(
     best = tl.max(highest, 0)
     label = tl.load(labels + row)
     tl.store(top + row, tl.where(num_valid > 0, best, -float("inf")))
-    tl.store(total + row, tl.sum(summed * tl.exp(highest - best), 0))
+    tl.store(sums + row, tl.sum(summed * tl.exp(highest - best), 0))
     tl.store(picked + row, tl.load(source + label, mask=label >= 0, other=0.0).to(tl.float32))
 
 

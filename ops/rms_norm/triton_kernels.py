@@ -45,7 +45,7 @@ def backward(
     weight,
     rstd,
     grad_x,
-    grad_weight,
+    parts,
     num_rows,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -53,7 +53,7 @@ def backward(
     HAS_TOTAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """grad_x, grad_total added to it, and one row of grad_weight [programs, SIZE] fp32: this program's rows summed.
+    """grad_x, grad_total added to it, and one row of parts [programs, SIZE] fp32: this program's rows summed.
 
     Each program walks over tiles of ROWS rows; with STAGES > 1 the next tiles are on their way while it computes.
     """
@@ -77,7 +77,7 @@ def backward(
         if HAS_TOTAL:
             result += passed.to(tl.float32)
         tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask=mask)
-    tl.store(grad_weight + program * SIZE + cols, summed, mask=cols < SIZE)
+    tl.store(parts + program * SIZE + cols, summed, mask=cols < SIZE)
 
 
 @triton.jit

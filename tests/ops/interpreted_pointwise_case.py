@@ -8,14 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 
 
-def differences(rank: int, op: str, backend: str, case: dict) -> list[float]:
+def differences(rank: int, op: str, backend: str, case: dict, dtype: str = "float32") -> list[float]:
     """Relative distance of op's file for backend to its float64 reference: outputs, then gradients of the inputs."""
     import torch
 
     call, inputs = globals()[f"_{op}"](torch, **case)
     results = []
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    rounded = [x.to(getattr(torch, dtype)) for x in inputs]
+    for name, leaves in ((backend, rounded), ("reference", [x.double() for x in rounded])):
+        leaves = [x.detach().requires_grad_() for x in leaves]
         outputs = call(import_module(f"ops.{op}.{name}"), *leaves)
         generator = torch.Generator().manual_seed(7)
         loss = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in outputs)
@@ -45,6 +46,12 @@ def _rope(torch, *, shape, part=slice(None)):
     positions = torch.randint(0, 100, shape[:2])
     inv_freq = 1e4 ** (-torch.arange(shape[3] // 2) * 2 / shape[3])
     return lambda module, x: [module.rope(x[:, :, part], positions, inv_freq)], [_randn(torch, *shape)]
+
+
+def _grouped_mm(torch, *, edges, sizes):
+    offsets = torch.tensor(edges, dtype=torch.int32)
+    inputs = [_randn(torch, edges[-1], sizes[0]), _randn(torch, len(edges) - 1, sizes[1], sizes[0])]
+    return lambda module, *x: [module.grouped_mm(*x, offsets=offsets)], inputs
 
 
 def _linear_cross_entropy(torch, *, num_tokens, vocab, valid_vocab=None, chunk_tokens=256, per_token=True):
