@@ -115,7 +115,10 @@ def losses(
 
 
 class _Losses(torch.autograd.Function):
-    """Losses [T]. Gradients for an upstream gradient of 1 are made along with them, while the logits exist."""
+    """Losses [T]. Gradients for an upstream gradient of 1 are made along with them, while the logits exist.
+
+    The first backward pass scales them in place and lets go of them; another one makes them anew.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, problem):
@@ -126,25 +129,27 @@ class _Losses(torch.autograd.Function):
             total, scale, add = given.total, given.scale, given.begin()
         elif ctx.needs_input_grad[1]:
             total = torch.empty_like(weight, dtype=problem.scale.dtype)
-        loss, ctx.grad_hidden = _walk(
+        loss, grad_hidden = _walk(
             hidden, weight, problem, problem.scale, ctx.needs_input_grad[0], total, scale=scale, add=add
         )
-        ctx.grad_weight = total if given is None else None
+        ctx.gradients = grad_hidden, total if given is None else None
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        if ctx.problem.weight_grad is not None:
-            _demand(upstream, ctx.problem.weight_grad.scale)
-            ctx.problem.weight_grad.finish()
-            return _times(ctx.grad_hidden, upstream, ctx.saved_tensors[0].dtype), None, None
-        hidden, weight = ctx.saved_tensors
-        grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
-        if not _uniform(upstream):  # the sum over tokens must be made anew
-            grad_weight = None if grad_weight is None else torch.empty_like(grad_weight)
-            scale = ctx.problem.scale * upstream
-            _, grad_hidden = _walk(hidden, weight, ctx.problem, scale, ctx.needs_input_grad[0], grad_weight)
-            upstream = torch.ones_like(upstream)
+        (hidden, weight), problem = ctx.saved_tensors, ctx.problem
+        gradients, ctx.gradients = ctx.gradients, None
+        if problem.weight_grad is not None:
+            if gradients is None:
+                raise RuntimeError("linear_cross_entropy with weight_grad allows one backward pass")
+            _demand(upstream, problem.weight_grad.scale)
+            problem.weight_grad.finish()
+        elif gradients is None or not _uniform(upstream):  # the sum over tokens must be made anew
+            gradients = None
+            total = torch.empty_like(weight, dtype=problem.scale.dtype) if ctx.needs_input_grad[1] else None
+            scale, upstream = problem.scale * upstream, torch.ones_like(upstream)
+            gradients = _walk(hidden, weight, problem, scale, ctx.needs_input_grad[0], total)[1], total
+        grad_hidden, grad_weight = gradients
         return _times(grad_hidden, upstream, hidden.dtype), _times(grad_weight, upstream, weight.dtype), None
 
 
@@ -164,15 +169,14 @@ def _walk(hidden, weight, problem, grad_scale, hidden_wanted, total, *, scale=1.
         top, summed, picked = arithmetic.statistics(logits, labels, problem.num_valid)
         lse, picked = _over_group(top, summed, picked, problem.group)
         loss[part] = (lse - picked).where(problem.scale[part] != 0, 0) * problem.scale[part]
-        if grad_hidden is None and total is None:
-            continue
-        grad_logits = arithmetic.gradient(logits, labels, lse, grad_scale[part], problem.num_valid)
+        if grad_hidden is not None or total is not None:
+            logits = arithmetic.gradient(logits, labels, lse, grad_scale[part], problem.num_valid)
         if grad_hidden is not None:
-            arithmetic.hidden_gradient(grad_logits, weight, grad_hidden[part])
+            arithmetic.hidden_gradient(logits, weight, grad_hidden[part])
         if total is not None:
-            arithmetic.weight_gradient(grad_logits, hidden[part], total, scale=scale, add=add)
+            arithmetic.weight_gradient(logits, hidden[part], total, scale=scale, add=add)
             add = True
-        del logits, grad_logits  # or the next chunk's would lie beside them
+        del logits  # or the next chunk's would lie beside them
     if total is not None and not add:
         total.zero_()
     if grad_hidden is not None and problem.group is not None:
@@ -201,10 +205,11 @@ def _over_group(top, total, picked, group):
 
 
 def _times(grad, upstream, dtype):
-    """grad times the one number in upstream [T], rounded once to dtype, without a copy in grad's; None for None."""
-    if grad is None or len(upstream) == 0:
-        return None if grad is None else torch.zeros_like(grad, dtype=dtype)
-    return torch.mul(grad, upstream[:1], out=torch.empty_like(grad, dtype=dtype))
+    """grad times the one number in upstream [T], rounded once to dtype; in place where it has it. None for None."""
+    if grad is None:
+        return None
+    result = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    return torch.mul(grad, upstream[:1], out=result) if len(upstream) else result.zero_()
 
 
 def _uniform(x):

@@ -58,6 +58,15 @@ def test_against_dense(small_chunks, weighted, valid_vocab, upstream):
     assert_same(ours(*case), dense(*case), 1e-12)
 
 
+def test_a_second_backward_pass_finds_the_same(small_chunks):
+    hidden, weight, labels, _ = problem()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss = ops.linear_cross_entropy(*leaves, labels).sum() * 0.3
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert_same(second, first, 1e-12)
+    assert_same(first, dense(hidden.detach(), weight.detach(), labels, None, None, 0.3)[1:], 1e-12)
+
+
 def test_padding_gets_no_probability_and_no_gradient():
     hidden, weight, labels, _ = problem()
     weight[20:] = 100.0
@@ -173,6 +182,14 @@ def test_a_buffer_refuses_another_gradient_than_promised(upstream):
     loss = with_buffer(Buffer(weight, 0.3), hidden.requires_grad_(), weight.requires_grad_(), labels)
     with pytest.raises(RuntimeError, match="not weight_grad.scale = 0.3"):
         (loss * upstream).sum().backward()
+
+
+def test_a_buffer_refuses_a_second_backward_pass():
+    hidden, weight, labels, _ = problem()
+    loss = with_buffer(Buffer(weight, 1.0), hidden.requires_grad_(), weight.requires_grad_(), labels).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="allows one backward pass"):
+        loss.backward()
 
 
 def test_a_buffer_that_does_not_fit_is_refused():
