@@ -1,10 +1,12 @@
-"""Attention on NVIDIA GPUs: cuDNN through torch's SDPA for documents of one length without a window, and our Triton
-kernels for windows, other documents, sinks and log-sum-exps (see windowed.py).
+"""Attention on NVIDIA GPUs: cuDNN through torch's SDPA for documents of one length without a window, and our kernels
+for windows, other documents, sinks and log-sum-exps (see windowed.py and, for Hopper, hopper.py).
 
-cuDNN takes bf16 and fp16; fp32 always runs on our kernels, without tf32. Other dtypes go to the reference.
+cuDNN takes bf16 and fp16; fp32 always runs on our kernels, without tf32.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,29 +14,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ops import documents
 from ops.attention import hopper, reference, windowed
+from ops.tuning import tiles
 
-TILES = {
-    "outputs": dict(queries=128, keys=64, num_warps=8, num_stages=4, tma=True),
-    "query_gradients": dict(queries=128, keys=64, num_warps=8, num_stages=3, tma=True),
-    "key_gradients": dict(queries=64, keys=128, num_warps=8, num_stages=3, tma=True, num_programs=1024),
-    "sink_gradients": dict(queries=64, keys=128, num_warps=8, num_stages=3, tma=True, num_parts=32),
-}
-_FP32 = dict(queries=16, keys=16, num_warps=4, num_stages=1)  # no tensor cores: operands are in registers
-TILES_FP32 = {
-    "outputs": _FP32,
-    "query_gradients": dict(_FP32, num_warps=8),
-    "key_gradients": dict(_FP32, num_programs=1024),
-    "sink_gradients": dict(_FP32, num_parts=32),
-}
-TILES_OF = {torch.bfloat16: TILES, torch.float16: TILES, torch.float32: TILES_FP32}
-LARGEST_HEAD = 256
+
+def accepts(name, q, k, v, **options):
+    """Why a call cannot run here; None when it can."""
+    return windowed.refusal(q, v)
 
 
 def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None, scale=None, return_lse=False):
     """See ops.attention."""
     how = dict(sink_k=sink_k, sink_v=sink_v, scale=scale, return_lse=return_lse)
     num_tokens = q.shape[1]
-    if q.dtype not in TILES_OF or num_tokens == 0 or max(q.shape[3], v.shape[3]) > LARGEST_HEAD:
+    if num_tokens == 0:
         return reference.attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **how)
     lengths = [num_tokens] if cu_seqlens is None else documents.lengths(cu_seqlens)
     if window is not None and window >= max(lengths):
@@ -44,8 +36,13 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
     plain = window is None and len(set(lengths)) == 1 and sink_k is None and not return_lse
     if plain and q.dtype != torch.float32:
         return _dense(q, k, v, scale, length=lengths[0])
-    how |= dict(tiles=TILES_OF[q.dtype], launch=hopper.Launch)
+    how |= dict(tiles=tiles("attention", "cuda"), launch=hopper.Launch, tma=_copies_by_descriptor(q.device))
     return windowed.attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **how)
+
+
+@cache
+def _copies_by_descriptor(device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _dense(q, k, v, scale, *, length: int):

@@ -1,7 +1,7 @@
 """Kernels of attention for Hopper in Gluon, Triton's lower level: tiles copied by the tensor memory accelerator into a
 ring of slots, and matrix products that run while the softmax of another tile is computed.
 
-They do what triton_forward and triton_backward do (legend there), for one row (B = 1), head sizes of 64 and 128, bf16
+They do what triton_backward does (legend there), for one row (B = 1), head sizes of 64 and 128, bf16
 and fp16. All warps do the same work: two matrix products are in flight where the plain kernels wait for each, and the
 waits below say which. A slot is filled again only behind a barrier that every warp reaches after its last product from
 that slot. Tiles of keys (or queries) stand side by side from the first one seen; those at the edges are masked.
@@ -47,110 +47,6 @@ def key_tiles(first, start, num_tokens, M: gl.constexpr, N: gl.constexpr):
     inner = left + num_left * N
     right = inner + gl.maximum(start + 1 - inner, 0) // N * N
     return left, num_left, right, num_left + (right - inner) // N + gl.cdiv(gl.maximum(last + 1 - right, 0), N)
-
-
-@gluon.jit
-def softened(scores, top, total, scale):
-    """(weights, maximum, sum, factor of what was summed before) after one more tile of scores."""
-    higher = gl.maximum(top, gl.max(scores, 1) * scale)
-    shift = gl.where(higher == float("-inf"), 0.0, higher)
-    weights = gl.exp2(scores * scale - gl.expand_dims(shift, 1))
-    shrink = gl.exp2(top - shift)
-    return weights, higher, total * shrink + gl.sum(weights, 1), shrink
-
-
-@gluon.jit
-def outputs(
-    q, k, v, first, o, lse, scale, num_tokens,
-    HQ: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    STAGES: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """See triton_forward.outputs. A tile's scores are multiplied while the tile before it is multiplied with v."""
-    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, N, 16])
-    by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, V, 16])
-    left_side: gl.constexpr = gl.DotOperandLayout(0, by_value, 2)
-    stored: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [num_warps, 1], [1, 0])
-    program = gl.program_id(0)
-    head, start = program % HQ, (gl.cdiv(num_tokens, M) - 1 - program // HQ) * M
-    key_head, scale = head // (HQ // HK), scale * LOG2E
-    left, num_left, right, num_tiles = key_tiles(first, start, num_tokens, M, N)
-    q_slot = gl.allocate_shared_memory(q.dtype, [M, K], q.layout)
-    k_slots = gl.allocate_shared_memory(k.dtype, [STAGES, N, K], k.layout)
-    v_slots = gl.allocate_shared_memory(v.dtype, [STAGES, N, V], v.layout)
-    q_full, full = ring(1), ring(STAGES)
-    gl.thread_barrier()
-    mbarrier.expect(q_full.index(0), q.block_type.nbytes)
-    tma.async_copy_global_to_shared(q, [start, head * K], q_full.index(0), q_slot)
-    for i in gl.static_range(STAGES):  # keys of tile i with values of tile i - 1
-        before = left + gl.maximum(i - 1, 0) * N
-        fill(
-            k,
-            v,
-            left + i * N,
-            before,
-            key_head,
-            K,
-            V,
-            k_slots.index(i),
-            v_slots.index(i),
-            full.index(i),
-            i <= num_tiles,
-        )
-    t = start + gl.arange(0, M, layout=gl.SliceLayout(1, by_key))
-    column = gl.arange(0, N, layout=gl.SliceLayout(0, by_key))
-    from_key = gl.load(first + t, mask=t < num_tokens, other=0)
-    top = gl.full([M], float("-inf"), gl.float32, layout=gl.SliceLayout(1, by_key))
-    total = gl.full([M], 0.0, gl.float32, layout=gl.SliceLayout(1, by_key))
-    acc = gl.full([M, V], 0.0, gl.float32, layout=by_value)
-    zeros = gl.full([M, N], 0.0, gl.float32, layout=by_key)
-    mbarrier.wait(q_full.index(0), 0)
-    mbarrier.wait(full.index(0), 0)
-    scores = warpgroup_mma(q_slot, k_slots.index(0).permute((1, 0)), zeros, use_acc=False)
-    if (num_left > 0) | (left >= right):
-        key = left + column
-        seen = (gl.expand_dims(key, 0) >= gl.expand_dims(from_key, 1)) & (
-            gl.expand_dims(key, 0) <= gl.expand_dims(t, 1)
-        )
-        scores = gl.where(seen, scores, float("-inf"))
-    weights, top, total, shrink = softened(scores, top, total, scale)
-    weights = gl.convert_layout(weights.to(v.dtype), left_side)
-    gl.thread_barrier()
-    fill(
-        k, v, left + STAGES * N, left + (STAGES - 1) * N, key_head, K, V, k_slots.index(0), v_slots.index(0),
-        full.index(0), num_tiles >= STAGES,
-    )  # fmt: skip
-    for j in range(1, num_tiles):
-        slot = j % STAGES
-        mbarrier.wait(full.index(slot), j // STAGES & 1)
-        product = warpgroup_mma(q_slot, k_slots.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        sums = warpgroup_mma(weights, v_slots.index(slot), acc, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[product])
-        n = left + j * N
-        if (j < num_left) | (n >= right):
-            key = n + column
-            seen = (gl.expand_dims(key, 0) >= gl.expand_dims(from_key, 1)) & (
-                gl.expand_dims(key, 0) <= gl.expand_dims(t, 1)
-            )
-            scores = gl.where(seen, scores, float("-inf"))
-        fresh, top, total, shrink = softened(scores, top, total, scale)
-        acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
-        acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, by_value)), 1)
-        weights = gl.convert_layout(fresh.to(v.dtype), left_side)
-        gl.thread_barrier()
-        fill(
-            k, v, n + STAGES * N, n + (STAGES - 1) * N, key_head, K, V, k_slots.index(slot), v_slots.index(slot),
-            full.index(slot), j + STAGES <= num_tiles,
-        )  # fmt: skip
-    final = num_tiles % STAGES
-    mbarrier.wait(full.index(final), num_tiles // STAGES & 1)
-    acc = warpgroup_mma(weights, v_slots.index(final), acc)
-    acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, by_value)), 1)
-    gl.store(lse + head.to(gl.int64) * num_tokens + t, top + gl.log2(total), mask=t < num_tokens)
-    token = start + gl.arange(0, M, layout=gl.SliceLayout(1, stored))
-    place = (token.to(gl.int64) * HQ + head) * V
-    place = gl.expand_dims(place, 1) + gl.expand_dims(gl.arange(0, V, layout=gl.SliceLayout(0, stored)), 0)
-    inside = gl.expand_dims(token < num_tokens, 1)
-    gl.store(o + place, gl.convert_layout(acc.to(o.dtype.element_ty), stored), mask=inside)
 
 
 @gluon.jit

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 
-def scaled(tiles: dict, most: int, loads: bool) -> dict:
+def scaled(backend: str, most: int, num_programs: int | None = None) -> dict:
     """A backend's tiles with at most `most` queries and keys, so that short rows have several blocks."""
-    return {
-        name: {**tile, "queries": min(tile["queries"], most), "keys": min(tile["keys"], most), "tma": loads}
-        for name, tile in tiles.items()
+    from ops.tuning import tiles
+
+    result = {
+        name: {**tile, "M": min(tile["M"], most), "N": min(tile["N"], most)}
+        for name, tile in tiles("attention", backend).items()
     }
+    if num_programs is not None:
+        for name in ("key_gradients", "key_gradients_fp32"):
+            result[name]["PROGRAMS"] = num_programs
+    return result
 
 
 def attention_differences(
@@ -30,16 +36,11 @@ def attention_differences(
     strided: bool = False,
 ) -> list[float]:
     """Relative distance to the float64 reference: outputs, then gradients of q, k, v and the sinks."""
-    from importlib import import_module
-
     import torch
 
     from ops.attention import reference, windowed
 
-    module = import_module(f"ops.attention.{backend}")
-    tiles = scaled(module.TILES, most, any(tile.get("tma") for tile in module.TILES.values()))
-    if num_programs is not None:
-        tiles["key_gradients"]["num_programs"] = num_programs
+    tiles = scaled(backend, most, num_programs)
     shapes = [(rows, num_tokens, heads[0], sizes[0])] + [(rows, num_tokens, heads[1], size) for size in sizes]
     shapes += [(num_sinks, heads[1], size) for size in sizes if num_sinks]
     inputs = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
@@ -55,7 +56,9 @@ def attention_differences(
             q, k, v = (part.view(x.shape) for part, x in zip(parts, inputs))
         sinks = dict(zip(("sink_k", "sink_v"), leaves[3:] if num_sinks else (None, None)))
         how = dict(window=window, cu_seqlens=documents, scale=scale, return_lse=return_lse, **sinks)
-        outputs = run(q, k, v, **how, **({"tiles": tiles} if run is windowed.attention else {}))
+        outputs = run(
+            q, k, v, **how, **({"tiles": tiles, "tma": backend == "cuda"} if run is windowed.attention else {})
+        )
         outputs = list(outputs) if return_lse else [outputs]
         generator = torch.Generator().manual_seed(7)
         loss = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in outputs)
@@ -67,10 +70,9 @@ def equal_twice(rank: int, *, num_tokens: int, num_programs: int) -> list[bool]:
     """Whether two runs give the same bits, outputs and gradients; freshly allocated memory holds NaN here."""
     import torch
 
-    from ops.attention import maca, windowed
+    from ops.attention import windowed
 
-    tiles = scaled(maca.TILES, 32, False)
-    tiles["key_gradients"]["num_programs"] = num_programs
+    tiles = scaled("maca", 32, num_programs)
     shapes = [(1, num_tokens, 6, 32), (1, num_tokens, 2, 32), (1, num_tokens, 2, 32), (3, 2, 32), (3, 2, 32)]
     leaves = [torch.randn(*shape).requires_grad_() for shape in shapes]
     how = dict(window=50, cu_seqlens=None, scale=None, return_lse=False, tiles=tiles)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from ops import tuning
 from ops.backends.maca import BACKEND
 from test_compiled_kernels import TARGETS
 
@@ -28,18 +29,29 @@ def test_attention_fits_64_kb_of_shared_memory(target, size):
     from triton.compiler import ASTSource
 
     from ops.attention import triton_backward, triton_forward
-    from ops.attention.maca import TILES
 
-    for name, tile in TILES.items():
+    entries = tuning.read(tuning.tune_file("attention", "maca"), BACKEND)[tuning.DEFAULT]
+    for entry_name, tile in entries.items():
+        name, wide = entry_name.removesuffix("_fp32"), entry_name.endswith("_fp32")
         kernel = getattr(triton_forward, name, None) or getattr(triton_backward, name)
-        assert tile["num_warps"] <= BACKEND.limits.max_num_warps and tile["num_stages"] == 1
         shrunk = 2 if size > 128 else 1
-        sizes = dict(HQ=28, HK=4, K=size, V=size, BK=size, BV=size, TMA=False, PRECISION="tf32", SINKS=True, DLSE=True)
-        sizes |= dict(M=tile["queries"] // shrunk, N=tile["keys"] // shrunk, PARTS=1)
-        assert min(sizes["M"], sizes["N"]) >= BACKEND.limits.min_dot_size
+        sizes = dict(
+            HQ=28,
+            HK=4,
+            K=size,
+            V=size,
+            BK=size,
+            BV=size,
+            TMA=False,
+            PRECISION="ieee" if wide else "tf32",
+            SINKS=True,
+            DLSE=True,
+        )
+        sizes |= dict(M=max(16, tile["M"] // shrunk), N=max(16, tile["N"] // shrunk), PARTS=1)
         sizes = {key: sizes[key] for key in kernel.arg_names if key in sizes}
-        signature = {key: "constexpr" if key in sizes else KINDS[key] for key in kernel.arg_names}
+        kinds = {**KINDS, **dict.fromkeys(FLOATS, "*fp32")} if wide else KINDS
+        signature = {key: "constexpr" if key in sizes else kinds[key] for key in kernel.arg_names}
         options = dict(num_warps=tile["num_warps"], num_stages=tile["num_stages"])
         source = ASTSource(fn=kernel, signature=signature, constexprs=sizes)
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-        assert compiled.metadata.shared <= BACKEND.limits.shared_memory_bytes, name
+        assert compiled.metadata.shared <= tile["shared_bytes"], entry_name
