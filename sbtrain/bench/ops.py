@@ -1,0 +1,126 @@
+"""bench ops: every op x backend x installed peer in one process: time, rate, error, memory; table, JSON and a chart.
+
+The versions of a case take turns, on the same random inputs. What a version cannot do is a row with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+import ops
+from ops import registry
+from parallel.mesh import device
+from sbtrain.bench.ops_case import PASSES, Case
+from sbtrain.bench.ops_ceilings import ceilings
+from sbtrain.bench.ops_chart import write_chart
+from sbtrain.bench.ops_contest import Contest
+from sbtrain.bench.ops_measure import Settings, Stopwatch
+from sbtrain.bench.ops_shapes import cases
+from sbtrain.bench.ops_table import line, summary
+from sbtrain.bench.options import demand_positive
+from sbtrain.bench.record import machine, save
+from sbtrain.bench.shapes import model_config
+from sbtrain.bench.timing import release_memory
+from sbtrain.config.typed import plain
+
+FILE, CHART = "bench_ops.json", "bench_ops.png"
+
+
+class Dtype(Enum):
+    """What inputs are stored in."""
+
+    bf16 = torch.bfloat16
+    fp16 = torch.float16
+    fp32 = torch.float32
+
+
+@dataclass(frozen=True)
+class OpsOptions:
+    """Keys of `bench.py ops`.
+
+    ops, backends: names; without them all that can be had here. lengths: tokens. peers: measure other packages, too.
+    passes: forward (no gradients), both (forward and backward). model: recipe (7b: Qwen2.5-7B) or `tiny` whose shapes
+    are taken. steps: timed calls, after warmup; fewer where a call is slow. error_tokens: longest length at which the
+    error against the float64 reference is measured. time_limit_s: for the first call of a version, with what it
+    compiles and tunes. out: folder of bench_ops.json and bench_ops.png.
+    """
+
+    ops: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    backends: tuple[str, ...] = ()
+    peers: bool = True
+    passes: tuple[str, ...] = PASSES
+    model: str = "7b"
+    dtype: Dtype = Dtype.bf16
+    steps: int = 20
+    warmup: int = 3
+    error_tokens: int = 8192
+    time_limit_s: float = 120.0
+    seed: int = 0
+    out: str = "runs/bench"
+
+
+def bench_ops(options: OpsOptions, command: str) -> int:
+    """Measure, print and save. Returns 0, or 1 if a backend of ours failed or is too far from the reference.
+
+    Raises ValueError for bad options.
+    """
+    chosen = chosen_cases(options)
+    settings = Settings(
+        device(), options.dtype.value, options.steps, options.warmup, options.time_limit_s, options.seed
+    )
+    report = {
+        "benchmark": "ops",
+        "command": command,
+        "options": plain(options),
+        "machine": machine(device()),
+        "ops": ops.table(),
+        "ceilings": ceilings(device(), settings.dtype),
+        "rows": [],
+    }
+    save(options.out, FILE, report)
+    print(title(report), flush=True)
+    stopwatch = Stopwatch(device())
+    for case in chosen:
+        contest = Contest(case, settings, stopwatch, report["ceilings"], backends=options.backends, peers=options.peers)
+        for row in contest.rows(options.lengths, options.passes, error_tokens=options.error_tokens):
+            report["rows"].append(row)
+            save(options.out, FILE, report)
+            print(line(row), flush=True)
+        write_chart(report["rows"], Path(options.out) / CHART)
+        release_memory(device())
+    print(f"\n{summary(report['rows'])}\n\n{Path(options.out) / FILE}, {Path(options.out) / CHART}")
+    return 1 if any(row["ours"] and row["wrong"] for row in report["rows"]) else 0
+
+
+def chosen_cases(options: OpsOptions) -> list[Case]:
+    """The cases of the wanted ops. Raises ValueError, one line, for options that cannot be."""
+    demand_positive(options, "lengths", "steps", "warmup", "error_tokens")
+    if options.time_limit_s <= 0:
+        raise ValueError(f"time_limit_s={options.time_limit_s} must be more than 0")
+    model = model_config(options.model, num_layers=2, pattern="LS")
+    all_cases = cases(model)
+    for key, given, known in (
+        ("ops", options.ops, list(dict.fromkeys(case.op for case in all_cases))),
+        ("backends", options.backends, registry.backend_names()),
+        ("passes", options.passes, list(PASSES)),
+    ):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"{key}={unknown[0]} is not known; choose from: {', '.join(known)}")
+    return [case for case in all_cases if not options.ops or case.op in options.ops]
+
+
+def title(report: dict) -> str:
+    """Machine and ceilings, to print first."""
+    facts, limits = report["machine"], report["ceilings"]
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
+    return (
+        f"{facts['device']}, torch {facts['torch']}, {packages}; inputs in {report['options']['dtype']}\n"
+        f"ceilings measured here: copy {limits['copy_gb_per_s']:.0f} GB/s (read + written), "
+        f"{limits['gemm_dtype']} product of {limits['gemm_size']}³ {limits['gemm_tflops']:.1f} TFLOP/s\n"
+    )
