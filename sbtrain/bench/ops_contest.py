@@ -92,11 +92,11 @@ class Contest:
             found = {"error_problem": f"the reference runs out of memory at {num_tokens} tokens"}
             if truth is not None:
                 try:
-                    found = errors(version, self.calls[version.name], truth, self.settings)
+                    found, problem = errors(version, self.calls[version.name], truth, self.settings)
+                    if problem is not None:
+                        self._raised(version, ("both",), problem)
                 except Exception as error:  # whatever a peer raises is its row, not the end of the run
                     self._raised(version, passes, error)
-            if "gradient_problem" in found:
-                self._refuse(version, tuple(which for which in passes if which == "both"), found["gradient_problem"])
             self.errors[version.name, num_tokens] = found
 
     def _length(self, num_tokens: int, passes: tuple[str, ...], checked: int) -> Iterator[dict]:
@@ -141,7 +141,7 @@ class Contest:
                 row["speed_against_ours"] = ours_ms / medians[version.name] if ours_ms else None
             else:
                 row["problem"] = self.refused[version.name, which]
-                row["wrong"] = row["wrong"] or version.name in self.failed
+                row["wrong"] = row["wrong"] or version.name in self.failed & self.ours
             yield row
 
     def _warmed(self, version: Version, which: str, problem: Problem, entries: dict[str, Entry]) -> bool:

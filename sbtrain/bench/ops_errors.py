@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Callable, Hashable
+from typing import Callable, Hashable, Optional
 
 import torch
 from torch import Tensor
@@ -56,32 +56,32 @@ def _upstream(output: Tensor, draw: Draw) -> Tensor:
     return draw.normal(*output.shape).detach()
 
 
-def errors(version: Version, call: Call, truth: Truth, settings: Settings) -> dict:
-    """error_tokens: the length. error: of the worst output, ‖x - truth‖ / ‖truth‖; gradient_error: of worst_gradient;
-    repeats: whether two backward passes gave the same bits. A backward pass that the version refuses leaves its reason
-    under gradient_problem. Memory that the version will be given holds NaN beforehand. Raises what the forward pass
-    does, and Stopped after the time limit.
+def errors(version: Version, call: Call, truth: Truth, settings: Settings) -> tuple[dict, Optional[Exception]]:
+    """What was found, and what the backward pass raised, if it did. Raises what the forward pass does.
+
+    error_tokens: the length. error: of the worst output, ‖x - truth‖ / ‖truth‖; gradient_error: of worst_gradient;
+    repeats: whether two backward passes gave the same bits. Memory that the version will be given holds NaN
+    beforehand. Each pass has the time limit to itself.
     """
     with deadline(settings.time_limit_s):
         _poison(settings)
         outputs = answers(version, call, truth.inputs, [])
-        found = {"error_tokens": truth.num_tokens, "error": worst(outputs, dict(enumerate(truth.outputs)))[1]}
-        del outputs
-        if not truth.gradients:
-            return found
-        results = []
-        for _ in range(2):
-            try:
+    found = {"error_tokens": truth.num_tokens, "error": worst(outputs, dict(enumerate(truth.outputs)))[1]}
+    del outputs
+    if not truth.gradients:
+        return found, None
+    results = []
+    try:
+        with deadline(settings.time_limit_s):
+            for _ in range(2):
                 _poison(settings)
                 results.append(answers(version, call, truth.inputs, truth.upstreams))
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                return {**found, "gradient_problem": reason(error)}
+    except Exception as error:  # whatever a peer raises is its row, not the end of the run
+        return found, error
     gradients, again = ({name: result[name] for name in truth.gradients} for result in results)
     name, error = worst(gradients, truth.gradients)
     repeats = all(torch.equal(gradients[name], again[name]) for name in gradients)
-    return {**found, "gradient_error": error, "worst_gradient": name, "repeats": repeats}
+    return {**found, "gradient_error": error, "worst_gradient": name, "repeats": repeats}, None
 
 
 def answers(version: Version, call: Call, inputs: Inputs, upstreams: list[Tensor]) -> dict[Hashable, Tensor]:
