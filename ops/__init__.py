@@ -10,11 +10,16 @@ than keys and values; query head h then uses key head h // (Hq / Hkv).
 
 from importlib import import_module
 
-from ops.registry import Choice, resolve, scan, table, table_hash, use
+from ops.discover import catalog, scan
+from ops.explain import lines, table, table_hash
+from ops.registry import Choice, Refused, resolve, use
 
-__all__ = ["Choice", "resolve", "table", "table_hash", "use"]
+__all__ = ["Choice", "Refused", "lines", "resolve", "scan", "table", "table_hash", "use"]
 
-for _op in scan():
-    _package = import_module(f"ops.{_op}")
-    globals().update({_name: getattr(_package, _name) for _name in _package.__all__})
+for _op, _name in catalog().packages.items():
+    _package = import_module(_name)
+    _twice = sorted(set(_package.__all__) & set(__all__))
+    if _twice:
+        raise ValueError(f"{_name} calls a function {_twice[0]}, as ops or another op does; rename it")
+    globals().update({_public: getattr(_package, _public) for _public in _package.__all__})
     __all__ += _package.__all__

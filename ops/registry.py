@@ -1,38 +1,56 @@
-"""The op table: which file implements each op on this machine, found by scanning folders, resolved once, explained.
+"""The op table: which file implements each op on this machine, resolved once, and the way of every call to it.
 
-Scanning imports no implementation: an implementation file is imported only when its backend passes its probe and is
-asked for. There is no fallback while training runs: a choice is made when it is first needed and then kept.
+An implementation file is imported only when its backend passes its probe and is asked for. There is no fallback while
+training runs: a choice is made when it is first needed and then kept. A file may define
+
+    accepts(name, *args, **kwargs) -> Optional[str]
+
+which gets the arguments of every call of public function `name` and returns why it cannot run them, or None. It may
+look at metadata only (shapes, dtypes, strides, which optional arguments are there), never at values: all ranks then
+decide alike, nothing waits for the device, and torch.compile can trace it. A refused call is an error, unless the
+recipe allows the reference for that op ("cuda or reference", see ops/select.py).
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import logging
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Callable, Mapping, Optional
 
 import torch
 
+from ops import tuning
 from ops.backends import Backend
 from ops.device import EnvFacts, collect
-from ops.select import choose, platform, refusal
+from ops.discover import catalog, scan
+from ops.discover import descriptors as backends
+from ops.select import OR_REFERENCE, choose, is_emulated, read_wish
 
 LOG = logging.getLogger("ops")
-ROOT = Path(__file__).parent
 DEVICE_BLIND = ("cpu", "meta")
 """Devices on which only the reference runs, whatever accelerator the machine has."""
 
 
+class Refused(ValueError):
+    """A call that the chosen implementation does not accept."""
+
+
 @dataclass(frozen=True)
 class Choice:
-    """An op resolved to a backend. functions: public name -> implementation; `function` is the one named as the op."""
+    """An op resolved to a backend. functions: public name -> implementation; `function` is the one named as the op.
+
+    emulated: the files were written for another device. allow_reference: refused calls run on the reference.
+    tune: the tune entries in use, see Tuning.describe."""
 
     op: str
     backend: str
     reason: str
     functions: Mapping[str, Callable] = field(repr=False)
+    emulated: bool = False
+    allow_reference: bool = False
+    tune: Optional[Mapping] = None
 
     @property
     def function(self) -> Callable:
@@ -40,48 +58,44 @@ class Choice:
         return self.functions[self.op]
 
 
+def _slots() -> dict[str, dict]:
+    return {op: {} for op in scan()}
+
+
 @dataclass
 class Table:
-    """The process's op table: recipe overrides, and the choices made so far."""
+    """The process's op table: recipe overrides, the choices made so far, and what calls look up.
+
+    references, functions: op -> name -> function, for tensors of device-blind and of all other devices; empty until the
+    op is resolved. A slot for each op is there from the start: Dynamo sees what is put into one before it looks there.
+    refused: (op, reason) of the calls that went to the reference."""
 
     recipe: Mapping[str, str] = field(default_factory=dict)
+    allow_reference: bool = False
     choices: dict = field(default_factory=dict)
+    references: dict = field(default_factory=_slots)
+    functions: dict = field(default_factory=_slots)
+    refused: set = field(default_factory=set)
+    cautioned: bool = False
 
 
 TABLE = Table()
 
 
-def scan(root: Path = ROOT) -> dict[str, frozenset]:
-    """op -> backends that have a file for it. An op is a folder with `__init__.py` and `reference.py`."""
-    known = backend_names(root)
-    folders = [path.parent for path in sorted(root.glob("*/reference.py")) if path.parent.name != "backends"]
-    return {
-        folder.name: frozenset(name for name in known if (folder / f"{name}.py").exists())
-        for folder in folders
-        if (folder / "__init__.py").exists()
-    }
+def use(recipe: Optional[Mapping[str, str]] = None, *, allow_reference: bool = False) -> None:
+    """Set the recipe's `ops:` mapping (op -> backend, see ops/select.py) and forget earlier choices.
 
-
-def backend_names(root: Path = ROOT) -> list[str]:
-    """Names of the files in ops/backends."""
-    return sorted(path.stem for path in (root / "backends").glob("*.py") if path.stem != "__init__")
-
-
-def backends() -> dict[str, Backend]:
-    """Descriptor of every backend, in probe order."""
-    found = [import_module(f"ops.backends.{name}").BACKEND for name in backend_names()]
-    return {backend.name: backend for backend in sorted(found, key=lambda backend: backend.rank)}
-
-
-def use(recipe: Mapping[str, str]) -> None:
-    """Set the recipe's `ops:` mapping (op -> backend) and forget earlier choices. Call before layers are built.
-
-    Raises ValueError at once for unknown ops and for backends that cannot be had here.
+    allow_reference: calls that an op's backend does not accept run on the reference, for every op. Call before layers
+    are built. Raises ValueError at once for unknown ops and for backends that cannot be had here.
     """
+    recipe = dict(recipe or {})
     unknown = sorted(set(recipe) - set(scan()))
     if unknown:
         raise ValueError(f"recipe key ops.{unknown[0]}: no such op; choose from: {', '.join(scan())}")
-    TABLE.recipe, TABLE.choices = dict(recipe), {}
+    for op, wish in recipe.items():
+        read_wish(f"recipe key ops.{op}", wish, backends())
+    TABLE.recipe, TABLE.allow_reference = recipe, allow_reference
+    TABLE.choices, TABLE.functions, TABLE.refused = {}, _slots(), set()
     for op in recipe:
         resolve(op)
 
@@ -89,40 +103,52 @@ def use(recipe: Mapping[str, str]) -> None:
 def resolve(op: str, overrides: Optional[Mapping[str, str]] = None) -> Choice:
     """The implementation of an op on this machine; logged once. overrides (op -> backend) replaces the recipe's.
 
-    Raises ValueError when a forced backend is unavailable or when device facts contradict each other.
+    Raises ValueError when a forced backend is unavailable, when device facts contradict each other, and when the op's
+    tune file asks for what the device does not have.
     """
     if overrides is None and op in TABLE.choices:
         return TABLE.choices[op]
     files = scan()
     if op not in files:
         raise ValueError(f"no such op: {op}; choose from: {', '.join(files)}")
-    known = backends()
-    backend, reason = choose(
+    known, facts = backends(), collect()
+    selection = choose(
         op,
         files=files[op],
-        facts=collect(),
+        facts=facts,
         backends=known,
         recipe=TABLE.recipe if overrides is None else overrides,
         why_not=lambda name: why_not(op, known[name]),
     )
-    choice = Choice(op, backend, reason, _functions(op, backend))
+    backend, reason, emulated, allow_reference = selection
+    allow_reference = allow_reference or TABLE.allow_reference
+    found = tuning.select(op, backend, facts)
+    if found:
+        tuning.load(op, backend, facts)
+    functions = _functions(op, backend, allow_reference=allow_reference)
+    choice = Choice(op, backend, reason, functions, emulated, allow_reference, found.describe() if found else None)
     if overrides is None:
         TABLE.choices[op] = choice
+        _caution(known[backend], facts)
         LOG.info("ops.%s -> %s (%s)", op, backend, reason)
     return choice
 
 
 def implementation(op: str, name: str, tensor: torch.Tensor) -> Callable:
-    """Function `name` of an op for a call on `tensor`'s device: the table's choice, or the reference off-device."""
-    if tensor.device.type in DEVICE_BLIND:
-        return getattr(import_module(f"ops.{op}.reference"), name)
-    return resolve(op).functions[name]
+    """Function `name` of an op for a call on `tensor`'s device: the table's choice, or the reference off-device.
+
+    Cheap, and traced by torch.compile as a look-up: what it may have to import is done while tracing.
+    """
+    blind = tensor.device.type in DEVICE_BLIND
+    if torch.compiler.is_compiling() or not (TABLE.references if blind else TABLE.functions)[op]:
+        _prepare(op, blind)
+    return (TABLE.references if blind else TABLE.functions)[op][name]
 
 
 def why_not(op: str, backend: Backend) -> Optional[str]:
     """Reason why an implementation file cannot be imported: a missing optional package. Other failures are raised."""
     try:
-        import_module(f"ops.{op}.{backend.name}")
+        import_module(catalog().files[op][backend.name].module)
     except ImportError as error:
         package = (error.name or "").split(".")[0]
         if package not in backend.optional_packages:
@@ -131,40 +157,59 @@ def why_not(op: str, backend: Backend) -> Optional[str]:
     return None
 
 
-def rows(facts: Optional[EnvFacts] = None) -> list[tuple[str, str, str, str]]:
-    """(op, backend, "chosen" or "", reason) for every op x backend."""
-    facts = facts or collect()
-    known = backends()
-    result = []
-    for op, files in scan().items():
-        chosen = resolve(op)
-        for name, backend in known.items():
-            problem = refusal(
-                name, files=files, facts=facts, backends=known, why_not=lambda _, b=backend, o=op: why_not(o, b)
+def _prepare(op: str, blind: bool) -> None:
+    if blind and not TABLE.references[op]:
+        TABLE.references[op].update(_functions(op, "reference", allow_reference=True))
+    elif not blind and not TABLE.functions[op]:
+        TABLE.functions[op].update(resolve(op).functions)
+
+
+def _note_refusal(op: str, name: str, backend: str, reason: str) -> None:
+    if (op, reason) not in TABLE.refused:
+        TABLE.refused.add((op, reason))
+        LOG.warning("ops.%s runs on the reference, as allowed: %s does not accept the call: %s", name, backend, reason)
+
+
+# What torch.compiler.assume_constant_result sets, which would import Dynamo: both run as they are while it traces.
+_prepare._dynamo_marked_constant = True
+_note_refusal._dynamo_marked_constant = True
+
+
+def _functions(op: str, backend: str, *, allow_reference: bool) -> dict[str, Callable]:
+    """Public name -> function of an implementation file, behind its `accepts` where it has one."""
+    module = import_module(catalog().files[op][backend].module)
+    names = import_module(catalog().packages[op]).__all__
+    found = {name: getattr(module, name) for name in names}
+    accepts = getattr(module, "accepts", None)
+    if accepts is None or backend == "reference":
+        return found
+    reference = _functions(op, "reference", allow_reference=True)
+    substitutes = reference if allow_reference else dict.fromkeys(names)
+    return {name: _checked(op, name, backend, function, accepts, substitutes[name]) for name, function in found.items()}
+
+
+def _checked(op: str, name: str, backend: str, function: Callable, accepts: Callable, substitute: Optional[Callable]):
+    """`function`, which runs only what `accepts` accepts; other calls go to the substitute, or are refused."""
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        reason = accepts(name, *args, **kwargs)
+        if reason is None:
+            return function(*args, **kwargs)
+        if substitute is None:
+            raise Refused(
+                f"ops.{name} on {backend} does not accept this call: {reason}; change the call, or allow the reference "
+                f"with ops.{op}: '{backend}{OR_REFERENCE}' in the recipe or ops.use(allow_reference=True)"
             )
-            mark = "chosen" if name == chosen.backend else ""
-            result.append((op, name, mark, chosen.reason if mark else problem or "available"))
-    return result
+        _note_refusal(op, name, backend, reason)
+        return substitute(*args, **kwargs)
+
+    return checked
 
 
-def table() -> dict[str, dict]:
-    """op -> {"backend", "reason"}, plus the platform under "platform": what env.json and checkpoints keep."""
-    choices = {op: resolve(op) for op in scan()}
-    result = {op: {"backend": choice.backend, "reason": choice.reason} for op, choice in choices.items()}
-    result["platform"] = dict(zip(("backend", "reason"), platform(collect(), backends())))
-    return result
-
-
-def table_hash() -> str:
-    """Hash of op -> backend and of the chosen files' contents; ranks compare it before they train."""
-    digest = hashlib.sha256()
-    for op in scan():
-        backend = resolve(op).backend
-        digest.update(f"{op}={backend}\n".encode())
-        digest.update((ROOT / op / f"{backend}.py").read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _functions(op: str, backend: str) -> dict[str, Callable]:
-    module = import_module(f"ops.{op}.{backend}")
-    return {name: getattr(module, name) for name in import_module(f"ops.{op}").__all__}
+def _caution(backend: Backend, facts: EnvFacts) -> None:
+    emulated = is_emulated(backend.name, facts, backends())
+    text = f"files of {backend.name} are emulated on {facts.device_name}" if emulated else backend.caution(facts)
+    if text and not TABLE.cautioned and backend.name != "reference":
+        TABLE.cautioned = True
+        LOG.warning("%s", text)

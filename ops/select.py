@@ -1,31 +1,76 @@
-"""Backend selection as a pure function of facts: no imports of kernels, no environment, no state."""
+"""Backend selection as a pure function of facts: no imports of kernels, no environment, no state.
+
+What a user may write, in the recipe under `ops:` and in OPS_BACKEND and OPS_BACKEND_<OP>:
+
+    cuda                    this backend or an error; calls that it does not accept are errors too
+    cuda or reference       this backend; calls that it does not accept run on the reference
+    auto, auto or reference the same two for whatever backend this machine is
+"""
 
 from __future__ import annotations
 
-from typing import Callable, Mapping, Optional
+from typing import Callable, Mapping, NamedTuple, Optional
 
 from ops.backends import Backend
 from ops.device import EnvFacts
+
+AUTO = "auto"
+OR_REFERENCE = " or reference"
+
+
+class Selection(NamedTuple):
+    """An op's backend. emulated: its files were written for another device. allow_reference: calls that it does not
+    accept may run on the reference."""
+
+    backend: str
+    reason: str
+    emulated: bool = False
+    allow_reference: bool = False
+
+
+class Wish(NamedTuple):
+    """What a user wrote, and where. backend None: whatever this machine is."""
+
+    source: str
+    backend: Optional[str]
+    allow_reference: bool
 
 
 def platform(facts: EnvFacts, backends: Mapping[str, Backend]) -> tuple[str, str]:
     """(name, reason) of the backend this machine is: OPS_BACKEND, else the first by rank whose probe says yes.
 
-    Raises ValueError with all facts when they contradict each other, and when OPS_BACKEND cannot be had.
+    Raises ValueError with all facts when they contradict each other or Triton fails (OPS_BACKEND=reference does
+    without knowing), and when OPS_BACKEND cannot be had.
     """
+    forced = _global_wish(facts, backends).backend
     for backend in backends.values():
         problem = backend.contradiction(facts)
-        if problem:
+        if problem and forced != "reference":
             raise ValueError(f"cannot tell which device this is: {problem}. Facts: {facts.describe()}")
-    probes = {name: backend.probe(facts) for name, backend in sorted(backends.items(), key=lambda item: item[1].rank)}
-    forced = facts.overrides.get("OPS_BACKEND")
-    if forced:
-        _demand_known("OPS_BACKEND", forced, backends)
-        usable, why = probes[forced]
-        if not usable:
-            raise ValueError(f"OPS_BACKEND={forced} is not usable here: {why}; choose from: {_usable(probes)}")
-        return forced, "OPS_BACKEND"
-    return next((name, why) for name, (usable, why) in probes.items() if usable)
+    if facts.triton_error and forced != "reference":
+        hint = "" if facts.maca_path else " (on MetaX, set MACA_PATH)"
+        raise ValueError(f"Triton is installed but fails: {facts.triton_error}{hint}. Facts: {facts.describe()}")
+    if forced is None:
+        ranked = sorted(backends.values(), key=lambda backend: backend.rank)
+        probes = ((backend.name, backend.probe(facts)) for backend in ranked)
+        return next((name, why) for name, (usable, why) in probes if usable)
+    usable, why = probe(forced, facts, backends)
+    if not usable:
+        raise ValueError(f"OPS_BACKEND={forced} is not usable here: {why}; {_ways_out(forced, facts, backends)}")
+    return forced, f"OPS_BACKEND, {why}" if is_emulated(forced, facts, backends) else "OPS_BACKEND"
+
+
+def probe(name: str, facts: EnvFacts, backends: Mapping[str, Backend]) -> tuple[bool, str]:
+    """(usable, why) of a backend that is asked for by name: its own probe, or emulation where the facts allow it."""
+    if is_emulated(name, facts, backends):
+        return True, f"emulated on {facts.device_name}"
+    return backends[name].probe(facts)
+
+
+def is_emulated(name: str, facts: EnvFacts, backends: Mapping[str, Backend]) -> bool:
+    """Whether this backend's files would run on another's device, as OPS_EMULATE=1 allows."""
+    hosts = [backends[host] for host in backends[name].emulated_on if host in backends]
+    return facts.emulate and not backends[name].probe(facts)[0] and any(host.probe(facts)[0] for host in hosts)
 
 
 def choose(
@@ -36,25 +81,28 @@ def choose(
     backends: Mapping[str, Backend],
     recipe: Mapping[str, str],
     why_not: Callable[[str], Optional[str]],
-) -> tuple[str, str]:
-    """(backend, reason) for one op.
+) -> Selection:
+    """The backend of one op.
 
-    files: backends that have an implementation file for it. recipe: op -> backend, from the recipe. why_not(backend):
+    files: backends that have an implementation file for it. recipe: op -> what its `ops:` says. why_not(backend):
     reason why that file cannot be imported here, or None; asked only about backends that pass their probe.
     Precedence: OPS_BACKEND_<OP>, recipe, OPS_BACKEND, probe. Raises ValueError when what was forced cannot be had.
     """
     name, why = platform(facts, backends)
-    variable = f"OPS_BACKEND_{op.upper()}"
-    if facts.overrides.get(variable):
-        return _forced(op, facts.overrides[variable], variable, files, facts, backends, why_not), variable
-    if op in recipe:
-        return _forced(op, recipe[op], f"recipe key ops.{op}", files, facts, backends, why_not), f"recipe ops.{op}"
+    wish = _wish(op, facts, backends, recipe)
+    if wish.backend is not None:
+        _demand(wish, files, facts, backends, why_not)
+        emulated = is_emulated(wish.backend, facts, backends)
+        reason = wish.source.replace("recipe key", "recipe")
+        return Selection(wish.backend, f"{reason}, emulated" if emulated else reason, emulated, wish.allow_reference)
     notes = []
     for candidate in (name, *backends[name].fallback):
         problem = refusal(candidate, files=files, facts=facts, backends=backends, why_not=why_not)
         if problem is None:
-            return candidate, "; ".join([*notes, why if candidate == name else f"fallback of {name}"])
-        if why == "OPS_BACKEND" and candidate == name and candidate in files:
+            reason = "; ".join([*notes, why if candidate == name else f"fallback of {name}"])
+            return Selection(candidate, reason, is_emulated(candidate, facts, backends), wish.allow_reference)
+        if why.startswith("OPS_BACKEND") and candidate == name and candidate in files:
+            variable = f"OPS_BACKEND_{op.upper()}"
             raise ValueError(f"OPS_BACKEND={name}: op {op} is {problem}; install it or set {variable}=reference")
         notes.append(f"{candidate}: {problem}")
     raise ValueError(f"op {op} has no implementation for {name}: {'; '.join(notes)}; add ops/{op}/reference.py")
@@ -69,7 +117,7 @@ def refusal(
     why_not: Callable[[str], Optional[str]],
 ) -> Optional[str]:
     """Why an op cannot run on a backend here, or None when it can."""
-    usable, why = backends[name].probe(facts)
+    usable, why = probe(name, facts, backends)
     if not usable:
         return why
     if name not in files:
@@ -78,21 +126,46 @@ def refusal(
     return f"unavailable: {problem}" if problem else None
 
 
-def _forced(op, name, source, files, facts, backends, why_not) -> str:
-    _demand_known(source, name, backends)
-    problems = {
-        other: refusal(other, files=files, facts=facts, backends=backends, why_not=why_not) for other in backends
-    }
-    if problems[name] is not None:
-        choices = ", ".join(other for other, problem in problems.items() if problem is None)
-        raise ValueError(f"{source}={name}: {problems[name]}; choose from: {choices}")
-    return name
+def read_wish(source: str, text: str, backends: Mapping[str, Backend]) -> Wish:
+    """A user's words. Raises ValueError, naming their source, for a backend that does not exist."""
+    name = text.strip()
+    allow_reference = name.endswith(OR_REFERENCE)
+    name = name.removesuffix(OR_REFERENCE).strip()
+    if name != AUTO and name not in backends:
+        known = ", ".join(sorted(backends))
+        raise ValueError(f"{source}={text}: no such backend; choose from: {known}, auto, or one with ' or reference'")
+    return Wish(source, None if name == AUTO else name, allow_reference)
 
 
-def _demand_known(source: str, name: str, backends: Mapping[str, Backend]) -> None:
-    if name not in backends:
-        raise ValueError(f"{source}={name}: no such backend; choose from: {', '.join(sorted(backends))}")
+def _global_wish(facts, backends) -> Wish:
+    return read_wish("OPS_BACKEND", facts.overrides.get("OPS_BACKEND") or AUTO, backends)
 
 
-def _usable(probes: Mapping[str, tuple]) -> str:
-    return ", ".join(name for name, (usable, _) in probes.items() if usable)
+def _wish(op, facts, backends, recipe) -> Wish:
+    """The most specific wish that names a backend, and the most specific one's word about the reference."""
+    variable = f"OPS_BACKEND_{op.upper()}"
+    asked = []
+    if facts.overrides.get(variable):
+        asked.append(read_wish(variable, facts.overrides[variable], backends))
+    if op in recipe:
+        asked.append(read_wish(f"recipe key ops.{op}", recipe[op], backends))
+    if not asked:
+        return Wish("", None, _global_wish(facts, backends).allow_reference)
+    named = next((wish for wish in asked if wish.backend is not None), asked[0])
+    return named._replace(allow_reference=asked[0].allow_reference)
+
+
+def _demand(wish, files, facts, backends, why_not) -> None:
+    def problem(name):
+        return refusal(name, files=files, facts=facts, backends=backends, why_not=why_not)
+
+    found = problem(wish.backend)
+    if found is not None:
+        choices = ", ".join(other for other in backends if problem(other) is None)
+        raise ValueError(f"{wish.source}={wish.backend}: {found}; choose from: {choices}")
+
+
+def _ways_out(forced, facts, backends) -> str:
+    usable = ", ".join(name for name in backends if probe(name, facts, backends)[0])
+    hosts = [host for host in backends[forced].emulated_on if host in backends and backends[host].probe(facts)[0]]
+    return f"choose from: {usable}" + (f"; OPS_EMULATE=1 runs its files on {facts.device_name}" if hosts else "")

@@ -43,7 +43,7 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
     """
     recipe, ledger, evaluations = prepare(recipe)
     folder = run_folder(recipe)
-    store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=ops.table_hash())
+    store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
     first = dist.get_rank() == 0
     with ExitStack() as stack:
         sinks = open_run_sinks(recipe, ledger.step)
@@ -90,7 +90,7 @@ def convert(recipe: Recipe) -> Path:
         model = build_model(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
         together(lambda: fill_start(recipe, model, mesh))
         describe(recipe)
-        store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=ops.table_hash())
+        store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
         store.save_weights(model, mesh, RunState(stage=name))
     return ledger.checkpoint
 
@@ -115,6 +115,8 @@ def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
     check_training(recipe)
     ledger, evaluations = together(lambda: inspect(recipe))
     _agree_on_ops()
+    if dist.get_rank() == 0:
+        print("\n".join(ops.lines()), flush=True)
     describe(recipe)
     return recipe, ledger, evaluations
 
@@ -147,16 +149,24 @@ def check_beginning(recipe: Recipe, ledger: Ledger) -> None:
         check_room(run_folder(recipe), checkpoint_bytes(recipe))
 
 
+def op_table() -> dict:
+    """Which implementation of each op this run uses, as its checkpoints keep it."""
+    return {"hash": ops.table_hash(), "ops": ops.table()}
+
+
 def _agree_on_ops() -> None:
     """All ranks must have resolved the same ops to the same backends, or their numerics would drift apart."""
-    hashes = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, ops.table_hash())
-    if len(set(hashes)) > 1:
-        odd = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
-        raise ValueError(
-            f"rank {odd} has another op table than rank 0; run `python -m ops` on both machines and make "
-            "their packages equal"
-        )
+    tables = [None] * dist.get_world_size()
+    dist.all_gather_object(tables, op_table())
+    ours = tables[0]["ops"]
+    for rank, other in enumerate(tables):
+        if other["hash"] != tables[0]["hash"]:
+            odd = next((op for op, entry in other["ops"].items() if entry != ours.get(op)), None)
+            what = f": {odd} is {other['ops'][odd]} there and {ours.get(odd)} here" if odd else " (other files)"
+            raise ValueError(
+                f"rank {rank} has another op table than rank 0{what}; run `python -m ops` on both machines and make "
+                "their packages and files equal"
+            )
 
 
 def open_run_sinks(recipe: Recipe, step: int) -> Sinks:

@@ -5,6 +5,7 @@ Tested by emulation of the published device facts only; never executed on MetaX 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Optional
 
 from ops.backends import Backend, Limits
@@ -49,12 +50,40 @@ def contradiction(facts: EnvFacts) -> Optional[str]:
     return None
 
 
+def caution(facts: EnvFacts) -> Optional[str]:
+    """MetaX's Triton needs MACA_PATH, and its Inductor knows its device by that variable alone."""
+    return None if facts.maca_path else "MACA_PATH is not set: MetaX's Triton and torch.compile need it"
+
+
+def refine(limits: Limits, facts: EnvFacts) -> Limits:
+    """16 warps where the device says that it takes 1024 threads: reports differ, so 8 until then."""
+    return replace(
+        limits,
+        shared_memory_bytes=facts.shared_memory_bytes or limits.shared_memory_bytes,
+        max_threads_per_block=facts.max_threads_per_block or limits.max_threads_per_block,
+        registers_per_block=facts.registers_per_multiprocessor or limits.registers_per_block,
+    )
+
+
 BACKEND = Backend(
     name="maca",
     rank=10,
     probe=probe,
     contradiction=contradiction,
+    caution=caution,
     fallback=("reference",),
     optional_packages=("triton", "fla", "einops", "flash_attn", "mcoplib"),
-    limits=Limits(warp_size=64, shared_memory_bytes=64 * 1024, max_num_warps=8, min_dot_size=16),
+    limits=Limits(
+        warp_size=64,
+        max_threads_per_block=512,
+        shared_memory_bytes=64 * 1024,
+        private_bytes_per_thread=4096,
+        registers_per_block=131072,
+        max_num_ctas=1,
+        min_dot_size=16,
+        launch_options=frozenset({"pipeline", "scenario", "pipeline_load_num", "extra_options"}),
+    ),
+    refine=refine,
+    emulated_on=("cuda",),
+    entries_have_source=True,
 )

@@ -31,8 +31,8 @@ _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, UnpicklingError, mco
 class Store:
     """checkpoints/ of one run directory."""
 
-    def __init__(self, run_dir: Path, ledger: Ledger, *, keep_last: int, op_table: str):
-        """keep_last: how many step folders stay (0 keeps all). op_table: hash of the ops in use, saved along."""
+    def __init__(self, run_dir: Path, ledger: Ledger, *, keep_last: int, op_table: dict):
+        """keep_last: how many step folders stay (0 keeps all). op_table: the ops in use and their hash, saved along."""
         self.folder, self.ledger = run_dir / "checkpoints", ledger
         self.keep_last, self.op_table = keep_last, op_table
 

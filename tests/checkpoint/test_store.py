@@ -34,7 +34,7 @@ class Saved:
 
     def __init__(self, folder: Path, mesh: Mesh, keep_last: int = 2):
         self.folder, self.mesh, self.ledger = folder, mesh, Ledger(folder)
-        self.store = Store(folder, self.ledger, keep_last=keep_last, op_table="0123")
+        self.store = Store(folder, self.ledger, keep_last=keep_last, op_table={"hash": "0123"})
         self.model = build_model(MODEL, mesh, precision=Precision.fp32, seq_len=16)
 
     def save(self, step: int) -> Path:
@@ -61,7 +61,7 @@ def test_a_checkpoint_holds_every_tensor_and_where_the_run_stands(saved):
     for name, parameter in global_parameters(saved.model).items():
         assert torch.equal(reader.get(name), parameter), name
     state = read_state(folder)
-    assert state["format"] == 1 and state["parts"] == ["model"] and state["op_table"] == "0123"
+    assert state["format"] == 1 and state["parts"] == ["model"] and state["op_table"] == {"hash": "0123"}
     assert (state["stage"], state["step"], state["tokens"], state["loader"]) == ("a", 3, 30, None)
     assert Ledger(saved.folder).checkpoint == folder and Ledger(saved.folder).step == 3
 

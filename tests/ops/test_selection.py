@@ -1,19 +1,16 @@
-"""Backend selection: truth table over published device facts, overrides, discovery, what importing ops pulls in."""
+"""Backend selection: truth table over published device facts, limits, overrides, emulation, the table that explains."""
 
+import json
 import logging
 import re
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 import ops
-from ops import registry
-from ops.device import EnvFacts
-from ops.select import choose, platform
+from ops import discover, explain, registry
+from ops.device import EnvFacts, device_model, names_model
+from ops.select import choose, platform, read_wish
 
 C550 = EnvFacts(
     torch_version="2.10.0+metax3.8.1.0",
@@ -41,7 +38,7 @@ A100 = EnvFacts(
 H100 = replace(A100, device_name="NVIDIA H100 80GB HBM3", capability=(9, 0), num_multiprocessors=132)
 ROCM = replace(A100, version_cuda=None, version_hip="6.4", device_name="AMD Instinct MI300X", triton_backend="hip")
 CPU = EnvFacts(torch_version="2.13.0+cpu")
-BACKENDS = registry.backends()
+BACKENDS = discover.descriptors()
 ALL = frozenset({"cuda", "maca", "reference"})
 UNKNOWN_NAME = replace(A100, device_name="Graphics Device")
 
@@ -62,6 +59,9 @@ UNKNOWN_NAME = replace(A100, device_name="Graphics Device")
         (ROCM, "reference", "anywhere"),
         (CPU, "reference", "anywhere"),
         (replace(CPU, maca_path="/opt/maca"), "reference", "anywhere"),
+        (replace(C550, maca_path=""), "maca", "version.maca"),
+        (replace(C550, device_name="MetaX C500", torch_version="2.4.0+metax3.5.3.2"), "maca", "version.maca"),
+        (replace(H100, emulate=True), "cuda", "H100"),
     ],
 )
 def test_platform_truth_table(facts, expected, why):
@@ -85,12 +85,68 @@ def test_a100_and_c550_differ_only_in_name_and_version():
         (replace(C550, device_name="NVIDIA A100-SXM4-80GB"), "device is called 'NVIDIA"),
         (replace(C550, version_hip="6.4"), "ROCm 6.4"),
         (replace(A100, triton_backend="maca"), "install MetaX's torch"),
+        (replace(C550, triton_backend=None, triton_error="TypeError: None", maca_path=""), "set MACA_PATH"),
+        (replace(H100, triton_backend=None, triton_error="RuntimeError: 0 active drivers"), "0 active drivers"),
     ],
 )
 def test_contradictions_are_errors_that_show_the_facts(facts, message):
     with pytest.raises(ValueError, match=message) as error:
         platform(facts, BACKENDS)
     assert repr(facts.torch_version) in str(error.value)
+
+
+def test_the_reference_can_be_had_without_knowing_the_device():
+    broken = replace(C550, triton_backend="cuda", overrides={"OPS_BACKEND": "reference"})
+    assert platform(broken, BACKENDS) == ("reference", "OPS_BACKEND")
+
+
+def test_facts_of_another_machine_come_from_json():
+    text = json.dumps(C550.to_json())
+    assert EnvFacts.from_json(json.loads(text)) == C550
+    assert platform(EnvFacts.from_json({"torch_version": "2.13.0+cpu"}), BACKENDS)[0] == "reference"
+
+
+def test_cautions_are_given_for_usable_devices_that_may_be_something_else():
+    assert BACKENDS["cuda"].caution(H100) is None
+    assert "taken for NVIDIA" in BACKENDS["cuda"].caution(UNKNOWN_NAME)
+    assert BACKENDS["maca"].caution(C550) is None
+    assert "MACA_PATH is not set" in BACKENDS["maca"].caution(replace(C550, maca_path=""))
+
+
+@pytest.mark.parametrize(
+    "name, model",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA L40S", "L40S"),
+        ("MetaX C550", "C550"),
+    ],
+)
+def test_device_models(name, model):
+    assert device_model(name) == model
+    assert names_model(name, model)
+    assert not names_model("NVIDIA GH200 480GB", "H200")
+
+
+def test_limits_follow_the_device():
+    cuda, maca = BACKENDS["cuda"], BACKENDS["maca"]
+    kilobytes = {facts.device_name: cuda.limits_on(facts).shared_memory_bytes // 1024 for facts in (A100, H100)}
+    assert kilobytes == {"NVIDIA A100-SXM4-80GB": 163, "NVIDIA H100 80GB HBM3": 227}
+    consumer = replace(A100, device_name="NVIDIA GeForce RTX 4090", capability=(8, 9))
+    assert cuda.limits_on(consumer).shared_memory_bytes == 99 * 1024
+    assert cuda.limits_on(replace(consumer, shared_memory_bytes=101376)).shared_memory_bytes == 101376
+    assert cuda.limits_of_model("H200").shared_memory_bytes == 227 * 1024
+    assert cuda.limits_of_model("default").shared_memory_bytes == 99 * 1024
+    assert (cuda.limits.max_num_warps, maca.limits.max_num_warps) == (32, 8)
+    assert maca.limits_on(replace(C550, max_threads_per_block=1024)).max_num_warps == 16
+    assert maca.limits_on(replace(H100, max_threads_per_block=1024)) == maca.limits, "emulation keeps MetaX's limits"
+    limits = maca.limits_on(C550)
+    assert (limits.warp_size, limits.shared_memory_bytes) == (64, 65536)
+    assert (limits.max_num_ctas, limits.min_dot_size, limits.private_bytes_per_thread) == (1, 16, 4096)
+    assert not any((limits.bf16_atomics, limits.tensor_memory_access, limits.fp8, limits.spin_between_programs))
 
 
 def pick(facts, *, files=ALL, recipe=None, missing=None, op="gla"):
@@ -105,10 +161,10 @@ def with_env(facts, **overrides):
 
 def test_chains():
     assert pick(H100)[0] == "cuda"
-    backend, reason = pick(C550, files=frozenset({"cuda", "reference"}))
+    backend, reason, *_ = pick(C550, files=frozenset({"cuda", "reference"}))
     assert backend == "reference", "maca must never run cuda files"
     assert "maca: no implementation" in reason
-    backend, reason = pick(H100, missing={"cuda": "fla is not installed"})
+    backend, reason, *_ = pick(H100, missing={"cuda": "fla is not installed"})
     assert (backend, "cuda: unavailable: fla is not installed" in reason) == ("reference", True)
     assert pick(H100, files=frozenset({"reference"}))[0] == "reference"
     with pytest.raises(ValueError, match="op gla has no implementation for cpu|no implementation for reference"):
@@ -116,14 +172,56 @@ def test_chains():
 
 
 def test_precedence_of_overrides():
-    assert pick(H100, recipe={"gla": "reference"}) == ("reference", "recipe ops.gla")
+    assert pick(H100, recipe={"gla": "reference"})[:2] == ("reference", "recipe ops.gla")
     assert pick(H100, recipe={"attention": "reference"})[0] == "cuda"
     forced = with_env(H100, OPS_BACKEND="reference")
     assert pick(forced)[0] == "reference"
     assert pick(forced, recipe={"gla": "cuda"})[0] == "cuda"
     forced = with_env(H100, OPS_BACKEND="reference", OPS_BACKEND_GLA="cuda")
-    assert pick(forced, recipe={"gla": "reference"}) == ("cuda", "OPS_BACKEND_GLA")
+    assert pick(forced, recipe={"gla": "reference"})[:2] == ("cuda", "OPS_BACKEND_GLA")
     assert pick(forced, op="rope")[0] == "reference"
+
+
+@pytest.mark.parametrize(
+    "wishes, expected",
+    [
+        ({}, ("cuda", False)),
+        ({"recipe": {"gla": "cuda or reference"}}, ("cuda", True)),
+        ({"recipe": {"gla": "auto or reference"}}, ("cuda", True)),
+        ({"recipe": {"rope": "auto or reference"}}, ("cuda", False)),
+        ({"OPS_BACKEND": "auto or reference"}, ("cuda", True)),
+        ({"OPS_BACKEND": "cuda or reference", "recipe": {"gla": "cuda"}}, ("cuda", False)),
+        ({"OPS_BACKEND_GLA": "cuda", "recipe": {"gla": "cuda or reference"}}, ("cuda", False)),
+        ({"OPS_BACKEND_GLA": "auto or reference", "recipe": {"gla": "reference"}}, ("reference", True)),
+        ({"OPS_BACKEND": "reference", "recipe": {"gla": "auto or reference"}}, ("reference", True)),
+    ],
+)
+def test_the_reference_for_refused_calls_is_asked_for_beside_the_backend(wishes, expected):
+    recipe = wishes.pop("recipe", {})
+    selection = pick(with_env(H100, **wishes), recipe=recipe)
+    assert (selection.backend, selection.allow_reference) == expected
+
+
+def test_words_that_are_no_wish():
+    for text in ("cuda or maca", "reference or cuda", "cuda, reference", "or reference"):
+        with pytest.raises(ValueError, match="no such backend; choose from: cuda, maca, reference, auto"):
+            read_wish("recipe key ops.gla", text, BACKENDS)
+
+
+def test_a_foreign_backend_is_emulated_only_when_asked_and_says_so():
+    forced = with_env(H100, OPS_BACKEND="maca")
+    with pytest.raises(ValueError, match="OPS_EMULATE=1 runs its files on NVIDIA H100"):
+        pick(forced)
+    selection = pick(replace(forced, emulate=True))
+    assert selection == ("maca", "OPS_BACKEND, emulated on NVIDIA H100 80GB HBM3", True, False)
+    chained = pick(replace(forced, emulate=True), files=frozenset({"cuda", "reference"}))
+    assert (chained.backend, chained.emulated) == ("reference", False), "never the host's own kernels"
+    one = pick(replace(with_env(H100, OPS_BACKEND_GLA="maca"), emulate=True))
+    assert one == ("maca", "OPS_BACKEND_GLA, emulated", True, False)
+    with pytest.raises(ValueError, match="cuda is not usable"):
+        pick(replace(with_env(C550, OPS_BACKEND="cuda"), emulate=True))
+    with pytest.raises(ValueError, match="no sign of MetaX"):
+        pick(replace(with_env(CPU, OPS_BACKEND="maca"), emulate=True))
 
 
 @pytest.mark.parametrize(
@@ -153,43 +251,6 @@ def test_forcing_the_platform_leaves_ops_without_its_file_to_the_chain():
     assert pick(with_env(H100, OPS_BACKEND="cuda"), files=frozenset({"reference"}))[0] == "reference"
 
 
-def test_scan_finds_new_folders_and_backends_without_importing(tmp_path):
-    root = tmp_path / "ops"
-    shutil.copytree(registry.ROOT, root, ignore=shutil.ignore_patterns("__pycache__"))
-    before = registry.scan(root)
-    (root / "backends" / "tpu.py").write_text("raise RuntimeError('scanned, so imported')\n")
-    (root / "convolution").mkdir()
-    for name in ("__init__", "reference", "tpu", "triton_kernels"):
-        (root / "convolution" / f"{name}.py").write_text("raise RuntimeError('scanned, so imported')\n")
-    after = registry.scan(root)
-    assert after.pop("convolution") == {"reference", "tpu"}
-    assert after == before == registry.scan()
-    assert "backends" not in after
-
-
-def test_a_new_op_needs_no_edit(tmp_path):
-    root = tmp_path / "ops"
-    shutil.copytree(registry.ROOT, root, ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "double").mkdir()
-    (root / "double" / "__init__.py").write_text(
-        "from ops.registry import implementation\n__all__ = ['double']\n"
-        "def double(x):\n    return implementation('double', 'double', x)(x)\n"
-    )
-    (root / "double" / "reference.py").write_text("def double(x):\n    return 2 * x\n")
-    code = "import ops, torch; print(ops.double(torch.ones(1)).item(), ops.resolve('double').backend)"
-    assert python(code, cwd=tmp_path) == "2.0 reference"
-
-
-def test_importing_and_calling_ops_on_cpu_imports_no_kernel_package():
-    code = (
-        "import sys, torch, ops\n"
-        "ops.rms_norm(torch.ones(2), torch.ones(2), eps=1e-6)\n"
-        "names = ('triton', 'fla', 'liger_kernel', 'flash_attn', 'mcoplib', 'torch._dynamo')\n"
-        "print([name for name in names if name in sys.modules])"
-    )
-    assert python(code) == "[]"
-
-
 def test_resolve_and_use_on_this_machine(monkeypatch, caplog):
     monkeypatch.setattr(registry, "collect", lambda: CPU)
     monkeypatch.setattr(registry, "TABLE", registry.Table())
@@ -213,8 +274,8 @@ def test_resolve_and_use_on_this_machine(monkeypatch, caplog):
 def test_table_names_every_op_with_a_reason_and_its_hash_follows_the_choice(monkeypatch):
     monkeypatch.setattr(registry, "collect", lambda: CPU)
     monkeypatch.setattr(registry, "TABLE", registry.Table())
-    rows = registry.rows()
-    assert len(rows) == len(registry.scan()) * len(BACKENDS)
+    rows = explain.rows()
+    assert len(rows) == len(discover.scan()) * len(BACKENDS)
     assert all(reason for *_, reason in rows)
     assert ("gla", "cuda", "", "torch sees no CUDA device") in rows
     assert ops.table()["gla"] == {"backend": "reference", "reason": "plain torch runs anywhere"}
@@ -237,11 +298,3 @@ def test_missing_optional_package_is_a_reason_and_any_other_failure_is_raised(mo
     monkeypatch.setattr(registry, "import_module", absent("numpyy"))
     with pytest.raises(ModuleNotFoundError):
         registry.why_not("gla", BACKENDS["cuda"])
-
-
-def python(code, cwd=None):
-    """stdout of a fresh interpreter that finds the given checkout's ops first."""
-    cwd = cwd or Path(ops.__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
