@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import ops
-from ops import registry
+from ops.discover import descriptors
 from parallel.mesh import device
 from sbtrain.bench.ops_case import PASSES, Case
 from sbtrain.bench.ops_ceilings import ceilings
@@ -91,8 +91,8 @@ def bench_ops(options: OpsOptions, command: str) -> int:
             report["rows"].append(row)
             save(options.out, FILE, report)
             print(line(row), flush=True)
-        write_chart(report["rows"], Path(options.out) / CHART)
         release_memory(device())
+    write_chart(report["rows"], Path(options.out) / CHART)
     print(f"\n{summary(report['rows'])}\n\n{Path(options.out) / FILE}, {Path(options.out) / CHART}")
     return 1 if any(row["ours"] and row["wrong"] for row in report["rows"]) else 0
 
@@ -106,7 +106,7 @@ def chosen_cases(options: OpsOptions) -> list[Case]:
     all_cases = cases(model)
     for key, given, known in (
         ("ops", options.ops, list(dict.fromkeys(case.op for case in all_cases))),
-        ("backends", options.backends, registry.backend_names()),
+        ("backends", options.backends, sorted(descriptors())),
         ("passes", options.passes, list(PASSES)),
     ):
         unknown = [name for name in given if name not in known]

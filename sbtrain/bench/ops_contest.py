@@ -7,8 +7,9 @@ from typing import Callable, Iterator, Optional
 
 import torch
 
-from ops import registry
 from ops.device import collect
+from ops.discover import descriptors, scan
+from ops.registry import Refused, resolve
 from sbtrain.bench.ops_case import Case, Inputs, Version, moved_bytes, num_bytes, useful_flops, wanted
 from sbtrain.bench.ops_ceilings import floor_ms
 from sbtrain.bench.ops_errors import Truth, answers, errors, find_truth, reason, worst
@@ -68,11 +69,12 @@ class Contest:
             self.refused.setdefault((version.name, which), why)
 
     def _raised(self, version: Version, passes: tuple[str, ...], error: Exception) -> None:
-        """A version could not go on: memory and time are limits, all else is a failure."""
+        """A version could not go on: memory, time and calls that it does not accept are limits, all else is a
+        failure."""
         if isinstance(error, torch.OutOfMemoryError):
             self._refuse(version, passes, "out of memory")
-        elif isinstance(error, Stopped):
-            self._refuse(version, passes, str(error))
+        elif isinstance(error, (Stopped, Refused)):
+            self._refuse(version, passes, str(error).partition(";")[0])
         else:
             self._refuse(version, passes, reason(error))
             self.failed.add(version.name)
@@ -228,16 +230,16 @@ class Contest:
 def own_versions(case: Case, backends: tuple[str, ...]) -> list[Version]:
     """Our backends of a case: the given ones, or all that have a file for the op and a device that they can run on;
     the one that the op table chooses comes first, the reference last."""
-    files, facts = registry.scan()[case.op], collect()
-    known = registry.backends()
-    names = backends or tuple(name for name in known if name in files and known[name].probe(facts)[0])
-    chosen = registry.resolve(case.op).backend
+    files, facts = scan()[case.op], collect()
+    here = [name for name, backend in descriptors().items() if name in files and backend.probe(facts)[0]]
+    names = backends or here
+    chosen = resolve(case.op).backend
     order = sorted(dict.fromkeys(names), key=lambda name: (name != chosen, name == "reference"))
     return [Version(name, partial(_own, case, name), prepare=case.prepare, gpu_only=False) for name in order]
 
 
 def _own(case: Case, name: str) -> Callable[[Inputs], tuple]:
-    choice = registry.resolve(case.op, {case.op: name})
+    choice = resolve(case.op, {case.op: name})
     if choice.backend != name:
         raise ValueError(f"{choice.reason} forces {choice.backend}")
     return partial(case.call, choice.functions)

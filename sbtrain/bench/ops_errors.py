@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Callable, Hashable, Optional
 
 import torch
 from torch import Tensor
 
+from ops.registry import resolve
 from sbtrain.bench.ops_case import Case, Draw, Inputs, Version, detached, leaves, wanted
 from sbtrain.bench.ops_measure import Settings, deadline
 
@@ -38,9 +38,7 @@ def find_truth(case: Case, num_tokens: int, settings: Settings) -> Truth:
     exact = {name: x.detach().double() if x.is_floating_point() else x for name, x in inputs.items()}
     for name in wanted(inputs):
         exact[name].requires_grad_()
-    reference = import_module(f"ops.{case.op}.reference")
-    functions = {name: getattr(reference, name) for name in import_module(f"ops.{case.op}").__all__}
-    outputs = case.call(functions, case.prepare(exact))
+    outputs = case.call(resolve(case.op, {case.op: "reference"}).functions, case.prepare(exact))
     upstreams = [_upstream(x, draw) for x in outputs if x.requires_grad]
     gradients = {}
     if upstreams:
@@ -114,7 +112,7 @@ def relative(x: Tensor, exact: Tensor) -> float:
     off = norm = 0.0
     for found, wanted_part in zip(x.flatten().split(PART_NUMBERS), exact.flatten().split(PART_NUMBERS), strict=True):
         off += float(torch.linalg.vector_norm(found.double() - wanted_part.double())) ** 2
-        norm += float(torch.linalg.vector_norm(wanted_part, dtype=torch.float64)) ** 2
+        norm += float(torch.linalg.vector_norm(wanted_part.double())) ** 2
     return (off / (norm or 1.0)) ** 0.5
 
 
