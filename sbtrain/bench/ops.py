@@ -5,7 +5,8 @@ The versions of a case take turns, on the same random inputs. What a version can
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import date
 from enum import Enum
 from pathlib import Path
 
@@ -21,13 +22,15 @@ from sbtrain.bench.ops_contest import Contest
 from sbtrain.bench.ops_measure import Settings, Stopwatch
 from sbtrain.bench.ops_shapes import cases
 from sbtrain.bench.ops_table import line, summary
+from sbtrain.bench.ops_tune import Tuner, progress
+from sbtrain.bench.ops_tune import summary as tune_summary
 from sbtrain.bench.options import demand_positive
 from sbtrain.bench.record import machine, save
 from sbtrain.bench.shapes import model_config
 from sbtrain.bench.timing import release_memory
 from sbtrain.config.typed import plain
 
-FILE, CHART = "bench_ops.json", "bench_ops.png"
+FILE, CHART, TUNE_FILE = "bench_ops.json", "bench_ops.png", "bench_ops_tune.json"
 
 
 class Dtype(Enum):
@@ -47,6 +50,9 @@ class OpsOptions:
     are taken. steps: timed calls, after warmup; fewer where a call is slow. error_tokens: longest length at which the
     error against the float64 reference is measured. time_limit_s: for the first call of a version, with what it
     compiles and tunes. out: folder of bench_ops.json and bench_ops.png.
+
+    tune: search the tiles of our kernels on this device instead and write them into their tune files, and what was
+    tried into bench_ops_tune.json; tune_limit_s: for one kernel.
     """
 
     ops: tuple[str, ...] = ()
@@ -61,6 +67,8 @@ class OpsOptions:
     error_tokens: int = 8192
     time_limit_s: float = 120.0
     seed: int = 0
+    tune: bool = False
+    tune_limit_s: float = 300.0
     out: str = "runs/bench"
 
 
@@ -79,9 +87,10 @@ def bench_ops(options: OpsOptions, command: str) -> int:
         "options": plain(options),
         "machine": machine(device()),
         "ops": ops.table(),
-        "ceilings": ceilings(device(), settings.dtype),
-        "rows": [],
     }
+    if options.tune:
+        return _tune(chosen, options, settings, report)
+    report.update(ceilings=ceilings(device(), settings.dtype), rows=[])
     save(options.out, FILE, report)
     print(title(report), flush=True)
     stopwatch = Stopwatch(device())
@@ -97,11 +106,41 @@ def bench_ops(options: OpsOptions, command: str) -> int:
     return 1 if any(row["ours"] and row["wrong"] for row in report["rows"]) else 0
 
 
+def _tune(chosen: list[Case], options: OpsOptions, settings: Settings, report: dict) -> int:
+    """Search and write tiles, op by op; what was tried is saved after every candidate."""
+    if settings.device.type != "cuda":
+        raise ValueError("tune=true needs a GPU; without tune= every op is measured on any device")
+    finished, stopwatch = [], Stopwatch(settings.device)
+    report.update(kernels=[], not_tuned={})
+    source = f"{report['command']}, {date.today()}"
+    for op in dict.fromkeys(case.op for case in chosen):
+        cases_of_op = [case for case in chosen if case.op == op]
+        try:
+            tuner = Tuner(op, cases_of_op, settings, stopwatch, tune_limit_s=options.tune_limit_s)
+        except ValueError as error:
+            report["not_tuned"][op] = str(error)
+            continue
+        tuner.prepare(options.lengths, options.error_tokens)
+        for search in tuner.searches(source):
+            if search.file is not None:
+                finished.append(search)
+                report["kernels"].append(asdict(search))
+            save(options.out, TUNE_FILE, {**report, "searching": None if search.file else asdict(search)})
+            print(progress(search), flush=True)
+        del tuner, search
+        release_memory(settings.device)
+    path = save(options.out, TUNE_FILE, report)
+    reasons = [f"  {op}: {why}" for op, why in report["not_tuned"].items()]
+    print("\n".join(["", tune_summary(finished), "", *reasons, f"{path}"]))
+    return 0
+
+
 def chosen_cases(options: OpsOptions) -> list[Case]:
     """The cases of the wanted ops. Raises ValueError, one line, for options that cannot be."""
     demand_positive(options, "lengths", "steps", "warmup", "error_tokens")
-    if options.time_limit_s <= 0:
-        raise ValueError(f"time_limit_s={options.time_limit_s} must be more than 0")
+    for key in ("time_limit_s", "tune_limit_s"):
+        if getattr(options, key) <= 0:
+            raise ValueError(f"{key}={getattr(options, key)} must be more than 0")
     model = model_config(options.model, num_layers=2, pattern="LS")
     all_cases = cases(model)
     for key, given, known in (
