@@ -5,6 +5,7 @@ The versions of a case take turns, on the same random inputs. What a version can
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict, dataclass
 from datetime import date
 from enum import Enum
@@ -78,6 +79,14 @@ def bench_ops(options: OpsOptions, command: str) -> int:
     Raises ValueError for bad options.
     """
     chosen = chosen_cases(options)
+    gc.freeze()  # memory is given back often: looking through all of torch would take half a second each time
+    try:
+        return _bench(chosen, options, command)
+    finally:
+        gc.unfreeze()
+
+
+def _bench(chosen: list[Case], options: OpsOptions, command: str) -> int:
     settings = Settings(
         device(), options.dtype.value, options.steps, options.warmup, options.time_limit_s, options.seed
     )

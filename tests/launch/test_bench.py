@@ -132,6 +132,8 @@ def test_ops_measures_every_op_and_says_what_it_could_not(tmp_path):
         (["ops", "lengths=0"], "lengths=(0,) must be at least 1"),
         (["ops", "peers=fla"], "peers=fla is not true or false"),
         (["ops", "time_limit_s=0"], "time_limit_s=0.0 must be more than 0"),
+        (["ops", "tune_limit_s=-1"], "tune_limit_s=-1.0 must be more than 0"),
+        (["ops", "tune=true"], "tune=true needs a GPU"),
         (["ops", "model=9b"], "model=9b is not known"),
         (["ops", "length=8"], "'length=8' is not an option; the keys are: ops=, lengths=, backends=, peers=, passes="),
         (["train", "model=tiny", "layers=2", "out=/dev/null/x"], "out=/dev/null/x cannot be written"),
