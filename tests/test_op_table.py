@@ -22,12 +22,8 @@ def test_equal_tables_pass_and_another_ops_choice_is_named(monkeypatch):
     run._agree_on_ops()
     gla = {"backend": "cuda", "reason": "NVIDIA H200"}
     ranks(monkeypatch, ours, {"hash": "other", "ops": {**ours["ops"], "gla": gla}})
-    with pytest.raises(
-        ValueError, match="rank 2 has another op table than rank 0: gla is .*H200.* there and .*reference"
-    ):
+    with pytest.raises(ValueError, match="rank 2 has another op table .*: gla is .*H200.* there and .*reference"):
         run._agree_on_ops()
     ranks(monkeypatch, {"hash": "other", "ops": ours["ops"]})
-    with pytest.raises(
-        ValueError, match=r"rank 1 has another op table than rank 0 \(other files\); run `python -m ops`"
-    ):
+    with pytest.raises(ValueError, match=r"rank 1 has another op table .* \(other files\); run `python -m ops`"):
         run._agree_on_ops()

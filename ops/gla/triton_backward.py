@@ -1,178 +1,209 @@
-"""Kernels of gated linear attention, backward: gradients of states, of queries, of keys, values and decays.
+"""Kernels of gated linear attention, backward. Legend as in triton_forward.
 
-Shape legend and boundaries as in triton_forward. `grads` holds at each boundary the gradient of the state there.
+`leaving` [M, H, K, V] holds the gradient of the state behind each chunk, `states` the state that enters it. dscores is
+the gradient of the products of queries and keys.
 """
 
 import triton
 import triton.language as tl
 
-from ops.gla.triton_forward import cumulated, rows_of
+from ops.gla.triton_forward import (
+    exponents,
+    for_heads,
+    is_strong,
+    of_heads,
+    put,
+    put_heads,
+    state_tile,
+    tile,
+    tokens_of,
+)
 
 
 @triton.jit
-def segment_gradients(
-    q, log_decay, do, segments, grads, scale,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+def chunk_gradients(
+    q, sums, do, chunks, added, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, PV: tl.constexpr,
+    PARTS: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the state that enters each segment, through this segment's outputs alone. Grid (M, H, V / BV)."""
-    m, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start, end, n = tl.load(segments + m * 3), tl.load(segments + m * 3 + 1), tl.load(segments + m * 3 + 2)
-    ik, iv, ic, ir = tl.arange(0, BK), part * BV + tl.arange(0, BV), tl.arange(0, C), tl.arange(0, C * P)
-    grad = tl.zeros((BK, BV), tl.float32)
-    so_far = tl.zeros((BK,), tl.float32)
-    for t in range(start, end, C):
-        keys = ((t + ic) < end)[:, None] & (ik < K)[None]
-        token = ((t + ic).to(tl.int64) * H + h)[:, None]
-        g = tl.load(log_decay + token * K + ik[None], mask=keys, other=0.0).to(tl.float32)
-        row = (((t + ir // P).to(tl.int64) * H + h) * G + ir % P)[:, None]
-        rows = ((t + ir // P) < end) & (ir % P < G)
-        query = tl.load(q + row * K + ik[None], mask=rows[:, None] & (ik < K)[None], other=0.0).to(tl.float32) * scale
-        dout = tl.load(do + row * V + iv[None], mask=rows[:, None] & (iv < V)[None], other=0.0).to(DOT)
-        entered = (query * rows_of(tl.exp(so_far[None] + tl.cumsum(g, 0)), P)).to(DOT)
-        grad += tl.dot(tl.trans(entered), dout, input_precision=PRECISION)
-        so_far += tl.sum(g, 0)
-    place = grads + ((m + n).to(tl.int64) * H + h) * K * V
-    tl.store(place + ik[:, None] * V + iv[None], grad, mask=(ik < K)[:, None] & (iv < V)[None])
+    """Gradient of the state that enters each chunk, through its own outputs alone. Grid (M * PARTS, H)."""
+    m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
+    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    ik, iv, tokens = tl.arange(0, BK), part * PV + tl.arange(0, PV), start + tl.arange(0, C)
+    grow = (tl.exp(tile(sums, tokens, end, H * K, h * K, ik, K)) * scale).to(DOT)
+    grad = tl.zeros((BK, PV), tl.float32)
+    for head in range(0, G):
+        query = of_heads(q, tokens, end, h, head, ik, H, G, K, 1).to(DOT) * grow
+        dout = of_heads(do, tokens, end, h, head, iv, H, G, V, 1).to(DOT)
+        grad += tl.dot(tl.trans(query), dout, input_precision=PRECISION)
+    place = added + (m * H + h).to(tl.int64) * (K * V) + ik[:, None] * V + iv[None]
+    tl.store(place, grad, mask=(ik < K)[:, None] & (iv < V)[None])
+
+
+@triton.jit
+def _block_query_gradients(
+    q, k, v, log_decay, sums, do, states, dq, qdq, scale, m, start, end, h, part, first,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    ik, iv, ic = part * PK + tl.arange(0, PK), tl.arange(0, BV), tl.arange(0, C)
+    tokens = start + first + tl.arange(0, R)
+    of_keys, of_queries, of_state = exponents(sums, log_decay, start, end, h, first, ik, H, K, C, R)
+    key = (tile(k, start + ic, end, H * K, h * K, ik, K) * tl.exp(of_keys)).to(DOT)
+    value = tile(v, start + ic, end, H * V, h * V, iv, V).to(DOT)
+    state = (state_tile(states, m * H + h, ik, iv, K, V) * tl.exp(of_state)[:, None]).to(DOT)
+    grow = for_heads(tl.exp(of_queries) * scale, P)
+    causal = tokens_of(tokens, P)[:, None] >= start + ic[None]
+    product = tl.zeros((P * R, PK), tl.float32)
+    for head in range(0, G, P):
+        dout = of_heads(do, tokens, end, h, head, iv, H, G, V, P).to(DOT)
+        dscores = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
+        dscores = tl.where(causal, dscores, 0.0).to(DOT)
+        grad = tl.dot(dout, tl.trans(state), input_precision=PRECISION)
+        grad = tl.dot(dscores, key, grad, input_precision=PRECISION)
+        query = of_heads(q, tokens, end, h, head, ik, H, G, K, P).to(DOT) * grow.to(DOT)
+        product += query.to(tl.float32) * grad
+        put_heads(dq, grad * grow, tokens, end, h, head, ik, H, G, K, P)
+    if P > 1:
+        product = tl.sum(tl.reshape(product, (P, R, PK)), 0)
+    put(qdq, product, tokens, end, H * K, h * K, ik, K)
 
 
 @triton.jit
 def query_gradients(
-    q, k, v, log_decay, do, segments, states, dq, qdq, scale,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, DOT: tl.constexpr,
+    q, k, v, log_decay, sums, do, chunks, states, dq, qdq, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PK: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, and qdq fp32 [T, H, K]. Runs forward with the state. Grid (M, H, K / BK).
+    """dq, and qdq fp32 [T, H, K]: q * dq summed over the query heads. Parts are of K. Grid (M * PARTS, H)."""
+    m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
+    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    if is_strong(sums, start, end, h, H, K, BK, C):
+        for first in range(0, end - start, R):
+            _block_query_gradients(
+                q, k, v, log_decay, sums, do, states, dq, qdq, scale, m, start, end, h, part, first,
+                H, G, K, V, PK, BV, C, R, P, DOT, PRECISION,
+            )  # fmt: skip
+    else:
+        _block_query_gradients(
+            q, k, v, log_decay, sums, do, states, dq, qdq, scale, m, start, end, h, part, 0,
+            H, G, K, V, PK, BV, C, C, 1, DOT, PRECISION,
+        )  # fmt: skip
 
-    qdq is q * dq summed over the query heads, without what comes from the token's own key: no decay lies between them,
-    and its rounding would not cancel against the key's.
-    """
-    m, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start, end, n = tl.load(segments + m * 3), tl.load(segments + m * 3 + 1), tl.load(segments + m * 3 + 2)
-    ik, iv, ic, ir = part * BK + tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C), tl.arange(0, C * P)
-    place = states + ((m + n).to(tl.int64) * H + h) * K * V
-    state = tl.load(place + ik[:, None] * V + iv[None], mask=(ik < K)[:, None] & (iv < V)[None], other=0.0)
-    before, same = (ir // P)[:, None] > ic[None], (ir // P)[:, None] == ic[None]
-    for t in range(start, end, C):
-        inside = (t + ic) < end
-        token = ((t + ic).to(tl.int64) * H + h)[:, None]
-        keys = inside[:, None] & (ik < K)[None]
-        g = tl.load(log_decay + token * K + ik[None], mask=keys, other=0.0).to(tl.float32)
-        key = tl.load(k + token * K + ik[None], mask=keys, other=0.0)
-        value = tl.load(v + token * V + iv[None], mask=inside[:, None] & (iv < V)[None], other=0.0).to(DOT)
-        row = (((t + ir // P).to(tl.int64) * H + h) * G + ir % P)[:, None]
-        rows = ((t + ir // P) < end) & (ir % P < G)
-        query_keys = rows[:, None] & (ik < K)[None]
-        dout = tl.load(do + row * V + iv[None], mask=rows[:, None] & (iv < V)[None], other=0.0).to(DOT)
-        b, c, middle = cumulated(g, FLOOR)
-        all_of_it = tl.sum(g, 0)
-        dscores = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
-        itself = tl.sum(tl.where(same, dscores, 0.0), 1) * scale
-        dscores = tl.where(before, dscores, 0.0).to(DOT)
-        shrunk = (key * tl.exp(middle[None] - c)).to(DOT)
-        grad = rows_of(tl.exp(c - middle[None]) * scale, P) * tl.dot(dscores, shrunk, input_precision=PRECISION)
-        through_state = tl.dot(dout, tl.trans(state.to(DOT)), input_precision=PRECISION)
-        grad += rows_of(tl.exp(b) * scale, P) * through_state
-        query = tl.load(q + row * K + ik[None], mask=query_keys, other=0.0).to(tl.float32)
-        product = tl.sum(tl.reshape(query * grad, (C, P, BK)), 1)
-        tl.store(qdq + token * K + ik[None], product, mask=keys)
-        grad += itself[:, None] * rows_of(key.to(tl.float32), P)
-        tl.store(dq + row * K + ik[None], grad.to(dq.dtype.element_ty), mask=query_keys)
-        left = (key * tl.exp(all_of_it[None] - b)).to(DOT)
-        state = state * tl.exp(all_of_it)[:, None] + tl.dot(tl.trans(left), value, input_precision=PRECISION)
+
+@triton.jit
+def _block_key_gradients(
+    q, k, v, log_decay, sums, do, scale, start, end, h, part, first, dkey, taken,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what R queries of the chunk contribute to dk, and to taken, which is k * dk."""
+    ik, iv, ic = part * PK + tl.arange(0, PK), tl.arange(0, BV), tl.arange(0, C)
+    tokens = start + first + tl.arange(0, R)
+    of_keys, of_queries, _ = exponents(sums, log_decay, start, end, h, first, ik, H, K, C, R)
+    value = tile(v, start + ic, end, H * V, h * V, iv, V).to(DOT)
+    grow = for_heads((tl.exp(of_queries) * scale).to(DOT), P)
+    causal = start + ic[:, None] <= tokens_of(tokens, P)[None]
+    grad = tl.zeros((C, PK), tl.float32)
+    for head in range(0, G, P):
+        dout = of_heads(do, tokens, end, h, head, iv, H, G, V, P).to(DOT)
+        dscores = tl.dot(value, tl.trans(dout), input_precision=PRECISION)
+        dscores = tl.where(causal, dscores, 0.0).to(DOT)
+        query = of_heads(q, tokens, end, h, head, ik, H, G, K, P).to(DOT) * grow
+        grad = tl.dot(dscores, query, grad, input_precision=PRECISION)
+    factor = tl.exp(of_keys)
+    rounded = (tile(k, start + ic, end, H * K, h * K, ik, K) * factor).to(DOT)
+    return dkey + factor * grad, taken + rounded.to(tl.float32) * grad
 
 
 @triton.jit
 def key_gradients(
-    q, k, v, log_decay, do, qdq, segments, states, grads, dk, dg, scale,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, DOT: tl.constexpr,
+    q, k, v, log_decay, sums, do, qdq, chunks, totals, states, leaving, dk, dg, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PK: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and the gradient of log_decay. Runs backward with the gradient of the state. Grid (M, H, K / BK).
+    """dk and the gradient of log_decay. Parts are of K. Grid (M * PARTS, H).
 
-    log_decay_t scales all that passes from before t to t and after: its gradient is the sum of (q dq - k dk) from t to
-    the segment's end, and of state * gradient at the boundary there.
+    log_decay_t scales all that passes from before t to t or later. Its gradient is what crosses the whole chunk, plus
+    k * dk through later chunks for keys before t, plus q * dq - k * dk inside the chunk for tokens from t on. What a
+    token gives to itself is in both of the last with the same rounding, and cancels.
     """
-    m, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start, end, n = tl.load(segments + m * 3), tl.load(segments + m * 3 + 1), tl.load(segments + m * 3 + 2)
-    ik, iv, ic, ir = part * BK + tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C), tl.arange(0, C * P)
-    place = ((m + n + 1).to(tl.int64) * H + h) * K * V + ik[:, None] * V + iv[None]
-    whole = (ik < K)[:, None] & (iv < V)[None]
-    grad_state = tl.load(grads + place, mask=whole, other=0.0)
-    later = tl.sum(grad_state * tl.load(states + place, mask=whole, other=0.0), 1)
-    before, same = (ir // P)[:, None] > ic[None], (ir // P)[:, None] == ic[None]
-    num_blocks = tl.cdiv(end - start, C)
-    for block in range(0, num_blocks):
-        t = start + (num_blocks - 1 - block) * C
-        inside = (t + ic) < end
-        token = ((t + ic).to(tl.int64) * H + h)[:, None]
-        keys = inside[:, None] & (ik < K)[None]
-        g = tl.load(log_decay + token * K + ik[None], mask=keys, other=0.0).to(tl.float32)
-        key = tl.load(k + token * K + ik[None], mask=keys, other=0.0)
-        value = tl.load(v + token * V + iv[None], mask=inside[:, None] & (iv < V)[None], other=0.0).to(DOT)
-        row = (((t + ir // P).to(tl.int64) * H + h) * G + ir % P)[:, None]
-        rows = ((t + ir // P) < end) & (ir % P < G)
-        query = tl.load(q + row * K + ik[None], mask=rows[:, None] & (ik < K)[None], other=0.0).to(tl.float32) * scale
-        dout = tl.load(do + row * V + iv[None], mask=rows[:, None] & (iv < V)[None], other=0.0).to(DOT)
-        b, c, middle = cumulated(g, FLOOR)
-        all_of_it = tl.sum(g, 0)
-        dscores = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
-        itself = tl.sum(tl.where(same, dscores, 0.0), 1)
-        dscores = tl.where(before, dscores, 0.0).to(DOT)
-        grown = (query * rows_of(tl.exp(c - middle[None]), P)).to(DOT)
-        dkey = tl.exp(middle[None] - c) * tl.dot(tl.trans(dscores), grown, input_precision=PRECISION)
-        through_state = tl.dot(value, tl.trans(grad_state.to(DOT)), input_precision=PRECISION)
-        dkey += tl.exp(all_of_it[None] - b) * through_state
-        change = tl.load(qdq + token * K + ik[None], mask=keys, other=0.0) - key * dkey
-        all_change = tl.sum(change, 0)
-        dlog = later[None] + all_change[None] - tl.cumsum(change, 0) + change
-        tl.store(dg + token * K + ik[None], dlog.to(dg.dtype.element_ty), mask=keys)
-        later += all_change
-        dkey += tl.sum(tl.reshape(itself[:, None] * query, (C, P, BK)), 1)
-        tl.store(dk + token * K + ik[None], dkey.to(dk.dtype.element_ty), mask=keys)
-        entered = (query * rows_of(tl.exp(b), P)).to(DOT)
-        grad_state = grad_state * tl.exp(all_of_it)[:, None]
-        grad_state += tl.dot(tl.trans(entered), dout, input_precision=PRECISION)
+    m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
+    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    ik, iv, tokens = part * PK + tl.arange(0, PK), tl.arange(0, BV), start + tl.arange(0, C)
+    total = tl.load(totals + (m * H + h).to(tl.int64) * K + ik, mask=ik < K, other=0.0)
+    grad_state = state_tile(leaving, m * H + h, ik, iv, K, V).to(tl.float32)
+    crossing = tl.exp(total) * tl.sum(grad_state * state_tile(states, m * H + h, ik, iv, K, V).to(tl.float32), 1)
+    dkey, taken = tl.zeros((C, PK), tl.float32), tl.zeros((C, PK), tl.float32)
+    if is_strong(sums, start, end, h, H, K, BK, C):
+        for first in range(0, end - start, R):
+            dkey, taken = _block_key_gradients(
+                q, k, v, log_decay, sums, do, scale, start, end, h, part, first, dkey, taken,
+                H, G, K, V, PK, BV, C, R, P, DOT, PRECISION,
+            )  # fmt: skip
+    else:
+        dkey, taken = _block_key_gradients(
+            q, k, v, log_decay, sums, do, scale, start, end, h, part, 0, dkey, taken,
+            H, G, K, V, PK, BV, C, C, 1, DOT, PRECISION,
+        )  # fmt: skip
+    value = tile(v, tokens, end, H * V, h * V, iv, V).to(DOT)
+    grad_state = state_tile(leaving, m * H + h, ik, iv, K, V).to(DOT)
+    through = tl.dot(value, tl.trans(grad_state), input_precision=PRECISION)
+    through *= tl.exp(total[None] - tile(sums, tokens, end, H * K, h * K, ik, K))
+    put(dk, dkey + through, tokens, end, H * K, h * K, ik, K)
+    change = tile(qdq, tokens, end, H * K, h * K, ik, K) - taken
+    steps = tile(k, tokens, end, H * K, h * K, ik, K).to(tl.float32) * through - change
+    dlog = (crossing + tl.sum(change, 0))[None] + tl.cumsum(steps, 0) - steps
+    put(dg, dlog, tokens, end, H * K, h * K, ik, K)
+
+
+@triton.jit
+def _block_value_gradients(
+    q, k, log_decay, sums, do, scale, start, end, h, part, first, dvalue,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, PV: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    ik, iv, ic = tl.arange(0, BK), part * PV + tl.arange(0, PV), tl.arange(0, C)
+    tokens = start + first + tl.arange(0, R)
+    of_keys, of_queries, _ = exponents(sums, log_decay, start, end, h, first, ik, H, K, C, R)
+    key = (tile(k, start + ic, end, H * K, h * K, ik, K) * tl.exp(of_keys)).to(DOT)
+    grow = for_heads((tl.exp(of_queries) * scale).to(DOT), P)
+    causal = start + ic[:, None] <= tokens_of(tokens, P)[None]
+    for head in range(0, G, P):
+        query = of_heads(q, tokens, end, h, head, ik, H, G, K, P).to(DOT) * grow
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        scores = tl.where(causal, scores, 0.0).to(DOT)
+        dout = of_heads(do, tokens, end, h, head, iv, H, G, V, P).to(DOT)
+        dvalue = tl.dot(scores, dout, dvalue, input_precision=PRECISION)
+    return dvalue
 
 
 @triton.jit
 def value_gradients(
-    q, k, log_decay, do, segments, grads, dv, scale,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, DOT: tl.constexpr,
+    q, k, log_decay, sums, do, chunks, totals, leaving, dv, scale,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PV: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv. Runs backward with the gradient of the state. Grid (M, H, V / BV)."""
-    m, h, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start, end, n = tl.load(segments + m * 3), tl.load(segments + m * 3 + 1), tl.load(segments + m * 3 + 2)
-    ik, iv, ic, ir = tl.arange(0, BK), part * BV + tl.arange(0, BV), tl.arange(0, C), tl.arange(0, C * P)
-    place = ((m + n + 1).to(tl.int64) * H + h) * K * V + ik[:, None] * V + iv[None]
-    grad_state = tl.load(grads + place, mask=(ik < K)[:, None] & (iv < V)[None], other=0.0)
-    causal = (ir // P)[:, None] >= ic[None]
-    num_blocks = tl.cdiv(end - start, C)
-    for block in range(0, num_blocks):
-        t = start + (num_blocks - 1 - block) * C
-        inside = (t + ic) < end
-        token = ((t + ic).to(tl.int64) * H + h)[:, None]
-        keys = inside[:, None] & (ik < K)[None]
-        g = tl.load(log_decay + token * K + ik[None], mask=keys, other=0.0).to(tl.float32)
-        key = tl.load(k + token * K + ik[None], mask=keys, other=0.0)
-        row = (((t + ir // P).to(tl.int64) * H + h) * G + ir % P)[:, None]
-        rows = ((t + ir // P) < end) & (ir % P < G)
-        query = tl.load(q + row * K + ik[None], mask=rows[:, None] & (ik < K)[None], other=0.0).to(tl.float32) * scale
-        dout = tl.load(do + row * V + iv[None], mask=rows[:, None] & (iv < V)[None], other=0.0).to(DOT)
-        b, c, middle = cumulated(g, FLOOR)
-        all_of_it = tl.sum(g, 0)
-        grown = (query * rows_of(tl.exp(c - middle[None]), P)).to(DOT)
-        shrunk = (key * tl.exp(middle[None] - c)).to(DOT)
-        scores = tl.dot(grown, tl.trans(shrunk), input_precision=PRECISION)
-        scores = tl.where(causal, scores, 0.0).to(DOT)
-        left = (key * tl.exp(all_of_it[None] - b)).to(DOT)
-        dvalue = tl.dot(left, grad_state.to(DOT), input_precision=PRECISION)
-        dvalue += tl.dot(tl.trans(scores), dout, input_precision=PRECISION)
-        tl.store(dv + token * V + iv[None], dvalue.to(dv.dtype.element_ty), mask=inside[:, None] & (iv < V)[None])
-        entered = (query * rows_of(tl.exp(b), P)).to(DOT)
-        grad_state = grad_state * tl.exp(all_of_it)[:, None]
-        grad_state += tl.dot(tl.trans(entered), dout, input_precision=PRECISION)
+    """dv. Parts are of V. Grid (M * PARTS, H)."""
+    m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
+    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    ik, iv, tokens = tl.arange(0, BK), part * PV + tl.arange(0, PV), start + tl.arange(0, C)
+    total = tl.load(totals + (m * H + h).to(tl.int64) * K + ik, mask=ik < K, other=0.0)
+    left = tl.exp(total[None] - tile(sums, tokens, end, H * K, h * K, ik, K))
+    left = (tile(k, tokens, end, H * K, h * K, ik, K) * left).to(DOT)
+    dvalue = tl.dot(left, state_tile(leaving, m * H + h, ik, iv, K, V).to(DOT), input_precision=PRECISION)
+    if is_strong(sums, start, end, h, H, K, BK, C):
+        for first in range(0, end - start, R):
+            dvalue = _block_value_gradients(
+                q, k, log_decay, sums, do, scale, start, end, h, part, first, dvalue,
+                H, G, K, V, BK, PV, C, R, P, DOT, PRECISION,
+            )  # fmt: skip
+    else:
+        dvalue = _block_value_gradients(
+            q, k, log_decay, sums, do, scale, start, end, h, part, 0, dvalue,
+            H, G, K, V, BK, PV, C, C, 1, DOT, PRECISION,
+        )  # fmt: skip
+    put(dv, dvalue, tokens, end, H * V, h * V, iv, V)

@@ -321,7 +321,7 @@ class Recipe:
     log: what is logged, and where.
     evaluation: held-out evaluation during the run.
     cluster: the machine that plans and MFU refer to.
-    ops: backend by op name, to force one; `python -m ops` lists them.
+    ops: backend by op name, to force one (`python -m ops` lists them), or "auto or reference": see docs/ops.md.
     export_dir: folder of the Hugging Face export at the end; empty exports nothing.
     dry_run: print the plan of the run and exit; reads no weights.
     layout_auto: replace layouts that do not fit the world by ones that do.

@@ -18,12 +18,16 @@ def differences(
     rows: int = 1,
     with_state: bool = False,
     dtype: str = "float32",
+    backend: str = "maca",
 ) -> list[float]:
     """Relative distance to the float64 reference: outputs, then gradients of q, k, v, log_decay and the state."""
+    from importlib import import_module
+
     import torch
 
-    from ops.gla import maca, reference
+    from ops.gla import reference
 
+    kernels = import_module(f"ops.gla.{backend}")
     shapes = [(heads[0], sizes[0]), (heads[1], sizes[0]), (heads[1], sizes[1])]
     q, k, v = (torch.randn(rows, num_tokens, *shape, dtype=torch.float64) for shape in shapes)
     log_decay = -2 * strength * torch.rand(rows, num_tokens, heads[1], sizes[0], dtype=torch.float64)
@@ -33,7 +37,7 @@ def differences(
         num_documents = rows if edges is None else len(edges) - 1
         inputs.append(torch.randn(num_documents, heads[1], *sizes, dtype=torch.float64))
     results = []
-    for module, kind in ((maca, getattr(torch, dtype)), (reference, torch.float64)):
+    for module, kind in ((kernels, getattr(torch, dtype)), (reference, torch.float64)):
         leaves = [x.to(kind) for x in inputs[:4]]
         leaves += [x.to(torch.promote_types(kind, torch.float32)) for x in inputs[4:]]
         leaves = [x.requires_grad_() for x in leaves]
@@ -43,6 +47,21 @@ def differences(
         generator = torch.Generator().manual_seed(7)
         loss = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in outputs)
         results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+    return [_distance(*pair) for pair in zip(*results)]
+
+
+def decoding(rank: int, *, num_tokens: int, with_state: bool) -> list[float]:
+    """A few tokens of two rows without gradients: outputs and final states."""
+    import torch
+
+    from ops.gla import maca, reference
+
+    q, k, v, state = (torch.randn(2, num_tokens, *shape) for shape in ((6, 24), (2, 24), (2, 40), (1, 1)))
+    log_decay, state = -torch.rand(2, num_tokens, 2, 24), torch.randn(2, 2, 24, 40) if with_state else None
+    results = []
+    for module, kind in ((maca, torch.float32), (reference, torch.float64)):
+        inputs = [x.to(kind) for x in (q, k, v, log_decay)]
+        results.append(module.gla(*inputs, initial_state=state, output_final_state=True))
     return [_distance(*pair) for pair in zip(*results)]
 
 

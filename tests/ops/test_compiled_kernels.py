@@ -12,31 +12,21 @@ import pytest
 from ops.backends.maca import BACKEND
 
 POINTERS = {
-    **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "*bf16"),
-    **dict.fromkeys(("log_decay", "dg", "qdq", "states", "grads", "totals", "entering"), "*fp32"),
-    **dict.fromkeys(("segments", "edges"), "*i32"),
+    **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv", "states", "leaving"), "*bf16"),
+    **dict.fromkeys(("log_decay", "dg", "qdq", "sums", "totals", "added", "given", "ends"), "*fp32"),
+    **dict.fromkeys(("chunks", "edges"), "*i32"),
 }
 TARGETS = {"A100": ("cuda", 80, 32), "64 lanes": ("hip", "gfx942", 64)}
 
 
-def gla_kernels():
-    """(kernel, its sizes for the 7B model, warps, stages) of every kernel of ops/gla/maca.py."""
-    import triton.language as tl
+def gla_launchers():
+    """Every kernel of ops/gla/maca.py with its constants for the 7B model, its warps and stages."""
+    import torch
 
-    from ops.gla import triton_backward, triton_forward
+    from ops.gla.chunked import Kernels
     from ops.gla.maca import TILES
 
-    whole = dict(H=4, G=7, P=8, K=128, V=128, BK=128, BV=128, C=TILES.block_tokens, FLOOR=TILES.floor)
-    whole |= dict(DOT=tl.bfloat16, PRECISION="tf32")
-    for name, tile in TILES.kernels.items():
-        kernel = getattr(triton_forward, name, None) or getattr(triton_backward, name)
-        split = "BK" if name in ("query_gradients", "key_gradients") else "BV"
-        sizes = {**whole, split: tile.part}
-        if name == "segment_states":
-            sizes["C"] = TILES.state_tokens
-        yield kernel, {key: sizes[key] for key in kernel.arg_names if key in sizes}, tile.num_warps, tile.num_stages
-    scan = dict(H=4, K=128, V=128, BLOCK=TILES.scan_block, GIVEN=True, REVERSE=True)
-    yield triton_forward.scan_states, scan, 4, 1
+    return Kernels(7, 4, 128, 128, torch.bfloat16, TILES).launchers
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -46,10 +36,10 @@ def test_gla_fits_64_kb_of_shared_memory(target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel, sizes, num_warps, num_stages in gla_kernels():
-        assert num_warps <= BACKEND.limits.max_num_warps
-        kinds = {**POINTERS, "scale": "fp32", **dict.fromkeys(sizes, "constexpr")}
-        source = ASTSource(fn=kernel, signature={name: kinds[name] for name in kernel.arg_names}, constexprs=sizes)
-        options = dict(num_warps=num_warps, num_stages=num_stages)
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    for launcher in gla_launchers():
+        assert launcher.options["num_warps"] <= BACKEND.limits.max_num_warps
+        kernel, constants = launcher.kernel, launcher.constants
+        kinds = {**POINTERS, "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
+        source = ASTSource(fn=kernel, signature={name: kinds[name] for name in kernel.arg_names}, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launcher.options)
         assert compiled.metadata.shared <= BACKEND.limits.shared_memory_bytes, kernel.__name__

@@ -1,4 +1,4 @@
-"""Own Triton kernels against their float64 references, in Triton's interpreter with MetaX tiles."""
+"""Own Triton kernels against their float64 references, in Triton's interpreter, with the tiles of both backends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from interpreted_case import differences, halves
+from interpreted_case import decoding, differences, halves
 
 RAGGED = (0, 0, 1, 2, 66, 66, 67, 130, 130)
 
@@ -35,9 +35,10 @@ def within(values: list[float], tolerance: float) -> bool:
     return all(value <= tolerance for value in values)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "maca"])
 @pytest.mark.parametrize("num_tokens, strength", [(2, 0.05), (63, 5.0), (64, 0.05), (65, 2.5), (257, 0.05)])
-def test_gla_by_length(interpreter, num_tokens, strength):
-    (values,) = interpreter(differences, num_tokens=num_tokens, strength=strength)
+def test_gla_by_length(interpreter, num_tokens, strength, backend):
+    (values,) = interpreter(differences, num_tokens=num_tokens, strength=strength, backend=backend)
     assert within(values, 1e-5), values
 
 
@@ -71,6 +72,13 @@ def test_gla_that_forgets_nearly_everything(interpreter):
 def test_gla_in_fp16(interpreter):
     (values,) = interpreter(differences, num_tokens=130, edges=RAGGED, strength=5.0, dtype="float16")
     assert within(values, 2e-3), values
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_gla_decoding(interpreter, num_tokens, with_state):
+    (values,) = interpreter(decoding, num_tokens=num_tokens, with_state=with_state)
+    assert within(values, 1e-5), values
 
 
 @pytest.mark.parametrize("edges", [None, (0, 30, 30, 70), (0, 0, 30, 70)])
