@@ -2,7 +2,8 @@
 
 With b the running sum of log_decay and D_ij = exp(b_i - b_j) for j <= i, all of a chunk's writes are
 u = (I + tril(beta D (k k^T), -1))^{-1} beta (v - exp(b) k S_in): linear in the entering state S_in.
-Shapes inside: q [B, H, M, C, G, K], k [B, H, M, C, K] with H key heads, G query heads of each, M chunks of C tokens.
+Shapes inside: q [B, H, M, C, G, K], k [B, H, M, C, K] with H states, G query heads of each, M chunks of C tokens; keys
+and queries that several states share are repeated.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def gated_delta_rule(
     q, k, v, log_decay, beta = (x.to(exact) for x in (q, k, v, log_decay, beta))
     if qk_l2norm:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    k, q = (x.repeat_interleave(max(1, v.shape[2] // x.shape[2]), 2) for x in (k, q))
     tensors = (q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, log_decay, beta)
     state = None if initial_state is None else initial_state.to(exact)
     stateful = initial_state is not None or output_final_state

@@ -37,23 +37,23 @@ def gla(q, k, v, log_decay, *, cu_seqlens=None, initial_state=None, scale=None):
 
 
 def gated_delta_rule(q, k, v, log_decay, beta, *, cu_seqlens=None, initial_state=None, qk_l2norm=False):
-    """(o, final) like gla."""
-    group = q.shape[2] // k.shape[2]
+    """(o [1, T, H, V], final [N, Hv, K, V]) like gla; H = max(Hq, Hv)."""
+    heads, num_states = max(q.shape[2], v.shape[2]), v.shape[2]
     if qk_l2norm:
         q, k = (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    q = q[0] * q.shape[-1] ** -0.5
-    k, v, log_decay, beta = per_query_head(q, k[0], v[0], log_decay[0], beta[0])
+    q, k, v, log_decay, beta = (x[0].repeat_interleave(heads // x.shape[2], 1) for x in (q, k, v, log_decay, beta))
+    q = q * q.shape[-1] ** -0.5
     outputs, finals = [], []
     for n, (start, end) in enumerate(spans(cu_seqlens, len(q))):
-        state = q.new_zeros(q.shape[1], k.shape[2], v.shape[2])
+        state = q.new_zeros(heads, k.shape[2], v.shape[2])
         if initial_state is not None:
-            state = initial_state[n].repeat_interleave(group, 0)
+            state = initial_state[n].repeat_interleave(heads // num_states, 0)
         for t in range(start, end):
             state = log_decay[t].exp()[:, None, None] * state
             write = beta[t][:, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], state))
             state = state + k[t][:, :, None] * write[:, None, :]
             outputs.append(torch.einsum("hk,hkv->hv", q[t], state))
-        finals.append(state[::group])
+        finals.append(state[:: heads // num_states])
     return torch.stack(outputs)[None], torch.stack(finals)
 
 

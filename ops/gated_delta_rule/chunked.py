@@ -1,0 +1,295 @@
+"""Gated delta rule on Triton kernels, chunk by chunk: host side, shared by the backends' files.
+
+Documents are cut into chunks that never cross their boundaries. Forward: (1) each chunk's errors, as a linear function
+of the state that enters it (the WY representation, with one inverse of a triangular matrix); (2) the state from chunk
+to chunk through each document; (3) outputs. Backward: (1) each chunk's part of the gradient of its errors; (2) the
+gradient of the state from chunk to chunk, from the end; (3) gradients of all inputs. The serial kernels share out value
+heads and value columns, the others chunks and heads. Kept for backward, in the inputs' dtype: inverses, errors, and the
+states that enter chunks. Heads that share a key or a query are summed inside one program: no atomics, the same bits
+every time.
+
+Source: Gated Delta Networks (Yang et al., 2024); Parallelizing Linear Transformers with the Delta Rule (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ops import documents
+from ops.gated_delta_rule import triton_backward as backward
+from ops.gated_delta_rule import triton_forward as forward
+from ops.gated_delta_rule import triton_norm as norm
+
+LARGEST_HEAD = 128
+STEPS = 8  # documents up to this long, without gradients, go token by token
+_PRECISIONS = {
+    torch.bfloat16: dict(DOT=tl.bfloat16, PRECISION="ieee"),
+    torch.float16: dict(DOT=tl.float16, PRECISION="ieee"),
+    torch.float32: dict(DOT=tl.float32, PRECISION="tf32x3"),
+}
+_NORM_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is launched. part: value columns of a program, or of a step where a program takes all. keys: key
+    columns of a program, where it need not have all (`gradients`)."""
+
+    part: int
+    num_warps: int
+    num_stages: int
+    keys: int | None = None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """chunk_tokens: a power of two, 16 or more. kernels: how each kernel is launched, by name."""
+
+    chunk_tokens: int
+    kernels: Mapping[str, Tile]
+
+    def of(self, kernel, dtype: torch.dtype) -> Tile:
+        """The tile of a kernel; fp32 takes twice the shared memory of what the tiles are made for."""
+        tile = self.kernels[kernel.__name__]
+        if dtype != torch.float32:
+            return tile
+        return replace(tile, part=max(16, tile.part // 2), keys=tile.keys and max(16, tile.keys // 2), num_stages=1)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """table int32 [M, 2]: first token and end. bounds, edges int32 [N + 1]: tokens and chunks of documents."""
+
+    table: Tensor
+    bounds: Tensor
+    edges: Tensor
+    num_chunks: int
+    num_documents: int
+
+
+def cut(bounds: list[int], length: int, device) -> Chunks:
+    """Documents, given by their bounds, cut into chunks of at most `length` tokens."""
+    table, edges = [], [0]
+    for start, end in zip(bounds, bounds[1:]):
+        table += [(t, min(t + length, end)) for t in range(start, end, length)]
+        edges.append(len(table))
+    tensors = (torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (table, bounds, edges))
+    return Chunks(*tensors, len(table), len(bounds) - 1)
+
+
+@lru_cache(maxsize=16)
+def _of_rows(num_rows: int, num_tokens: int, length: int, device) -> Chunks:
+    return cut([row * num_tokens for row in range(num_rows + 1)], length, device)
+
+
+def chunks_of(k: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
+    """The chunks of a batch [B, T, H, K]; its rows are documents where cu_seqlens is None."""
+    if cu_seqlens is None:
+        return _of_rows(*k.shape[:2], length, k.device)
+    key = ("gated_delta_rule_chunks", length, k.device)
+    return documents.derived(cu_seqlens, key, lambda: cut(documents.bounds(cu_seqlens), length, k.device))
+
+
+def runs_here(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take such inputs: there are tokens, in 16 or 32 bits, and heads are not too large."""
+    return q.dtype in _PRECISIONS and v.numel() > 0 and max(q.shape[3], v.shape[3]) <= LARGEST_HEAD
+
+
+def gated_delta_rule(
+    q, k, v, log_decay, beta, *, scale, initial_state, cu_seqlens, output_final_state, qk_l2norm, tiles: Tiles
+):
+    """See ops.gated_delta_rule."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if qk_l2norm:
+        q, k = _Unit.apply(q), _Unit.apply(k)
+    q, k, v = (x.to(q.dtype).contiguous() for x in (q, k, v))
+    log_decay, beta = log_decay.contiguous(), beta.contiguous()
+    chunks = chunks_of(k, cu_seqlens, tiles.chunk_tokens)
+    launch = _Launch(q, k, v, chunks, scale, tiles)
+    if _few_tokens(q, cu_seqlens) and not _differentiable(q, k, v, log_decay, beta, initial_state):
+        o, final = launch.steps(q, k, v, log_decay, beta, initial_state)
+    else:
+        o, final = _GatedDeltaRule.apply(q, k, v, log_decay, beta, initial_state, launch)
+    return o, final if output_final_state else None
+
+
+def _few_tokens(q: Tensor, cu_seqlens: Tensor | None) -> bool:
+    longest = q.shape[1] if cu_seqlens is None else max(documents.lengths(cu_seqlens))
+    return longest <= STEPS
+
+
+def _differentiable(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    """(o, final states [N, HV, K, V]) of contiguous inputs."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, beta, initial_state, launch):
+        keep = any(ctx.needs_input_grad)
+        sums, weights, inverses, known, errors = launch.writes(k, v, log_decay, beta, keep)
+        states, final = launch.states(k, sums, weights, known, errors, initial_state)
+        del known
+        o = launch.outputs(q, k, sums, weights, errors, states)
+        if keep:
+            ctx.save_for_backward(q, k, sums, weights, inverses, errors, states)
+            ctx.launch, ctx.dtypes = launch, (log_decay.dtype, beta.dtype)
+            ctx.state_dtype = None if initial_state is None else initial_state.dtype
+        return o, final
+
+    @staticmethod
+    def backward(ctx, do, dfinal):
+        q, k, sums, weights, inverses, errors, states = ctx.saved_tensors
+        launch, do = ctx.launch, do.contiguous()
+        carried, dv = launch.reads(q, k, sums, weights, inverses, do)
+        grads, dinitial = launch.state_gradients(q, k, sums, do, carried, dv, dfinal)
+        del carried
+        dq, dk, *parts = launch.gradients(q, k, sums, weights, do, errors, dv, states, grads)
+        dlog_decay, dbeta = launch.decay_gradients(weights, *parts, dv.shape[:3], *ctx.dtypes)
+        dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
+        return dq, dk, dv, dlog_decay, dbeta, dinitial, None
+
+
+class _Launch:
+    """The kernels on one set of shapes and chunks."""
+
+    def __init__(self, q, k, v, chunks: Chunks, scale: float, tiles: Tiles):
+        self.chunks, self.scale, self.tiles, self.dtype = chunks, scale, tiles, q.dtype
+        self.num_tokens = k.shape[0] * k.shape[1]
+        self.key_size, self.value_size = k.shape[3], v.shape[3]
+        self.heads = dict(HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2])
+        self.num_heads = max(q.shape[2], v.shape[2])
+        self.whole = [max(16, triton.next_power_of_2(n)) for n in (self.key_size, self.value_size)]
+        length = tiles.chunk_tokens
+        self.sizes = dict(self.heads, H=self.num_heads, K=self.key_size, V=self.value_size, C=length)
+        self.sizes |= _PRECISIONS[q.dtype]
+        self.sizes |= dict(SOLVE=tl.float32 if q.dtype == torch.float32 else tl.float16, LEVELS=length.bit_length() - 1)
+
+    def _run(self, kernel, count: int, *tensors, shared_out: bool, **sizes) -> None:
+        """Launch `count` programs, or with shared_out count times the number of parts of the value columns."""
+        tile = self.tiles.of(kernel, self.dtype)
+        blocks = dict(BK=min(self.whole[0], tile.keys or LARGEST_HEAD), BV=min(self.whole[1], tile.part))
+        if shared_out:
+            count *= triton.cdiv(self.value_size, blocks["BV"])
+        sizes |= {name: size for name, size in {**self.sizes, **blocks}.items() if name in kernel.arg_names}
+        if count:
+            kernel[(count,)](*tensors, **sizes, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+    def _states(self, like: Tensor, num: int, dtype) -> Tensor:
+        return like.new_empty(num, self.heads["HV"], self.key_size, self.value_size, dtype=dtype)
+
+    def writes(self, k, v, log_decay, beta, keep: bool) -> tuple[Tensor, ...]:
+        """sums, weights [HV, B * T], inverses [B, T, HV, C], known [B, T, HV, K], missing [B, T, HV, V]."""
+        sums, weights = (v.new_empty(v.shape[2], self.num_tokens, dtype=torch.float32) for _ in range(2))
+        known, missing = k.new_empty(*v.shape[:3], self.key_size), torch.empty_like(v)
+        inverses = k.new_empty(*v.shape[:3], self.tiles.chunk_tokens) if keep else sums
+        count = self.chunks.num_chunks * self.heads["HV"]
+        tensors = (k, v, log_decay, beta, self.chunks.table, sums, weights, inverses, known, missing)
+        self._run(forward.chunk_writes, count, *tensors, self.num_tokens, shared_out=False, KEEP=keep)
+        return sums, weights, inverses, known, missing
+
+    def states(self, k, sums, weights, known, missing, initial_state) -> tuple[Tensor, Tensor]:
+        """States that enter chunks [M, HV, K, V], and fp32 final ones [N, HV, K, V]; `missing` becomes errors."""
+        states = self._states(k, self.chunks.num_chunks, k.dtype)
+        final = self._states(k, self.chunks.num_documents, torch.float32)
+        given = initial_state is not None
+        initial = initial_state.contiguous() if given else final
+        count = self.chunks.num_documents * self.heads["HV"]
+        tensors = (k, sums, weights, known, missing, self.chunks.bounds, self.chunks.edges, initial, states, final)
+        self._run(forward.pass_states, count, *tensors, self.num_tokens, shared_out=True, GIVEN=given)
+        return states, final
+
+    def outputs(self, q, k, sums, weights, errors, states) -> Tensor:
+        """o [B, T, H, V]."""
+        o = q.new_empty(*q.shape[:2], self.num_heads, self.value_size)
+        count = self.chunks.num_chunks * self.num_heads
+        tensors = (q, k, sums, weights, errors, states, self.chunks.table, o, self.num_tokens, self.scale)
+        self._run(forward.outputs, count, *tensors, shared_out=True)
+        return o
+
+    def steps(self, q, k, v, log_decay, beta, initial_state) -> tuple[Tensor, Tensor]:
+        """o [B, T, H, V] and final states, token by token."""
+        o = q.new_empty(*q.shape[:2], self.num_heads, self.value_size)
+        final = self._states(k, self.chunks.num_documents, torch.float32)
+        given = initial_state is not None
+        initial = initial_state.contiguous() if given else final
+        count = self.chunks.num_documents * self.heads["HV"]
+        tensors = (q, k, v, log_decay, beta, self.chunks.bounds, initial, o, final, self.scale)
+        self._run(forward.steps, count, *tensors, shared_out=True, GIVEN=given)
+        return o, final
+
+    def reads(self, q, k, sums, weights, inverses, do) -> tuple[Tensor, Tensor]:
+        """carried [B, T, HV, K] and local [B, T, HV, V]: dv = local + carried @ (gradient of the leaving state)."""
+        shape = (*k.shape[:2], self.heads["HV"])
+        carried, local = k.new_empty(*shape, self.key_size), k.new_empty(*shape, self.value_size)
+        count = self.chunks.num_chunks * self.heads["HV"]
+        tensors = (q, k, sums, weights, inverses, do, self.chunks.table, carried, local, self.num_tokens, self.scale)
+        self._run(backward.chunk_reads, count, *tensors, shared_out=False)
+        return carried, local
+
+    def state_gradients(self, q, k, sums, do, carried, local, dfinal) -> tuple[Tensor, Tensor]:
+        """Gradients of leaving states [M, HV, K, V] and fp32 of initial ones; `local` becomes dv."""
+        grads = self._states(k, self.chunks.num_chunks, k.dtype)
+        dinitial = self._states(k, self.chunks.num_documents, torch.float32)
+        given = dfinal is not None
+        dfinal = dfinal.contiguous() if given else dinitial
+        count = self.chunks.num_documents * self.heads["HV"]
+        tensors = (q, k, sums, do, carried, local, self.chunks.bounds, self.chunks.edges, dfinal)
+        tensors += (grads, dinitial, self.num_tokens, self.scale)
+        self._run(backward.pass_gradients, count, *tensors, shared_out=True, GIVEN=given)
+        return grads, dinitial
+
+    def gradients(self, q, k, sums, weights, do, errors, dv, states, grads) -> tuple[Tensor, ...]:
+        """dq, dk, and the parts of the gradients of beta and log_decay: see triton_backward.gradients."""
+        parts = self._key_parts()
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        dweights, dsums = (sums.new_empty(parts, len(sums) + self.num_heads, self.num_tokens) for _ in range(2))
+        dtotals = sums.new_empty(parts, len(sums), self.chunks.num_chunks)
+        tensors = (q, k, sums, weights, do, errors, dv, states, grads, self.chunks.table)
+        tensors += (dq, dk, dweights, dsums, dtotals, self.num_tokens, self.scale)
+        count = self.chunks.num_chunks * self.heads["HK"] * parts
+        self._run(backward.gradients, count, *tensors, shared_out=False)
+        return dq, dk, dweights, dsums, dtotals
+
+    def decay_gradients(self, weights, dweights, dsums, dtotals, shape, decay_dtype, beta_dtype) -> tuple:
+        """dlog_decay, dbeta [B, T, HV]."""
+        dlog_decay, dbeta = (weights.new_empty(shape, dtype=dtype) for dtype in (decay_dtype, beta_dtype))
+        tensors = (weights, dweights, dsums, dtotals, self.chunks.table, dbeta, dlog_decay, self.num_tokens)
+        count = self.chunks.num_chunks * self.heads["HV"]
+        self._run(backward.decay_gradients, count, *tensors, shared_out=False, PARTS=len(dtotals))
+        return dlog_decay, dbeta
+
+    def _key_parts(self) -> int:
+        keys = self.tiles.of(backward.gradients, self.dtype).keys
+        return triton.cdiv(self.key_size, min(self.whole[0], keys or LARGEST_HEAD))
+
+
+class _Unit(torch.autograd.Function):
+    """x / sqrt(|x|^2 + 1e-6) over the last dimension."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        return _Unit._run(norm.unit_rows, x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        return _Unit._run(norm.unit_row_gradients, x, dy.contiguous())
+
+    @staticmethod
+    def _run(kernel, *tensors) -> Tensor:
+        result, size = torch.empty_like(tensors[0]), tensors[0].shape[-1]
+        num_rows = result.numel() // size
+        sizes = dict(K=size, BK=triton.next_power_of_2(size), ROWS=_NORM_ROWS)
+        kernel[(triton.cdiv(num_rows, _NORM_ROWS),)](*tensors, result, num_rows, **sizes, num_warps=4)
+        return result
