@@ -51,7 +51,6 @@ class Case:
     peers: tuple[Version, ...] = ()
     backward: float = 2.0
     reread: Optional[tuple[str, ...]] = None
-    prepare: Callable[[Inputs], Inputs] = dict
     max_tokens: Optional[int] = None
     check_tokens: Optional[int] = None
     compared: bool = True

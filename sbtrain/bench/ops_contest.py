@@ -9,7 +9,8 @@ import torch
 
 from ops.device import collect
 from ops.discover import descriptors, scan
-from ops.registry import Refused, resolve
+from ops.registry import Refused, resolve, why_not
+from ops.select import refusal
 from sbtrain.bench.ops_case import Case, Inputs, Version, moved_bytes, num_bytes, useful_flops, wanted
 from sbtrain.bench.ops_ceilings import floor_ms
 from sbtrain.bench.ops_errors import Truth, answers, errors, find_truth, reason, worst
@@ -235,10 +236,20 @@ def own_versions(case: Case, backends: tuple[str, ...]) -> list[Version]:
     names = backends or here
     chosen = resolve(case.op).backend
     order = sorted(dict.fromkeys(names), key=lambda name: (name != chosen, name == "reference"))
-    return [Version(name, partial(_own, case, name), prepare=case.prepare, gpu_only=False) for name in order]
+    return [Version(name, partial(_own, case, name), gpu_only=False) for name in order]
 
 
 def _own(case: Case, name: str) -> Callable[[Inputs], tuple]:
+    facts, known = collect(), descriptors()
+    problem = refusal(
+        name,
+        files=scan()[case.op],
+        facts=facts,
+        backends=known,
+        why_not=lambda backend: why_not(case.op, known[backend]),
+    )
+    if problem is not None:
+        raise ValueError(problem)
     choice = resolve(case.op, {case.op: name})
     if choice.backend != name:
         raise ValueError(f"{choice.reason} forces {choice.backend}")

@@ -83,16 +83,9 @@ def _linear_attention(model: ModelConfig) -> list[Case]:
         delta(
             f"{DELTA_HEADS} qk, {DELTA_VALUE_HEADS} v heads",
             inputs=partial(delta_inputs, heads=DELTA_HEADS, key_heads=DELTA_HEADS, value_heads=DELTA_VALUE_HEADS),
-            prepare=_keys_to_value_heads,
             flops=lambda num_tokens: num_tokens * size * size * 7.0 * DELTA_VALUE_HEADS,
         ),
     ]
-
-
-def _keys_to_value_heads(x: Inputs) -> Inputs:
-    """ops.gated_delta_rule has no more value heads than key heads: queries and keys are repeated beforehand."""
-    group = x["v"].shape[2] // x["k"].shape[2]
-    return {**x, "q": x["q"].repeat_interleave(group, 2), "k": x["k"].repeat_interleave(group, 2)}
 
 
 def _softmax_attention(model: ModelConfig) -> list[Case]:
