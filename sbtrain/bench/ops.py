@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from enum import Enum
 from pathlib import Path
+from typing import Iterator
 
 import torch
 
@@ -102,17 +103,23 @@ def _bench(chosen: list[Case], options: OpsOptions, command: str) -> int:
     report.update(ceilings=ceilings(device(), settings.dtype), rows=[])
     save(options.out, FILE, report)
     print(title(report), flush=True)
-    stopwatch = Stopwatch(device())
-    for case in chosen:
-        contest = Contest(case, settings, stopwatch, report["ceilings"], backends=options.backends, peers=options.peers)
-        for row in contest.rows(options.lengths, options.passes, error_tokens=options.error_tokens):
+    try:
+        for row in _rows(chosen, options, settings, report["ceilings"]):
             report["rows"].append(row)
             save(options.out, FILE, report)
             print(line(row), flush=True)
-        release_memory(device())
-    write_chart(report["rows"], Path(options.out) / CHART)
-    print(f"\n{summary(report['rows'])}\n\n{Path(options.out) / FILE}, {Path(options.out) / CHART}")
+    finally:  # an interrupted run shows what it has
+        write_chart(report["rows"], Path(options.out) / CHART)
+        print(f"\n{summary(report['rows'])}\n\n{Path(options.out) / FILE}, {Path(options.out) / CHART}", flush=True)
     return 1 if any(row["ours"] and row["wrong"] for row in report["rows"]) else 0
+
+
+def _rows(chosen: list[Case], options: OpsOptions, settings: Settings, limits: dict) -> Iterator[dict]:
+    stopwatch = Stopwatch(settings.device)
+    for case in chosen:
+        contest = Contest(case, settings, stopwatch, limits, backends=options.backends, peers=options.peers)
+        yield from contest.rows(options.lengths, options.passes, error_tokens=options.error_tokens)
+        release_memory(settings.device)
 
 
 def _tune(chosen: list[Case], options: OpsOptions, settings: Settings, report: dict) -> int:

@@ -1,5 +1,6 @@
 """`python launch/bench.py`: the whole command at a tiny size, its JSON file, and what it answers to bad input."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -7,6 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from sbtrain.bench.options import parse
+
+LIMITS = {
+    "copy_gb_per_s": 10.0,
+    "gemm_tflops": 0.1,
+    "copy_bytes": 1,
+    "gemm_size": 1,
+    "gemm_dtype": "bfloat16",
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -106,6 +116,26 @@ def test_ops_measures_every_op_and_says_what_it_could_not(tmp_path):
     assert (tmp_path / "bench_ops.png").stat().st_size > 20_000
     for text in ("ceilings measured here: copy", "Not measured:", "FlexAttention: needs a GPU", "at 64 tokens"):
         assert text in done.stdout
+
+
+def test_an_interrupted_ops_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
+    from sbtrain.bench import ops as bench_ops
+
+    monkeypatch.setattr(bench_ops, "ceilings", lambda device, dtype: LIMITS)
+    rows = bench_ops.Contest.rows
+
+    def interrupted(self, *args, **kwargs):
+        yield from itertools.islice(rows(self, *args, **kwargs), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_ops.Contest, "rows", interrupted)
+    options = parse(
+        bench_ops.OpsOptions, ["ops=swiglu", "model=tiny", "lengths=16", "steps=1", "peers=false", f"out={tmp_path}"]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        bench_ops.bench_ops(options, "a test")
+    assert len(json.loads((tmp_path / "bench_ops.json").read_text())["rows"]) == 2
+    assert (tmp_path / "bench_ops.png").exists() and "fwd+bwd  reference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
