@@ -7,6 +7,8 @@ kernel is kept under those.
 
 from __future__ import annotations
 
+from typing import Mapping
+
 import torch
 import triton
 from triton.runtime.jit import JITFunction
@@ -18,14 +20,16 @@ _RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 class Launcher:
-    """One kernel with its constants, warps and stages; called with a grid and what is left of its arguments.
+    """One kernel with its constants and tile; called with a grid and what is left of its arguments.
 
-    Those are tensors and floats, in the kernel's order; its constants come last in the kernel's signature.
+    Those are tensors and floats, in the kernel's order; its constants come last in its signature. tile: sizes, which
+    are constants where the constants do not have them already, and launch options (see ops/tuning.py).
     """
 
-    def __init__(self, kernel, constants: dict, *, num_warps: int, num_stages: int):
-        self.kernel, self.constants = kernel, {name: constants[name] for name in kernel.arg_names if name in constants}
-        self.options = dict(num_warps=num_warps, num_stages=num_stages)
+    def __init__(self, kernel, constants: Mapping, tile: Mapping):
+        known = {**tile, **constants}
+        self.kernel, self.constants = kernel, {name: known[name] for name in kernel.arg_names if name in known}
+        self.options = {name: value for name, value in tile.items() if not name.isupper()}
         self._compiled: dict = {}
         self._direct = isinstance(kernel, JITFunction) and _RELEASE >= _DIRECT_SINCE
         self._values = tuple(self.constants.values())

@@ -52,10 +52,11 @@ class Engine:
         Every gradient ends as the derivative of the mean over all scored tokens of the global batch.
         """
         self.chunk.train()
-        self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         num_tokens = self._count_scored(rows)
-        total = run_rows(self.chunk, self.mesh, rows, loss_scale=1.0 / max(num_tokens, 1)).sum(0)
+        loss_scale = 1.0 / max(num_tokens, 1)
+        self.chunk.begin_step(loss_scale=loss_scale)
+        total = run_rows(self.chunk, self.mesh, rows, loss_scale=loss_scale).sum(0)
         dist.all_reduce(total, group=self.mesh.groups.dp_cp)
         return LossSum(float(total[0]), num_tokens)
 

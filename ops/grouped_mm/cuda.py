@@ -1,27 +1,34 @@
-"""Grouped matrix products on NVIDIA GPUs with torch's own grouped GEMM: bf16, sizes in multiples of 8 (16 bytes).
+"""Grouped matrix products on NVIDIA GPUs: torch's grouped GEMM for bf16 on Hopper and later, sizes in multiples of 8.
 
-Anything else goes to the reference, which waits for the device to learn the group sizes.
+Triton kernels for other sizes and devices, fp16 and fp32 (as three tf32 products). None of them waits for the device to
+learn the group sizes. fp64 and mixed dtypes go to the reference, which does.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ops.grouped_mm import reference
+from ops.grouped_mm import launch, reference
+
+TILES = {
+    "rows_product": dict(ROWS=128, COLS=128, DEPTH=32, PRECISION="tf32x3", num_warps=8, num_stages=3),
+    "weight_gradient": dict(ROWS=128, COLS=128, DEPTH=32, PRECISION="tf32x3", num_warps=8, num_stages=3),
+}
 
 
 def grouped_mm(x, weight, *, offsets):
     """See ops.grouped_mm."""
-    if (
-        x.dtype != torch.bfloat16
-        or weight.dtype != torch.bfloat16
-        or x.shape[1] % 8
-        or weight.shape[1] % 8
-        or not len(x)
-    ):
+    if x.dtype != weight.dtype or x.dtype not in launch.DTYPES or not len(x):
         return reference.grouped_mm(x, weight, offsets=offsets)
+    if x.dtype != torch.bfloat16 or x.shape[1] % 8 or weight.shape[1] % 8 or not _has_grouped_gemm(x):
+        return launch.grouped_mm(x, weight, offsets=offsets, tiles=TILES)
     y = torch._grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=offsets[1:].to(torch.int32))
     return _ContiguousGradient.apply(y)
+
+
+def _has_grouped_gemm(x) -> bool:
+    """torch runs older devices group by group, waiting for the sizes."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -44,10 +44,12 @@ class DecoderLayer(mcore.MegatronModule):
 
     def _run(self, x: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         layer_cache = None if cache is None else cache.layer(self.index)
-        x = x + self.self_attention(self.input_layernorm(x), documents, layer_cache)
+        mixed = self.self_attention(self.input_layernorm(x), documents, layer_cache)
         if self.recompute is Recompute.selective and torch.is_grad_enabled():
+            x = x + mixed
             return x + recomputed(self._ffn, x)
-        return x + self._ffn(x)
+        normed, x = self.pre_mlp_layernorm(mixed, residual=x)
+        return x + self.mlp(normed)
 
     def _ffn(self, x: Tensor) -> Tensor:
         return self.mlp(self.pre_mlp_layernorm(x))

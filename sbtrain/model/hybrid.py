@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import ops
 from parallel import mcore
+from parallel.gradients import gradient_buffer
 from parallel.sequence.shard import Documents
 from sbtrain.config.schema import ModelConfig, Recompute
 from sbtrain.model.cache import Cache
@@ -109,12 +110,14 @@ class HybridModel(mcore.LanguageModule):
         )
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        weight = self.head_weight()
         return ops.linear_cross_entropy(
             hidden,
-            self.head_weight(),
+            weight,
             labels,
             group=self.groups.tp if self.groups.tp.size() > 1 else None,
             valid_vocab=self.model_config.vocab_size,
+            weight_grad=gradient_buffer(weight),
         )
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
         self.weight.sequence_parallel = sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> the same shape and dtype."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x [..., size] -> the same shape and dtype; with residual, of x + residual, and that sum after it."""
         weight = self.weight if self.over_heads is None else self.over_heads(self.weight)
-        return ops.rms_norm(x, weight, eps=self.eps)
+        return ops.rms_norm(x, weight, eps=self.eps, residual=residual)

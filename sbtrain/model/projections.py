@@ -37,6 +37,7 @@ def linear_proj(config: mcore.TransformerConfig, tp_group) -> mcore.RowParallelL
 
 def split_qkv(qkv: Tensor, *, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """[T,1,Hkv·(G+2)·D] -> q [1,T,Hkv·G,D], k and v [1,T,Hkv,D]."""
-    num_tokens = qkv.shape[0]
-    qkv = qkv.view(1, num_tokens, num_kv_heads, -1, head_dim)
-    return qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2], qkv[:, :, :, -1]
+    qkv = qkv.view(1, qkv.shape[0], num_kv_heads, -1, head_dim)
+    # one split: the gradients of three slices would each be padded to the size of qkv and then added
+    q, k, v = qkv.split([qkv.shape[3] - 2, 1, 1], dim=3)
+    return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)

@@ -1,4 +1,4 @@
-"""ops.attention against a dense float64 softmax, and the block mask of the CUDA backend against the same visibility."""
+"""ops.attention against a dense float64 softmax, and the band of visible keys that the kernels read."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import op_oracles
 import ops
 from op_oracles import assert_same, cu, gradients
-from ops import documents
+from ops.attention.visible import visible
 
 RAGGED = cu(0, 0, 1, 2, 63, 63, 64, 129, 200, 200)
 
@@ -60,54 +60,28 @@ def test_fp32_is_close_to_float64():
 
 
 @pytest.mark.parametrize(
-    "edges, window, num_sinks",
-    [
-        ((0, 700), 129, 0),
-        ((0, 1, 1, 130, 256, 640, 700), None, 0),
-        ((0, 300, 700), 128, 0),
-        ((0, 300, 700), 65, 5),
-        ((0, 700), None, 200),
-    ],
+    "edges, window",
+    [((0, 70), None), ((0, 70), 1), ((0, 70), 13), ((0, 1, 1, 13, 26, 64, 70), None), ((0, 0, 30, 70, 70), 13)],
 )
-def test_block_mask_of_the_cuda_backend(edges, window, num_sinks):
-    from ops.attention.cuda import BLOCK_TOKENS, block_mask
-
-    first = documents.first_visible(cu(*edges), window, num_tokens=700, device="cpu")
-    mask = block_mask(first, num_sinks)
-    query, key = torch.arange(700)[:, None], torch.arange(700 + num_sinks)[None]
-    seen = mask.mask_mod(0, 0, query, key)
-    expected = torch.zeros(700, 700 + num_sinks, dtype=torch.bool)
+def test_band_of_visible_keys(edges, window):
+    first, last = visible(cu(*edges), window, 70, torch.device("cpu"))
+    expected = torch.zeros(70, 70, dtype=torch.bool)
     for start, end in zip(edges, edges[1:]):
         for t in range(start, end):
-            left = start if window is None else max(start, t - window + 1)
-            expected[t, num_sinks + left : num_sinks + t + 1] = True
-    expected[:, :num_sinks] = True
-    assert torch.equal(seen.expand_as(expected), expected)
-    rows, columns = (-(-size // BLOCK_TOKENS) for size in expected.shape)
-    some, every = torch.zeros(rows, columns, dtype=torch.bool), torch.zeros(rows, columns, dtype=torch.bool)
-    for i in range(rows):
-        for j in range(columns):
-            block = expected[i * BLOCK_TOKENS :, j * BLOCK_TOKENS :][:BLOCK_TOKENS, :BLOCK_TOKENS]
-            some[i, j], every[i, j] = block.any(), block.all()
-    assert torch.equal(mask.to_dense()[0, 0].bool(), some)
-    full = [set(mask.full_kv_indices[0, 0, i, : mask.full_kv_num_blocks[0, 0, i]].tolist()) for i in range(rows)]
-    partial_columns = (
-        columns - 1 if expected.shape[1] % BLOCK_TOKENS else columns
-    )  # the last block may count as partial
-    for i in range(rows):
-        assert {j for j in full[i] if j < partial_columns} == set(every[i, :partial_columns].nonzero()[:, 0].tolist())
-        assert all(every[i, j] for j in full[i])
+            expected[t, start if window is None else max(start, t - window + 1) : t + 1] = True
+    query, key = torch.arange(70)[:, None], torch.arange(70)[None]
+    assert torch.equal((key >= first[:, None]) & (key <= query), expected)
+    assert torch.equal((query >= key) & (query <= last[None]), expected)
+    assert first.dtype == last.dtype == torch.int32
 
 
-def test_block_mask_is_made_once_per_cu_seqlens():
-    from ops.attention.cuda import _mask
-
-    row = cu(0, 30, 200)
-    mask = _mask(row, 16, 200, 0, torch.device("cpu"))
-    assert _mask(row, 16, 200, 0, torch.device("cpu")) is mask
-    assert _mask(row, 17, 200, 0, torch.device("cpu")) is not mask
+def test_band_is_made_once_per_cu_seqlens():
+    row, device = cu(0, 30, 200), torch.device("cpu")
+    band = visible(row, 16, 200, device)
+    assert visible(row, 16, 200, device) is band
+    assert visible(row, 17, 200, device) is not band
     row[1] = 31
-    assert _mask(row, 16, 200, 0, torch.device("cpu")) is not mask
+    assert visible(row, 16, 200, device) is not band
 
 
 def test_wrong_arguments_are_refused_in_one_line():

@@ -22,6 +22,23 @@ def test_rms_norm():
     assert_same([half], expected, 1e-2)
 
 
+def test_rms_norm_adds_the_residual_first():
+    x, residual, weight = leaves((2, 5, 16), (2, 5, 16), (16,))
+    total = x + residual
+    expected = [weight * total / (total.pow(2).sum(-1, keepdim=True) / 16 + 1e-3).sqrt(), total]
+    actual = ops.rms_norm(x, weight, eps=1e-3, residual=residual)
+    assert_same(actual, expected, 1e-12)
+    inputs = [x, residual, weight]
+    assert_same(gradients(actual, inputs), gradients(expected, inputs), 1e-12)
+
+
+def test_rms_norm_with_residual_is_bitwise_the_two_steps():
+    x, residual, weight = (y.detach().bfloat16() for y in leaves((5, 16), (5, 16), (16,)))
+    y, total = ops.rms_norm(x, weight, eps=1e-3, residual=residual)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, ops.rms_norm(total, weight, eps=1e-3))
+
+
 def test_swiglu_takes_the_gate_from_the_first_half():
     (x,) = leaves((3, 4, 10))
     gate, up = x[..., :5], x[..., 5:]
@@ -56,6 +73,8 @@ def test_wrong_shapes_are_refused_in_one_line():
     x, weight = (y.detach() for y in leaves((9, 4), (5,)))
     with pytest.raises(ValueError, match="weight must be"):
         ops.rms_norm(x, weight, eps=1e-6)
+    with pytest.raises(ValueError, match=r"residual must be torch.float64 \[9, 4\]"):
+        ops.rms_norm(x, x[0], eps=1e-6, residual=x[1:])
     with pytest.raises(ValueError, match="two halves"):
         ops.swiglu(x[:, :3])
     with pytest.raises(ValueError, match="D even"):
