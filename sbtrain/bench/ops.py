@@ -138,10 +138,10 @@ def _tune(chosen: list[Case], options: OpsOptions, settings: Settings, report: d
             continue
         tuner.prepare(options.lengths, options.error_tokens)
         for search in tuner.searches(source):
-            if search.file is not None:
+            if search.finished:
                 finished.append(search)
                 report["kernels"].append(asdict(search))
-            save(options.out, TUNE_FILE, {**report, "searching": None if search.file else asdict(search)})
+            save(options.out, TUNE_FILE, {**report, "searching": None if search.finished else asdict(search)})
             print(progress(search), flush=True)
         del tuner, search
         release_memory(settings.device)

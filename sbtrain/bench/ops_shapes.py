@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Optional
 
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ops
 from sbtrain.bench import ops_peers
 from sbtrain.bench.ops_case import Case, Draw, Inputs
 from sbtrain.config.schema import ModelConfig
@@ -168,8 +166,14 @@ def _pointwise(model: ModelConfig) -> list[Case]:
         return tuple(functions["rope"](x[name], x["positions"], x["inv_freq"]) for name in "qk")
 
     norm = partial(Case, "rms_norm", call=norm_call)
-    found = [
+    return [
         norm("", inputs=partial(norm_inputs, names=("x",)), peers=ops_peers.rms_norm_peers(eps)),
+        norm(
+            "with residual",
+            inputs=partial(norm_inputs, names=("x", "residual")),
+            peers=ops_peers.add_rms_norm_peers(eps),
+            reread=("x", "weight"),  # the sum is read again, not its two parts: as many bytes as one of them
+        ),
         Case(
             "rope",
             "queries and keys",
@@ -186,14 +190,6 @@ def _pointwise(model: ModelConfig) -> list[Case]:
             peers=ops_peers.swiglu_peers(),
         ),
     ]
-    if "residual" in inspect.signature(ops.rms_norm).parameters:
-        both = partial(norm_inputs, names=("x", "residual"))
-        # backward reads the sum, not its two parts: as many bytes as one of them
-        with_residual = norm(
-            "with residual", inputs=both, peers=ops_peers.add_rms_norm_peers(eps), reread=("x", "weight")
-        )
-        found.insert(1, with_residual)
-    return found
 
 
 def _products(model: ModelConfig) -> list[Case]:

@@ -57,8 +57,9 @@ class Work:
 class Search:
     """What was tried for one kernel. ratio: time against the present tiles', a geometric mean over inputs.
 
-    notes: what the tune file says of the present tiles. tried: {"entry", "notes", "ratio" or "problem"}, for finalists
-    also "again" (in turns with the present tiles) and "wrong". left: legal configurations that there was no time for.
+    notes: what the tune file says of the present tiles. tried: {"entry", "notes", "ratio", "ran" or "problem"}, for
+    finalists also "again" (in turns with the present tiles) and "wrong"; ran: Triton compiled something. reached:
+    the inputs make the op launch this kernel. left: legal configurations that there was no time for.
     """
 
     op: str
@@ -68,7 +69,9 @@ class Search:
     notes: dict
     tried: list[dict] = field(default_factory=list)
     left: int = 0
+    reached: bool = True
     best: Optional[dict] = None
+    finished: bool = False
     file: Optional[str] = None
 
 
@@ -128,8 +131,11 @@ class Tuner:
             notes = {key: entry[key] for key in COMPILER_NOTES if key in entry}
             search = Search(self.op, self.backend, kernel, dict(present), notes)
             yield from self._try_all(search)
-            self._decide(search)
-            self._save(search, source)
+            search.reached = any("problem" in tried or tried["ran"] for tried in search.tried)
+            if search.reached:
+                self._decide(search)
+                self._save(search, source)
+            search.finished = True
             yield search
 
     def _try_all(self, search: Search) -> Iterator[Search]:
@@ -145,7 +151,7 @@ class Tuner:
             yield search
 
     def _attempt(self, kernel: str, entry: dict) -> dict:
-        """{"ratio", "notes"} or {"problem"}."""
+        """{"ratio", "notes", "ran"} or {"problem"}."""
         ratios, before = [], compiled(self.op)
         try:
             with tuning.trying(self.op, self.backend, {kernel: entry}):
@@ -157,10 +163,12 @@ class Tuner:
         except Exception as error:  # too much shared memory, a tile that does not compile, ...
             self._demand_device(kernel, entry, error)
             return {"problem": reason(error)}
-        return {"ratio": _mean(ratios), "notes": compiler_notes(compiled(self.op) - before)}
+        new = None if before is None else compiled(self.op) - before
+        return {"ratio": _mean(ratios), "notes": compiler_notes(new or set()), "ran": new is None or bool(new)}
 
     def _median_ms(self, work: Work, settings: Settings) -> float:
         work.entry.failure, work.entry.times = None, []
+        work.entry.run(work.which)  # new tiles are looked up, and not part of the time
         times = race([work.entry], work.which, settings, self.stopwatch)
         if work.entry.failure is not None:
             raise work.entry.failure
@@ -225,11 +233,13 @@ class Tuner:
             raise DeviceLost(f"{self.op}.{kernel} with {entry}: {reason(error)}") from error
 
 
-def compiled(op: str) -> set:
-    """Every kernel of the op that Triton holds compiled in this process."""
+def compiled(op: str) -> Optional[set]:
+    """Every kernel of the op that Triton holds compiled in this process; None where this Triton does not show them."""
     package = f"{catalog().packages[op]}."
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(package)]
     kernels = [x for module in modules for x in list(vars(module).values()) if hasattr(x, "device_caches")]
+    if not kernels:
+        return None
     return {found for kernel in kernels for cache in kernel.device_caches.values() for found in cache[0].values()}
 
 
@@ -249,14 +259,16 @@ def compiler_notes(kernels: set) -> dict:
 def progress(search: Search) -> str:
     """The last thing that was tried, or what was decided, on one line."""
     name = f"{search.op}.{search.kernel}"
-    if search.file is not None:
-        return f"{name}: {_outcome(search)}, written to {search.file}"
+    if search.finished:
+        return f"{name}: {_outcome(search)}" + (f", written to {search.file}" if search.file else "")
     last = search.tried[-1]
     found = last["problem"] if "problem" in last else f"{last['ratio']:.3f} of the present time"
     return f"  {name} {_tiles(last['entry'])}: {found}"
 
 
 def _outcome(search: Search) -> str:
+    if not search.reached:
+        return "not launched for these inputs"
     if search.best is None:
         return "present tiles kept"
     return f"{_tiles(search.best['entry'])} in {search.best['again']:.3f} of the time"
@@ -269,7 +281,8 @@ def summary(searches: list[Search]) -> str:
     for search in searches:
         failed = sum("problem" in tried for tried in search.tried)
         best = search.best
-        tiles = _tiles(search.present) + (f" -> {_tiles(best['entry'])}" if best else ", kept")
+        kept = ", kept" if search.reached else ", not launched for these inputs"
+        tiles = _tiles(search.present) + (f" -> {_tiles(best['entry'])}" if best else kept)
         counts = (f"{len(search.tried)}", f"{failed}", f"{search.left}")
         rows.append((f"{search.op} {search.kernel}", *counts, f"{best['again']:.3f}" if best else "-", tiles))
     return aligned(header, rows)

@@ -86,7 +86,7 @@ def test_space_is_what_the_op_declares_and_neighbors_of_the_rest(op):
 
 
 def test_the_fastest_tiles_that_are_right_are_written(op):
-    searches = [search for search in tuner().searches("a test, today") if search.file]
+    searches = [search for search in tuner().searches("a test, today") if search.finished]
     forward, backward = searches
     assert forward.best["entry"]["BLOCK"] == 128 and forward.best["again"] == pytest.approx(0.5)
     assert backward.best is None and len(backward.tried) == 8
@@ -107,9 +107,27 @@ def test_the_fastest_tiles_that_are_right_are_written(op):
     assert "0.500 of the time, written to" in progress(forward)
 
 
+def test_a_kernel_that_is_never_launched_is_not_called_measured(op, monkeypatch):
+    """Whatever is tried for the backward kernel, nothing new is compiled."""
+    blocks = []
+
+    def compiled(name):
+        block = tuning.tiles("swiglu", "cuda")["forward"]["BLOCK"]
+        blocks.append(block)
+        return set(blocks)
+
+    monkeypatch.setattr(ops_tune, "compiled", compiled)
+    monkeypatch.setattr(ops_tune, "compiler_notes", lambda kernels: {})
+    searches = {search.kernel: search for search in tuner().searches("a test") if search.finished}
+    assert searches["forward"].reached
+    assert not searches["backward"].reached and searches["backward"].file is None
+    assert "backward" not in yaml.safe_load(op.read_text())["H200"]
+    assert progress(searches["backward"]) == "swiglu.backward: not launched for these inputs"
+
+
 def test_the_search_ends_with_its_time(op):
     """Present tiles are timed first; a candidate takes seconds of the made-up clock, and 5 s are all there is."""
-    search = next(search for search in tuner(tune_limit_s=5.0).searches("a test") if search.file)
+    search = next(search for search in tuner(tune_limit_s=5.0).searches("a test") if search.finished)
     assert 1 <= len(search.tried) < 11 and search.left == 11 - len(search.tried)
 
 
