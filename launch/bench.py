@@ -6,6 +6,7 @@ python launch/bench.py prefill  [model=7b layers=4 seq_len=32768,131072 patterns
 python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengths=8192,32768,131072 peers=true
                                 passes=forward,both dtype=bf16 model=7b steps=20 warmup=3 error_tokens=8192
                                 time_limit_s=120 seed=0 out=DIR]
+                                [tune=true kernels=outputs tune_limit_s=300: write the fastest tiles instead]
 """
 
 import shlex

@@ -54,7 +54,7 @@ class OpsOptions:
     compiles and tunes. out: folder of bench_ops.json and bench_ops.png.
 
     tune: search the tiles of our kernels on this device instead and write them into their tune files, and what was
-    tried into bench_ops_tune.json; tune_limit_s: for one kernel.
+    tried into bench_ops_tune.json. tune_limit_s: for one kernel. kernels: their names in the tune files, or all.
     """
 
     ops: tuple[str, ...] = ()
@@ -71,6 +71,7 @@ class OpsOptions:
     seed: int = 0
     tune: bool = False
     tune_limit_s: float = 300.0
+    kernels: tuple[str, ...] = ()
     out: str = "runs/bench"
 
 
@@ -132,7 +133,8 @@ def _tune(chosen: list[Case], options: OpsOptions, settings: Settings, report: d
     for op in dict.fromkeys(case.op for case in chosen):
         cases_of_op = [case for case in chosen if case.op == op]
         try:
-            tuner = Tuner(op, cases_of_op, settings, stopwatch, tune_limit_s=options.tune_limit_s)
+            limits = dict(tune_limit_s=options.tune_limit_s, kernels=options.kernels)
+            tuner = Tuner(op, cases_of_op, settings, stopwatch, **limits)
         except ValueError as error:
             report["not_tuned"][op] = str(error)
             continue

@@ -98,14 +98,28 @@ def _around(key: str, value) -> tuple:
 class Tuner:
     """Searches the kernels of one op on the backend that runs here.
 
-    tune_limit_s: for one kernel. Raises ValueError when the op has no tiles, or its present ones do not run.
+    tune_limit_s: for one kernel. kernels: names, without them all. Raises ValueError when the op has no tiles, or none
+    of these kernels.
     """
 
-    def __init__(self, op: str, cases: list[Case], settings: Settings, stopwatch: Stopwatch, *, tune_limit_s: float):
+    def __init__(
+        self,
+        op: str,
+        cases: list[Case],
+        settings: Settings,
+        stopwatch: Stopwatch,
+        *,
+        tune_limit_s: float,
+        kernels: tuple[str, ...] = (),
+    ):
         self.op, self.settings, self.stopwatch, self.tune_limit_s = op, settings, stopwatch, tune_limit_s
         self.backend = resolve(op).backend
         if not tuning.tune_file(op, self.backend).exists():
             raise ValueError(f"op {op} on {self.backend} has no tiles to tune")
+        known = tuning.tiles(op, self.backend)
+        self.kernels = [name for name in known if not kernels or name in kernels]
+        if not self.kernels:
+            raise ValueError(f"op {op} on {self.backend} has the kernels {', '.join(known)}")
         self.cases = cases
         self.works: list[Work] = []
 
@@ -125,8 +139,9 @@ class Tuner:
                 self.works.append(Work(case, version, entry, which, truths[case.title, checked]))
 
     def searches(self, source: str) -> Iterator[Search]:
-        """Every kernel of the op; the search so far is given after each candidate, and last with its result."""
-        for kernel, present in dict(tuning.tiles(self.op, self.backend)).items():
+        """Every kernel; the search so far is given after each candidate, and last with its result."""
+        for kernel in self.kernels:
+            present = tuning.tiles(self.op, self.backend)[kernel]
             entry = tuning.select(self.op, self.backend, collect()).entries[kernel]
             notes = {key: entry[key] for key in COMPILER_NOTES if key in entry}
             search = Search(self.op, self.backend, kernel, dict(present), notes)

@@ -143,6 +143,13 @@ def test_a_lost_device_ends_the_search(op, monkeypatch):
     assert "H200" not in yaml.safe_load(op.read_text())
 
 
+def test_kernels_can_be_named(op):
+    searches = [search for search in tuner(kernels=("backward", "other")).searches("a test") if search.finished]
+    assert [search.kernel for search in searches] == ["backward"]
+    with pytest.raises(ValueError, match="op swiglu on cuda has the kernels forward, backward"):
+        tuner(kernels=("backwards",))
+
+
 def test_an_op_without_tiles_says_so(op):
     op.unlink()
     with pytest.raises(ValueError, match="op swiglu on cuda has no tiles to tune"):
