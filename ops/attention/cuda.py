@@ -19,11 +19,12 @@ TILES = {
     "key_gradients": dict(queries=64, keys=128, num_warps=8, num_stages=3, tma=True, num_programs=1024),
     "sink_gradients": dict(queries=64, keys=128, num_warps=8, num_stages=3, tma=True, num_parts=32),
 }
+_FP32 = dict(queries=16, keys=16, num_warps=4, num_stages=1)  # no tensor cores: operands are in registers
 TILES_FP32 = {
-    "outputs": dict(queries=32, keys=32, num_warps=4, num_stages=1),
-    "query_gradients": dict(queries=32, keys=32, num_warps=4, num_stages=1),
-    "key_gradients": dict(queries=32, keys=32, num_warps=4, num_stages=1, num_programs=1024),
-    "sink_gradients": dict(queries=32, keys=32, num_warps=4, num_stages=1, num_parts=32),
+    "outputs": _FP32,
+    "query_gradients": dict(_FP32, num_warps=8),
+    "key_gradients": dict(_FP32, num_programs=1024),
+    "sink_gradients": dict(_FP32, num_parts=32),
 }
 TILES_OF = {torch.bfloat16: TILES, torch.float16: TILES, torch.float32: TILES_FP32}
 LARGEST_HEAD = 256

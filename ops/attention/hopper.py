@@ -71,7 +71,9 @@ class Launch(windowed.Launch):
 
         sizes, tile = self._setup("key_gradients")
         num_programs, parts, (dk, dv) = self._key_parts(k, v, tile["keys"])
-        lse, delta = (pad(x, (0, -self.num_tokens % tile["queries"])) for x in (lse, delta))
+        queries, keys = tile["queries"], tile["keys"]
+        rest = -self.num_tokens % queries + (queries if keys % queries else 0)  # the last tile may start anywhere
+        lse, delta = (pad(x, (0, rest)) for x in (lse, delta))
         gluon_hopper.key_gradients[(num_programs * parts,)](
             _tiles_of(q, tile["queries"]), _tiles_of(k, tile["keys"]), _tiles_of(v, tile["keys"]),
             _tiles_of(do, tile["queries"]), last, lse, delta, dk, dv, self.scale, self.num_tokens, lse.shape[2],

@@ -22,19 +22,26 @@ TILES = {
     "key_gradients": dict(_KEY_TILE, num_programs=208),  # two for each of the 104 multiprocessors
     "sink_gradients": dict(_KEY_TILE, num_parts=26),
 }
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FP32 = dict(queries=16, keys=16, num_warps=4, num_stages=1)  # larger ones do not fit 4 KB of private memory
+TILES_FP32 = {
+    "outputs": _FP32,
+    "query_gradients": dict(_FP32, num_warps=8),
+    "key_gradients": dict(_FP32, num_programs=208),
+    "sink_gradients": dict(_FP32, num_parts=26),
+}
+TILES_OF = {torch.bfloat16: TILES, torch.float16: TILES, torch.float32: TILES_FP32}
 LARGEST_HEAD = 256
 
 
 def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None, scale=None, return_lse=False):
     """See ops.attention."""
     how = dict(sink_k=sink_k, sink_v=sink_v, scale=scale, return_lse=return_lse)
-    if q.dtype not in DTYPES or q.shape[1] == 0 or max(q.shape[3], v.shape[3]) > LARGEST_HEAD:
+    if q.dtype not in TILES_OF or q.shape[1] == 0 or max(q.shape[3], v.shape[3]) > LARGEST_HEAD:
         return reference.attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **how)
     vendor = sink_k is None and not return_lse and q.dtype != torch.float32 and q.shape[3] == v.shape[3]
     if vendor and find_spec("flash_attn") is not None:
         return _vendor(q, k, v, window, cu_seqlens, scale)
-    return windowed.attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **how, tiles=TILES)
+    return windowed.attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **how, tiles=TILES_OF[q.dtype])
 
 
 def _vendor(q, k, v, window, cu_seqlens, scale):

@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse):
         q, k, v, sink_k, sink_v, first, last, o, lse = ctx.saved_tensors
-        do = torch.zeros_like(o) if do is None else do.contiguous()
+        do = torch.zeros_like(o) if do is None else _by_token(do.contiguous())
         dlse = None if dlse is None else dlse.contiguous()
         dq, delta = ctx.launch.query_gradients(q, k, v, sink_k, sink_v, o, do, first, lse, dlse)
         dk, dv = ctx.launch.key_gradients(q, k, v, do, last, lse, delta)
@@ -65,10 +65,11 @@ class _Attention(torch.autograd.Function):
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """x [B, T, H, D] as the kernels read it: heads dense in a token, rows one behind the other."""
+    """x [B, T, H, D] as the kernels read it: heads dense in a token, rows one behind the other, addresses for TMA."""
     dense = x.stride(3) == 1 and x.stride(2) == x.shape[3]
     follows = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if dense and follows and x.data_ptr() % 16 == 0 else x.contiguous()
+    aligned = x.data_ptr() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0
+    return x if dense and follows and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def added(parts: Tensor, dtype) -> Tensor:
