@@ -16,7 +16,6 @@ PEERS = ("#e8853d", "#3a9d6e", "#8a5cc2", "#b8475a", "#8d7b3f", "#4aa3b5")
 PASS_TITLES = {"forward": "forward", "both": "forward + backward"}
 PANEL_INCHES, BAR_INCHES, TITLE_INCHES, LEGEND_INCHES = 6.4, 0.17, 0.95, 0.5
 GAP = 0.7
-"""Between two groups of bars, in bars."""
 
 
 def write_chart(rows: list[dict], path: Path) -> None:
@@ -51,7 +50,12 @@ def _groups(rows: list[dict], op: str, which: str) -> dict[str, list[dict]]:
 
 
 def _num_bars(groups: dict[str, list[dict]]) -> float:
-    return sum(len(rows) + GAP for rows in groups.values())
+    return sum(len(rows) + _gap(rows) for rows in groups.values())
+
+
+def _gap(rows: list[dict]) -> float:
+    """Below a group, in bars: the two lines of its label need the height of two."""
+    return GAP + max(0, 2 - len(rows))
 
 
 def _panel(axes: Axes, groups: dict[str, list[dict]], colors: dict[str, str], *, title: str) -> None:
@@ -68,7 +72,7 @@ def _panel(axes: Axes, groups: dict[str, list[dict]], colors: dict[str, str], *,
             axes.annotate(text, (length, place), (3, 0), textcoords="offset points", va="center", fontsize=7, color=INK)
             place += 1
         ticks.append(place - (len(rows) + 1) / 2)
-        place += GAP
+        place += _gap(rows)
     axes.axvline(1.0, color=GRAY, linewidth=0.8, linestyle=":")
     axes.set_yticks(ticks, list(groups), fontsize=8)
     axes.set_ylim(place - GAP - 0.3, -0.7)
