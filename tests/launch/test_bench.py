@@ -1,5 +1,6 @@
 """`python launch/bench.py`: the whole command at a tiny size, its JSON file, and what it answers to bad input."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -7,6 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from sbtrain.bench.options import parse
+
+LIMITS = {
+    "copy_gb_per_s": 10.0,
+    "gemm_tflops": 0.1,
+    "copy_bytes": 1,
+    "gemm_size": 1,
+    "gemm_dtype": "bfloat16",
+}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -73,10 +83,65 @@ def test_prefill_measures_every_length_of_every_pattern(tmp_path):
     assert done.stdout.count("LS") >= 2
 
 
+def test_ops_measures_every_op_and_says_what_it_could_not(tmp_path):
+    done = bench(
+        "ops",
+        "model=tiny",
+        "lengths=64,160",
+        "error_tokens=64",
+        "dtype=fp32",
+        "backends=reference,cuda",
+        "steps=2",
+        "warmup=1",
+        f"out={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_ops.json").read_text())
+    rows = report["rows"]
+    assert {row["op"] for row in rows} == set(report["ops"]) - {"platform"}  # every op there is
+    assert report["ceilings"]["copy_gb_per_s"] > 0 and report["ceilings"]["gemm_tflops"] > 0
+    for row in rows:
+        if row["version"] == "reference":
+            assert row["ms"]["median"] > 0 and row["error"] < 1e-4 and row["speed_against_ours"] == 1, row
+        elif row["version"] == "cuda":
+            assert "problem" in row
+        elif row["version"] == "fla":
+            assert row["problem"] == "needs a GPU"
+    plain = [row for row in rows if row["version"] == "torch" and "ms" in row]
+    assert {row["op"] for row in plain} == {"rms_norm", "swiglu", "linear_cross_entropy"}
+    assert {(row["num_tokens"], row["pass"]) for row in plain} == {
+        (n, p) for n in (64, 160) for p in ("forward", "both")
+    }
+    assert all(row["error"] < 1e-4 and row.get("gradient_error", 0) < 1e-4 for row in plain)
+    assert (tmp_path / "bench_ops.png").stat().st_size > 20_000
+    for text in ("ceilings measured here: copy", "Not measured:", "FlexAttention: needs a GPU", "at 64 tokens"):
+        assert text in done.stdout
+
+
+def test_an_interrupted_ops_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
+    from sbtrain.bench import ops as bench_ops
+
+    monkeypatch.setattr(bench_ops, "ceilings", lambda device, dtype: LIMITS)
+    rows = bench_ops.Contest.rows
+
+    def interrupted(self, *args, **kwargs):
+        yield from itertools.islice(rows(self, *args, **kwargs), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_ops.Contest, "rows", interrupted)
+    options = parse(
+        bench_ops.OpsOptions, ["ops=swiglu", "model=tiny", "lengths=16", "steps=1", "peers=false", f"out={tmp_path}"]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        bench_ops.bench_ops(options, "a test")
+    assert len(json.loads((tmp_path / "bench_ops.json").read_text())["rows"]) == 2
+    assert (tmp_path / "bench_ops.png").exists() and "fwd+bwd  reference" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "nothing is not a benchmark; write one of: train, prefill"),
+        ([], "nothing is not a benchmark; write one of: train, prefill, ops"),
         (["training"], "training is not a benchmark"),
         (["train", "sequence=8"], "'sequence=8' is not an option; the keys are: model=, layers=, patterns=, seq_len="),
         (["train", "steps"], "'steps' is not an option"),
@@ -90,6 +155,17 @@ def test_prefill_measures_every_length_of_every_pattern(tmp_path):
         (["train", "layers=3"], "model.pattern 'LS' gives 2 layers"),
         (["prefill", "seq_len=8,,9"], "seq_len=8,,9 has an empty entry"),
         (["prefill", "seq_len=8,0"], "must be at least 1"),
+        (["ops", "ops=gla,glaa"], "ops=glaa is not known; choose from: gla, gated_delta_rule, attention"),
+        (["ops", "backends=rocm"], "backends=rocm is not known; choose from: cuda, maca, reference"),
+        (["ops", "passes=backward"], "passes=backward is not known; choose from: forward, both"),
+        (["ops", "dtype=fp8"], "dtype=fp8 is not a choice; it is one of: bf16, fp16, fp32"),
+        (["ops", "lengths=0"], "lengths=(0,) must be at least 1"),
+        (["ops", "peers=fla"], "peers=fla is not true or false"),
+        (["ops", "time_limit_s=0"], "time_limit_s=0.0 must be more than 0"),
+        (["ops", "tune_limit_s=-1"], "tune_limit_s=-1.0 must be more than 0"),
+        (["ops", "tune=true"], "tune=true needs a GPU"),
+        (["ops", "model=9b"], "model=9b is not known"),
+        (["ops", "length=8"], "'length=8' is not an option; the keys are: ops=, lengths=, backends=, peers=, passes="),
         (["train", "model=tiny", "layers=2", "out=/dev/null/x"], "out=/dev/null/x cannot be written"),
     ],
 )
