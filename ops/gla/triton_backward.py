@@ -80,7 +80,7 @@ def query_gradients(
     m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
     if is_strong(sums, start, end, h, H, K, BK, C):
-        for first in range(0, end - start, R):
+        for first in tl.range(0, end - start, R, num_stages=1):
             _block_query_gradients(
                 q, k, v, log_decay, sums, do, states, dq, qdq, scale, m, start, end, h, part, first,
                 H, G, K, V, PK, BV, C, R, P, DOT, PRECISION,
@@ -138,7 +138,7 @@ def key_gradients(
     crossing = tl.exp(total) * tl.sum(grad_state * state_tile(states, m * H + h, ik, iv, K, V).to(tl.float32), 1)
     dkey, taken = tl.zeros((C, PK), tl.float32), tl.zeros((C, PK), tl.float32)
     if is_strong(sums, start, end, h, H, K, BK, C):
-        for first in range(0, end - start, R):
+        for first in tl.range(0, end - start, R, num_stages=1):
             dkey, taken = _block_key_gradients(
                 q, k, v, log_decay, sums, do, scale, start, end, h, part, first, dkey, taken,
                 H, G, K, V, PK, BV, C, R, P, DOT, PRECISION,
@@ -196,7 +196,7 @@ def value_gradients(
     left = (tile(k, tokens, end, H * K, h * K, ik, K) * left).to(DOT)
     dvalue = tl.dot(left, state_tile(leaving, m * H + h, ik, iv, K, V).to(DOT), input_precision=PRECISION)
     if is_strong(sums, start, end, h, H, K, BK, C):
-        for first in range(0, end - start, R):
+        for first in tl.range(0, end - start, R, num_stages=1):
             dvalue = _block_value_gradients(
                 q, k, log_decay, sums, do, scale, start, end, h, part, first, dvalue,
                 H, G, K, V, BK, PV, C, R, P, DOT, PRECISION,

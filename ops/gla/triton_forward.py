@@ -210,7 +210,7 @@ def outputs(
     m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
     start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
     if is_strong(sums, start, end, h, H, K, BK, C):
-        for first in range(0, end - start, R):
+        for first in tl.range(0, end - start, R, num_stages=1):
             _block_outputs(
                 q, k, v, log_decay, sums, states, o, scale, m, start, end, h, part, first,
                 H, G, K, V, BK, PV, C, R, P, DOT, PRECISION,

@@ -37,9 +37,10 @@ def distance(result: dict, whole: dict) -> dict[str, float]:
 
 
 def check_near(result: dict, whole: dict, *, allowed: dict[str, float]) -> None:
-    """Rounding alone: within twice the distance that another bf16 step has, or one thousandth."""
+    """Rounding alone. The gradients' distance is a mean over many numbers, and must be that of another bf16 step; the
+    others are one number each, and may be several times theirs, or one thousandth."""
     for key, apart in distance(result, whole).items():
-        assert apart <= max(2 * allowed[key], 1e-3), (key, apart, allowed)
+        assert apart <= max((1.5 if key == "grads" else 4) * allowed[key], 1e-3), (key, apart, allowed)
 
 
 @pytest.mark.gpu
