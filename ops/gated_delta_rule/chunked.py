@@ -113,10 +113,11 @@ def gated_delta_rule(
     log_decay, beta = log_decay.contiguous(), beta.contiguous()
     chunks = chunks_of(k, cu_seqlens, tiles.chunk_tokens)
     launch = _Launch(q, k, v, chunks, scale, tiles)
-    if _few_tokens(q, cu_seqlens) and not _differentiable(q, k, v, log_decay, beta, initial_state):
+    keep = _differentiable(q, k, v, log_decay, beta, initial_state)
+    if _few_tokens(q, cu_seqlens) and not keep:
         o, final = launch.steps(q, k, v, log_decay, beta, initial_state)
     else:
-        o, final = _GatedDeltaRule.apply(q, k, v, log_decay, beta, initial_state, launch)
+        o, final = _GatedDeltaRule.apply(q, k, v, log_decay, beta, initial_state, launch, keep)
     return o, final if output_final_state else None
 
 
@@ -133,8 +134,8 @@ class _GatedDeltaRule(torch.autograd.Function):
     """(o, final states [N, HV, K, V]) of contiguous inputs."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, beta, initial_state, launch):
-        keep = any(ctx.needs_input_grad)
+    def forward(ctx, q, k, v, log_decay, beta, initial_state, launch, keep):
+        ctx.set_materialize_grads(False)
         sums, weights, inverses, known, errors = launch.writes(k, v, log_decay, beta, keep)
         states, final = launch.states(k, sums, weights, known, errors, initial_state)
         del known
@@ -148,14 +149,15 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dfinal):
         q, k, sums, weights, inverses, errors, states = ctx.saved_tensors
-        launch, do = ctx.launch, do.contiguous()
+        launch = ctx.launch
+        do = launch.no_output_gradient(q) if do is None else do.contiguous()
         carried, dv = launch.reads(q, k, sums, weights, inverses, do)
         grads, dinitial = launch.state_gradients(q, k, sums, do, carried, dv, dfinal)
         del carried
         dq, dk, *parts = launch.gradients(q, k, sums, weights, do, errors, dv, states, grads)
         dlog_decay, dbeta = launch.decay_gradients(weights, *parts, dv.shape[:3], *ctx.dtypes)
         dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
-        return dq, dk, dv, dlog_decay, dbeta, dinitial, None
+        return dq, dk, dv, dlog_decay, dbeta, dinitial, None, None
 
 
 class _Launch:
@@ -185,6 +187,10 @@ class _Launch:
 
     def _states(self, like: Tensor, num: int, dtype) -> Tensor:
         return like.new_empty(num, self.heads["HV"], self.key_size, self.value_size, dtype=dtype)
+
+    def no_output_gradient(self, q) -> Tensor:
+        """Zeros [B, T, H, V], for a loss that reads final states alone."""
+        return q.new_zeros(*q.shape[:2], self.num_heads, self.value_size)
 
     def writes(self, k, v, log_decay, beta, keep: bool) -> tuple[Tensor, ...]:
         """sums, weights [HV, B * T], inverses [B, T, HV, C], known [B, T, HV, K], missing [B, T, HV, V]."""

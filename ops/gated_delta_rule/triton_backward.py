@@ -243,4 +243,5 @@ def decay_gradients(
             dweight += tl.load(dweights + number, mask=inside, other=0.0)
     tl.store(dbeta + place, dweight.to(dbeta.dtype.element_ty), mask=inside)
     db -= dweight * tl.load(weights + tl.cast(h, tl.int64) * num_tokens + start + ic, mask=inside, other=0.0)
-    tl.store(dlog + place, dtotal + tl.sum(db) - tl.cumsum(db, 0) + db, mask=inside)
+    later = dtotal + tl.sum(db) - tl.cumsum(db, 0)
+    tl.store(dlog + place, (later + db).to(dlog.dtype.element_ty), mask=inside)
