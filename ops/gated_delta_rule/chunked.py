@@ -40,7 +40,7 @@ _NORM_ROWS = 32
 @dataclass(frozen=True)
 class Tile:
     """How one kernel is launched. part: value columns of a program, or of a step where a program takes all. keys: key
-    columns of a program, where it need not have all (`gradients`)."""
+    columns likewise, where a program need not have all (`chunk_writes`, `gradients`)."""
 
     part: int
     num_warps: int
