@@ -155,7 +155,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         grads, dinitial = launch.state_gradients(q, k, sums, do, carried, dv, dfinal)
         del carried
         dq, dk, *parts = launch.gradients(q, k, sums, weights, do, errors, dv, states, grads)
-        dlog_decay, dbeta = launch.decay_gradients(weights, *parts, dv.shape[:3], *ctx.dtypes)
+        dlog_decay, dbeta = launch.decay_gradients(*parts, dv.shape[:3], *ctx.dtypes)
         dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
         return dq, dk, dv, dlog_decay, dbeta, dinitial, None, None
 
@@ -265,10 +265,10 @@ class _Launch:
         self._run(backward.gradients, count, *tensors, shared_out=False)
         return dq, dk, dweights, dsums, dtotals
 
-    def decay_gradients(self, weights, dweights, dsums, dtotals, shape, decay_dtype, beta_dtype) -> tuple:
+    def decay_gradients(self, dweights, dsums, dtotals, shape, decay_dtype, beta_dtype) -> tuple[Tensor, Tensor]:
         """dlog_decay, dbeta [B, T, HV]."""
-        dlog_decay, dbeta = (weights.new_empty(shape, dtype=dtype) for dtype in (decay_dtype, beta_dtype))
-        tensors = (weights, dweights, dsums, dtotals, self.chunks.table, dbeta, dlog_decay, self.num_tokens)
+        dlog_decay, dbeta = (dsums.new_empty(shape, dtype=dtype) for dtype in (decay_dtype, beta_dtype))
+        tensors = (dweights, dsums, dtotals, self.chunks.table, dbeta, dlog_decay, self.num_tokens)
         count = self.chunks.num_chunks * self.heads["HV"]
         self._run(backward.decay_gradients, count, *tensors, shared_out=False, PARTS=len(dtotals))
         return dlog_decay, dbeta
