@@ -175,15 +175,17 @@ class _Launch:
         self.sizes |= _PRECISIONS[q.dtype]
         self.sizes |= dict(SOLVE=tl.float32 if q.dtype == torch.float32 else tl.float16, LEVELS=length.bit_length() - 1)
 
-    def _run(self, kernel, count: int, *tensors, shared_out: bool, **sizes) -> None:
-        """Launch `count` programs, or with shared_out count times the number of parts of the value columns."""
+    def _run(self, kernel, count: int, *tensors, shared_out: bool, staged: bool = True, **sizes) -> None:
+        """Launch `count` programs, or with shared_out count times the number of parts of the value columns. staged:
+        whether shared memory holds the tile's number of stages."""
         tile = self.tiles.of(kernel, self.dtype)
         blocks = dict(BK=min(self.whole[0], tile.keys or LARGEST_HEAD), BV=min(self.whole[1], tile.part))
         if shared_out:
             count *= triton.cdiv(self.value_size, blocks["BV"])
         sizes |= {name: size for name, size in {**self.sizes, **blocks}.items() if name in kernel.arg_names}
         if count:
-            kernel[(count,)](*tensors, **sizes, num_warps=tile.num_warps, num_stages=tile.num_stages)
+            stages = tile.num_stages if staged else 1
+            kernel[(count,)](*tensors, **sizes, num_warps=tile.num_warps, num_stages=stages)
 
     def _states(self, like: Tensor, num: int, dtype) -> Tensor:
         return like.new_empty(num, self.heads["HV"], self.key_size, self.value_size, dtype=dtype)
@@ -250,7 +252,8 @@ class _Launch:
         count = self.chunks.num_documents * self.heads["HV"]
         tensors = (q, k, sums, do, carried, local, self.chunks.bounds, self.chunks.edges, dfinal)
         tensors += (grads, dinitial, self.num_tokens, self.scale)
-        self._run(backward.pass_gradients, count, *tensors, shared_out=True, GIVEN=given)
+        staged = self.num_heads == self.heads["HV"]  # else each stage holds the queries of a group
+        self._run(backward.pass_gradients, count, *tensors, shared_out=True, staged=staged, GIVEN=given)
         return grads, dinitial
 
     def gradients(self, q, k, sums, weights, do, errors, dv, states, grads) -> tuple[Tensor, ...]:
