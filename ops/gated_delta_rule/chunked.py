@@ -40,7 +40,7 @@ _NORM_ROWS = 32
 @dataclass(frozen=True)
 class Tile:
     """How one kernel is launched. part: value columns of a program, or of a step where a program takes all. keys: key
-    columns of a program, where it need not have all (`gradients`)."""
+    columns likewise, where a program need not have all (`chunk_writes`, `gradients`)."""
 
     part: int
     num_warps: int
@@ -113,10 +113,11 @@ def gated_delta_rule(
     log_decay, beta = log_decay.contiguous(), beta.contiguous()
     chunks = chunks_of(k, cu_seqlens, tiles.chunk_tokens)
     launch = _Launch(q, k, v, chunks, scale, tiles)
-    if _few_tokens(q, cu_seqlens) and not _differentiable(q, k, v, log_decay, beta, initial_state):
+    keep = _differentiable(q, k, v, log_decay, beta, initial_state)
+    if _few_tokens(q, cu_seqlens) and not keep:
         o, final = launch.steps(q, k, v, log_decay, beta, initial_state)
     else:
-        o, final = _GatedDeltaRule.apply(q, k, v, log_decay, beta, initial_state, launch)
+        o, final = _GatedDeltaRule.apply(q, k, v, log_decay, beta, initial_state, launch, keep)
     return o, final if output_final_state else None
 
 
@@ -133,8 +134,8 @@ class _GatedDeltaRule(torch.autograd.Function):
     """(o, final states [N, HV, K, V]) of contiguous inputs."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, beta, initial_state, launch):
-        keep = any(ctx.needs_input_grad)
+    def forward(ctx, q, k, v, log_decay, beta, initial_state, launch, keep):
+        ctx.set_materialize_grads(False)
         sums, weights, inverses, known, errors = launch.writes(k, v, log_decay, beta, keep)
         states, final = launch.states(k, sums, weights, known, errors, initial_state)
         del known
@@ -148,14 +149,15 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dfinal):
         q, k, sums, weights, inverses, errors, states = ctx.saved_tensors
-        launch, do = ctx.launch, do.contiguous()
+        launch = ctx.launch
+        do = launch.no_output_gradient(q) if do is None else do.contiguous()
         carried, dv = launch.reads(q, k, sums, weights, inverses, do)
         grads, dinitial = launch.state_gradients(q, k, sums, do, carried, dv, dfinal)
         del carried
         dq, dk, *parts = launch.gradients(q, k, sums, weights, do, errors, dv, states, grads)
-        dlog_decay, dbeta = launch.decay_gradients(weights, *parts, dv.shape[:3], *ctx.dtypes)
+        dlog_decay, dbeta = launch.decay_gradients(*parts, dv.shape[:3], *ctx.dtypes)
         dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
-        return dq, dk, dv, dlog_decay, dbeta, dinitial, None
+        return dq, dk, dv, dlog_decay, dbeta, dinitial, None, None
 
 
 class _Launch:
@@ -173,18 +175,24 @@ class _Launch:
         self.sizes |= _PRECISIONS[q.dtype]
         self.sizes |= dict(SOLVE=tl.float32 if q.dtype == torch.float32 else tl.float16, LEVELS=length.bit_length() - 1)
 
-    def _run(self, kernel, count: int, *tensors, shared_out: bool, **sizes) -> None:
-        """Launch `count` programs, or with shared_out count times the number of parts of the value columns."""
+    def _run(self, kernel, count: int, *tensors, shared_out: bool, staged: bool = True, **sizes) -> None:
+        """Launch `count` programs, or with shared_out count times the number of parts of the value columns. staged:
+        whether shared memory holds the tile's number of stages."""
         tile = self.tiles.of(kernel, self.dtype)
         blocks = dict(BK=min(self.whole[0], tile.keys or LARGEST_HEAD), BV=min(self.whole[1], tile.part))
         if shared_out:
             count *= triton.cdiv(self.value_size, blocks["BV"])
         sizes |= {name: size for name, size in {**self.sizes, **blocks}.items() if name in kernel.arg_names}
         if count:
-            kernel[(count,)](*tensors, **sizes, num_warps=tile.num_warps, num_stages=tile.num_stages)
+            stages = tile.num_stages if staged else 1
+            kernel[(count,)](*tensors, **sizes, num_warps=tile.num_warps, num_stages=stages)
 
     def _states(self, like: Tensor, num: int, dtype) -> Tensor:
         return like.new_empty(num, self.heads["HV"], self.key_size, self.value_size, dtype=dtype)
+
+    def no_output_gradient(self, q) -> Tensor:
+        """Zeros [B, T, H, V], for a loss that reads final states alone."""
+        return q.new_zeros(*q.shape[:2], self.num_heads, self.value_size)
 
     def writes(self, k, v, log_decay, beta, keep: bool) -> tuple[Tensor, ...]:
         """sums, weights [HV, B * T], inverses [B, T, HV, C], known [B, T, HV, K], missing [B, T, HV, V]."""
@@ -244,7 +252,8 @@ class _Launch:
         count = self.chunks.num_documents * self.heads["HV"]
         tensors = (q, k, sums, do, carried, local, self.chunks.bounds, self.chunks.edges, dfinal)
         tensors += (grads, dinitial, self.num_tokens, self.scale)
-        self._run(backward.pass_gradients, count, *tensors, shared_out=True, GIVEN=given)
+        staged = self.num_heads == self.heads["HV"]  # else each stage holds the queries of a group
+        self._run(backward.pass_gradients, count, *tensors, shared_out=True, staged=staged, GIVEN=given)
         return grads, dinitial
 
     def gradients(self, q, k, sums, weights, do, errors, dv, states, grads) -> tuple[Tensor, ...]:
@@ -259,10 +268,10 @@ class _Launch:
         self._run(backward.gradients, count, *tensors, shared_out=False)
         return dq, dk, dweights, dsums, dtotals
 
-    def decay_gradients(self, weights, dweights, dsums, dtotals, shape, decay_dtype, beta_dtype) -> tuple:
+    def decay_gradients(self, dweights, dsums, dtotals, shape, decay_dtype, beta_dtype) -> tuple[Tensor, Tensor]:
         """dlog_decay, dbeta [B, T, HV]."""
-        dlog_decay, dbeta = (weights.new_empty(shape, dtype=dtype) for dtype in (decay_dtype, beta_dtype))
-        tensors = (weights, dweights, dsums, dtotals, self.chunks.table, dbeta, dlog_decay, self.num_tokens)
+        dlog_decay, dbeta = (dsums.new_empty(shape, dtype=dtype) for dtype in (decay_dtype, beta_dtype))
+        tensors = (dweights, dsums, dtotals, self.chunks.table, dbeta, dlog_decay, self.num_tokens)
         count = self.chunks.num_chunks * self.heads["HV"]
         self._run(backward.decay_gradients, count, *tensors, shared_out=False, PARTS=len(dtotals))
         return dlog_decay, dbeta

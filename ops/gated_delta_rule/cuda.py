@@ -9,12 +9,12 @@ from ops.gated_delta_rule import chunked, reference
 from ops.gated_delta_rule.chunked import Tile, Tiles
 
 TILES = {
-    "chunk_writes": Tile(part=128, num_warps=4, num_stages=1),
-    "pass_states": Tile(part=32, num_warps=4, num_stages=3),
+    "chunk_writes": Tile(part=64, num_warps=4, num_stages=1, keys=64),
+    "pass_states": Tile(part=64, num_warps=4, num_stages=3),
     "outputs": Tile(part=128, num_warps=4, num_stages=1),
     "steps": Tile(part=16, num_warps=1, num_stages=1),
     "chunk_reads": Tile(part=128, num_warps=4, num_stages=1),
-    "pass_gradients": Tile(part=32, num_warps=4, num_stages=2),
+    "pass_gradients": Tile(part=64, num_warps=8, num_stages=3),
     "gradients": Tile(part=64, num_warps=8, num_stages=2),
     "decay_gradients": Tile(part=16, num_warps=1, num_stages=1),
 }

@@ -109,7 +109,7 @@ def gradients(
     First what passes through the state that a chunk leaves and through L, by value heads; then through outputs, by
     output heads. Parts, fp32, in slots of value heads followed by output heads: dweights [K / BK, HV + H, T] of beta's
     gradient, dsums likewise of the gradient of b_i, by which exp(b_i - b_j), exp(b_i) and exp(total - b_i) depend on
-    the decays, except for -beta times beta's; dtotals [K / BK, HV, M] of the gradient of total.
+    the decays; dtotals [K / BK, HV, M] of the gradient of total. No decay lies between a token and itself.
     """
     PARTS: tl.constexpr = (K + BK - 1) // BK
     part, hk, m = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS % HK, tl.program_id(0) // PARTS // HK
@@ -166,6 +166,7 @@ def gradients(
             products *= dlower
             dweight += tl.sum(products, 0)
             db += tl.sum(products * weight[None], 1)
+        db -= dweight * weight
         dlower *= weight[None]
         dkey += tl.dot((dlower + tl.trans(dlower)).to(DOT), key, input_precision=PRECISION)
         slot = tl.cast(part * (HV + H) + h, tl.int64) * num_tokens + start + ic
@@ -205,8 +206,11 @@ def gradients(
             dweight = tl.zeros((C,), tl.float32)
             if part == 0:
                 scores *= dscores
-                dweight += tl.sum(scores, 0)
-                db += tl.sum(scores * weight[None], 1)
+                itself = tl.sum(tl.where(ic[:, None] == ic[None], scores, 0.0), 1)
+                scores = tl.where(ic[:, None] > ic[None], scores, 0.0)
+                columns = tl.sum(scores, 0)
+                dweight += columns + itself
+                db += tl.sum(scores * weight[None], 1) - columns * weight
             rounded = (dscores * weight[None]).to(DOT)
             key = tl.load(rows(k, start, hk, HK, K, ic, ik), mask=keys, other=0.0)
             dkey += tl.dot(tl.trans(rounded), query, input_precision=PRECISION)
@@ -220,7 +224,7 @@ def gradients(
 
 @triton.jit
 def decay_gradients(
-    weights, dweights, dsums, dtotals, chunks, dbeta, dlog, num_tokens,
+    dweights, dsums, dtotals, chunks, dbeta, dlog, num_tokens,
     H: tl.constexpr, HV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of beta and log_decay [T, HV] from the parts that `gradients` left. Grid (M * HV).
@@ -242,5 +246,5 @@ def decay_gradients(
             db += tl.load(dsums + number, mask=inside, other=0.0)
             dweight += tl.load(dweights + number, mask=inside, other=0.0)
     tl.store(dbeta + place, dweight.to(dbeta.dtype.element_ty), mask=inside)
-    db -= dweight * tl.load(weights + tl.cast(h, tl.int64) * num_tokens + start + ic, mask=inside, other=0.0)
-    tl.store(dlog + place, dtotal + tl.sum(db) - tl.cumsum(db, 0) + db, mask=inside)
+    later = dtotal + tl.sum(db) - tl.cumsum(db, 0)
+    tl.store(dlog + place, (later + db).to(dlog.dtype.element_ty), mask=inside)

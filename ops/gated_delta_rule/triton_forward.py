@@ -57,7 +57,7 @@ def chunk_writes(
     """
     m, h = tl.program_id(0) // HV, tl.program_id(0) % HV
     start, end = tl.load(chunks + m * 2), tl.load(chunks + m * 2 + 1)
-    ik, ic = tl.arange(0, BK), tl.arange(0, C)
+    ic = tl.arange(0, C)
     inside = (start + ic) < end
     number = tl.cast(start, tl.int64) * HV + h + ic * HV
     b = tl.cumsum(tl.load(log_decay + number, mask=inside, other=0.0).to(tl.float32), 0)
@@ -65,16 +65,24 @@ def chunk_writes(
     number = tl.cast(h, tl.int64) * num_tokens + start + ic
     tl.store(sums + number, b, mask=inside)
     tl.store(weights + number, weight, mask=inside)
-    keys = inside[:, None] & (ik < K)[None]
-    key = tl.load(rows(k, start, h // (HV // HK), HK, K, ic, ik), mask=keys, other=0.0)
-    products = tl.dot(key, tl.trans(key), input_precision=PRECISION)
+    products = tl.zeros((C, C), tl.float32)
+    for first in range(0, K, BK):
+        ik = first + tl.arange(0, BK)
+        keys = inside[:, None] & (ik < K)[None]
+        key = tl.load(rows(k, start, h // (HV // HK), HK, K, ic, ik), mask=keys, other=0.0)
+        products += tl.dot(key, tl.trans(key), input_precision=PRECISION)
     decay = tl.exp(tl.where(ic[:, None] > ic[None], b[:, None] - b[None], -float("inf")))
     inverse = inverse_of(products * decay * weight[None], LEVELS, SOLVE, PRECISION)
     if KEEP:
         place = rows(inverses, start, h, HV, C, ic, ic)
         tl.store(place, inverse.to(inverses.dtype.element_ty), mask=inside[:, None])
-    recall = tl.dot((inverse * tl.exp(b)[None]).to(DOT), key, input_precision=PRECISION)
-    tl.store(rows(known, start, h, HV, K, ic, ik), recall.to(DOT), mask=keys)
+    scaled = (inverse * tl.exp(b)[None]).to(DOT)
+    for first in range(0, K, BK):
+        ik = first + tl.arange(0, BK)
+        keys = inside[:, None] & (ik < K)[None]
+        key = tl.load(rows(k, start, h // (HV // HK), HK, K, ic, ik), mask=keys, other=0.0)
+        recall = tl.dot(scaled, key, input_precision=PRECISION)
+        tl.store(rows(known, start, h, HV, K, ic, ik), recall.to(DOT), mask=keys)
     inverse = inverse.to(DOT)
     for first in range(0, V, BV):
         iv = first + tl.arange(0, BV)
