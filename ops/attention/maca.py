@@ -17,7 +17,7 @@ from ops.tuning import tiles
 
 def accepts(name, q, k, v, **options):
     """Why a call cannot run here; None when it can."""
-    return windowed.refusal(q, v)
+    return windowed.refusal(q, v, largest_fp32=128)
 
 
 def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None, scale=None, return_lse=False):

@@ -25,12 +25,13 @@ LARGEST_HEAD = 256
 LARGEST_WHOLE_SIZE = 128  # larger heads get half the queries and keys a tile
 
 
-def refusal(q: Tensor, v: Tensor) -> str | None:
+def refusal(q: Tensor, v: Tensor, *, largest_fp32: int = LARGEST_HEAD) -> str | None:
     """Why the kernels cannot take these dtypes and sizes; None when they can."""
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "takes bf16, fp16 and fp32"
-    if max(q.shape[3], v.shape[3]) > LARGEST_HEAD:
-        return f"takes heads of up to {LARGEST_HEAD} numbers"
+    largest = largest_fp32 if q.dtype == torch.float32 else LARGEST_HEAD
+    if max(q.shape[3], v.shape[3]) > largest:
+        return f"takes heads of up to {largest} numbers in {q.dtype}"
     return None
 
 

