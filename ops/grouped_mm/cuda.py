@@ -1,27 +1,23 @@
 """Grouped matrix products on NVIDIA GPUs: torch's grouped GEMM for bf16 on Hopper and later, sizes in multiples of 8.
 
 Triton kernels for other sizes and devices, fp16 and fp32 (as three tf32 products). None of them waits for the device to
-learn the group sizes. fp64 and mixed dtypes go to the reference, which does.
+learn the group sizes.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ops.grouped_mm import launch, reference
+from ops.grouped_mm.launch import Implementation
 
-TILES = {
-    "rows_product": dict(ROWS=128, COLS=128, DEPTH=32, PRECISION="tf32x3", num_warps=8, num_stages=3),
-    "weight_gradient": dict(ROWS=128, COLS=128, DEPTH=32, PRECISION="tf32x3", num_warps=8, num_stages=3),
-}
+accepts, _grouped_mm = Implementation("cuda", precision="tf32x3").functions()
 
 
 def grouped_mm(x, weight, *, offsets):
     """See ops.grouped_mm."""
-    if x.dtype != weight.dtype or x.dtype not in launch.DTYPES or not len(x):
-        return reference.grouped_mm(x, weight, offsets=offsets)
-    if x.dtype != torch.bfloat16 or x.shape[1] % 8 or weight.shape[1] % 8 or not _has_grouped_gemm(x):
-        return launch.grouped_mm(x, weight, offsets=offsets, tiles=TILES)
+    unaligned = x.shape[1] % 8 or weight.shape[1] % 8
+    if x.dtype != torch.bfloat16 or unaligned or not len(x) or not _has_grouped_gemm(x):
+        return _grouped_mm(x, weight, offsets=offsets)
     y = torch._grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=offsets[1:].to(torch.int32))
     return _ContiguousGradient.apply(y)
 

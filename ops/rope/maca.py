@@ -1,15 +1,10 @@
-"""Rotary position embedding on MetaX GPUs: one pass, reading x where it lies. fp64 goes to the reference.
+"""Rotary position embedding on MetaX GPUs: one pass, reading x where it lies.
 
 The kernels' numerics are tested in Triton's interpreter; nothing here was ever executed on MetaX hardware.
 """
 
 from __future__ import annotations
 
-from ops.rope import launch
+from ops.rope.launch import Implementation
 
-TILES = {"rotate": dict(TOKENS=8, HEADS=4, num_warps=2, num_stages=1)}
-
-
-def rope(x, positions, inv_freq):
-    """See ops.rope."""
-    return launch.rope(x, positions, inv_freq, tiles=TILES)
+accepts, rope = Implementation("maca").functions()

@@ -1,15 +1,7 @@
-"""SwiGLU on NVIDIA GPUs: one pass forward, one pass backward. fp64 goes to the reference."""
+"""SwiGLU on NVIDIA GPUs: one pass forward, one pass backward."""
 
 from __future__ import annotations
 
-from ops.swiglu import launch
+from ops.swiglu.launch import Implementation
 
-TILES = {
-    "forward": dict(BLOCK=2048, num_warps=8, num_stages=1),
-    "backward": dict(BLOCK=2048, num_warps=8, num_stages=1),
-}
-
-
-def swiglu(gate_up):
-    """See ops.swiglu."""
-    return launch.swiglu(gate_up, tiles=TILES)
+accepts, swiglu = Implementation("cuda").functions()

@@ -1,4 +1,7 @@
-"""MetaX's tiles of the pointwise ops, the cross-entropy and grouped products compiled for two stand-ins: a proxy."""
+"""MetaX's tiles of the pointwise ops, the cross-entropy and grouped products compiled for two stand-ins: a proxy.
+
+A matrix has stride 1 along one dimension, and everything starts at multiples of 16: what takes the most shared memory.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from ops import tuning
 from ops.backends.maca import BACKEND
 from test_compiled_kernels import TARGETS
 
@@ -20,49 +24,44 @@ OTHER = {
 }
 
 
-def kernels(values: str):
-    """(kernel, constants, tile) of every kernel at the 7B model's sizes; values: the tensors' type."""
-    from ops.grouped_mm import maca as grouped_mm
-    from ops.grouped_mm import triton_kernels as products
-    from ops.linear_cross_entropy import maca as cross_entropy
-    from ops.linear_cross_entropy import triton_kernels as losses
-    from ops.rms_norm import launch
-    from ops.rms_norm import maca as rms_norm
-    from ops.rms_norm import triton_kernels as norms
-    from ops.rope import maca as rope
-    from ops.rope import triton_kernels as rotary
-    from ops.swiglu import maca as swiglu
-    from ops.swiglu import triton_kernels as gates
+def kernels():
+    """(kernel launcher, shared memory that its tune entry allows) of every kernel at the 7B model's sizes."""
+    from ops.grouped_mm.launch import Kernels as Products
+    from ops.linear_cross_entropy.launch import Softmax
+    from ops.rms_norm.launch import Kernels as Norms
+    from ops.rope.launch import Kernels as Rotary
+    from ops.swiglu.launch import Kernels as Gates
 
-    for name, flag in (("forward", "HAS_RESIDUAL"), ("backward", "HAS_TOTAL")):
-        tile = {key: size for key, size in rms_norm.TILES[name].items() if key != "PROGRAMS"}
-        shape, options = launch._tile(3584, **tile)
-        stages = {"STAGES": options["num_stages"]} if name == "backward" else {}
-        yield getattr(norms, name), {"SIZE": 3584, flag: True, **stages, **shape}, options
-    yield norms.column_sums, {"SIZE": 3584}, rms_norm.TILES["column_sums"]
-    for name, tile in swiglu.TILES.items():
-        yield getattr(gates, name), {"SIZE": 18944}, tile
-    yield rotary.rotate, {"NUM_HEADS": 28, "HALF": 64, "BLOCK_HALF": 64}, rope.TILES["rotate"]
-    for name, tile in cross_entropy.TILES.items():
-        yield getattr(losses, name), {"SIZE": 152064}, tile
-    for name, tile in grouped_mm.TILES.items():
-        groups = {"GROUPS": 16} if name == "rows_product" else {}
-        yield getattr(products, name), {"IN": 3584, "OUT": 2560, **groups}, tile
+    makes = {
+        "rms_norm": (Norms, 3584, BACKEND.limits.max_num_warps),
+        "swiglu": (Gates, 18944),
+        "rope": (Rotary, 28, 128),
+        "linear_cross_entropy": (Softmax, 152064),
+        "grouped_mm": (Products, 16, 2560, 3584, "ieee"),
+    }
+    for op, (make, *sizes) in makes.items():
+        entries = tuning.read(tuning.tune_file(op, "maca"), BACKEND)[tuning.DEFAULT]
+        for launcher in make(*sizes, entries).launchers:
+            entry = entries[launcher.kernel.__name__]
+            yield launcher, entry.get("shared_bytes", BACKEND.limits.shared_memory_bytes)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("values", ["bf16", "fp32"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_tiles_fit_64_kb_of_shared_memory(target, values):
+def test_tiles_take_the_shared_memory_that_their_entries_say(target, values):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel, constants, tile in kernels(values):
-        options = {key: tile[key] for key in ("num_warps", "num_stages")}
+    for launcher, shared_bytes in kernels():
+        kernel, options = launcher.kernel, {key: launcher.options[key] for key in ("num_warps", "num_stages")}
         assert options["num_warps"] <= BACKEND.limits.max_num_warps
-        constants = constants | {key: size for key, size in tile.items() if key not in options}
-        kinds = {name: OTHER.get(name, f"*{values}") for name in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=kinds | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-        assert compiled.metadata.shared <= BACKEND.limits.shared_memory_bytes, kernel.__name__
+        for ones in ({"stride_in": 1}, {"stride_out": 1}) if "stride_in" in kernel.arg_names else ({},):
+            constants = launcher.constants | ones
+            kinds = {name: OTHER.get(name, f"*{values}") for name in kernel.arg_names}
+            kinds |= dict.fromkeys(constants, "constexpr")
+            aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind[0] in "*i"}
+            source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
+            compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+            assert compiled.metadata.shared <= shared_bytes, kernel.__name__

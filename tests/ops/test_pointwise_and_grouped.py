@@ -1,10 +1,15 @@
 """ops.rms_norm, ops.swiglu, ops.rope and ops.grouped_mm against formulas written out in float64."""
 
+from importlib import import_module
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 import ops
 from op_oracles import assert_same, cu, gradients
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
 def leaves(*shapes):
@@ -81,3 +86,47 @@ def test_wrong_shapes_are_refused_in_one_line():
         ops.rope(x[None, :, None], torch.zeros(1, 8, dtype=torch.int64), x[0, :2])
     with pytest.raises(ValueError, match="offsets must be"):
         ops.grouped_mm(x, x.new_zeros(2, 3, 4), offsets=cu(0, 9))
+
+
+def kernel_file(op, backend):
+    return import_module(f"ops.{op}.{backend}")
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["cuda", "maca"])
+def test_kernels_say_what_they_do_not_take(backend):
+    float64, bf16 = (torch.empty(1, 6, 2, 4, dtype=dtype, device="meta") for dtype in (torch.float64, torch.bfloat16))
+    labels = torch.empty(6, dtype=torch.int64, device="meta")
+
+    def answers(x):
+        rows, weight = x[0, :, 0], x[0, 0, 0]
+        yield kernel_file("rms_norm", backend).accepts("rms_norm", rows, weight, eps=1e-6, residual=rows)
+        yield kernel_file("swiglu", backend).accepts("swiglu", x)
+        yield kernel_file("rope", backend).accepts("rope", x, labels[None], weight[:2])
+        yield kernel_file("linear_cross_entropy", backend).accepts("linear_cross_entropy", rows, rows, labels)
+        yield kernel_file("grouped_mm", backend).accepts("grouped_mm", rows, x[0], offsets=labels)
+
+    assert set(answers(float64)) == {"takes bf16, fp16 and fp32"}
+    assert set(answers(bf16)) == {None}
+    products = kernel_file("grouped_mm", backend).accepts
+    assert products("grouped_mm", bf16[0, :, 0], float64[0], offsets=labels) == "takes x and weight of one dtype"
+
+
+@needs_triton
+def test_rms_norm_has_a_longest_row():
+    for backend, most in (("cuda", 16384), ("maca", 8192)):
+        accepts, rows = kernel_file("rms_norm", backend).accepts, torch.empty(2, most + 1, device="meta")
+        assert accepts("rms_norm", rows, rows[0], eps=1e-6) == f"takes rows of up to {most} numbers"
+        assert accepts("rms_norm", rows[:, 1:], rows[0, 1:], eps=1e-6) is None
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["cuda", "maca"])
+def test_empty_tensors_start_no_kernel(backend):
+    x, weight, labels = torch.empty(1, 0, 2, 4), torch.ones(3, 4), torch.empty(0, dtype=torch.int64)
+    normed, total = kernel_file("rms_norm", backend).rms_norm(x, weight[0], eps=1e-6, residual=x)
+    assert normed.shape == total.shape == x.shape
+    assert kernel_file("swiglu", backend).swiglu(x).shape == (1, 0, 2, 2)
+    assert kernel_file("rope", backend).rope(x, labels[None], weight[0, :2]).shape == x.shape
+    assert kernel_file("linear_cross_entropy", backend).linear_cross_entropy(x[0, :, 0], weight, labels).shape == (0,)
+    assert kernel_file("grouped_mm", backend).grouped_mm(x[0, :, 0], weight[None], offsets=cu(0, 0)).shape == (0, 3)
