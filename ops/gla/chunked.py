@@ -19,7 +19,7 @@ from torch import Tensor
 from ops import documents
 from ops.gla import reference
 from ops.gla.kernels import DTYPES, Kernels, Steps
-from ops.tuning import tiles
+from ops.launch import Prepared
 
 STEPS = 8
 """Up to so many tokens a row, one after the other is faster than chunks."""
@@ -62,9 +62,8 @@ class Implementation:
     """ops.gla with the tiles of a backend."""
 
     def __init__(self, backend: str, *, largest_head: int):
-        self.backend, self.largest_head = backend, largest_head
-        self._entries: object = None
-        self._kernels: dict = {}
+        self.largest_head = largest_head
+        self.prepared = Prepared("gla", backend)
 
     def functions(self) -> tuple:
         """What a backend's file holds."""
@@ -86,11 +85,12 @@ class Implementation:
             states = dict(initial_state=initial_state, output_final_state=output_final_state)
             return reference.gla(q, k, v, log_decay, scale=scale, cu_seqlens=cu_seqlens, **states)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        sizes = (q.shape[2] // k.shape[2], *k.shape[2:], v.shape[3], q.dtype)
         if _is_decoding(q, k, v, log_decay, initial_state, cu_seqlens):
-            steps = self._kept(Steps, q, k, v, q.shape[1], initial_state is not None)
+            steps = self.prepared(Steps, *sizes, q.shape[1], initial_state is not None)
             o, final = steps(q, k, v, log_decay, initial_state, scale)
         else:
-            kernels = self._kept(Kernels, q, k, v)
+            kernels = self.prepared(Kernels, *sizes)
             chunks = chunks_of(k, cu_seqlens, kernels.chunk_tokens)
             o, final = _Gla.apply(q, k, v, log_decay, initial_state, scale, chunks, kernels)
         return o, final if output_final_state else None
@@ -100,16 +100,6 @@ class Implementation:
         num_documents = 1 if cu_seqlens is None else len(cu_seqlens) - 1
         states = torch.cat([state_in[None], state_in.new_zeros(num_documents - 1, *state_in.shape)])
         return self.gla(q, k, v, log_decay, scale=scale, initial_state=states, cu_seqlens=cu_seqlens)[0]
-
-    def _kept(self, kind, q, k, v, *more):
-        """kind(sizes, dtype, *more, entries), made once for the present tiles."""
-        entries = tiles("gla", self.backend)
-        if entries is not self._entries:
-            self._entries, self._kernels = entries, {}
-        key = (kind, q.shape[2] // k.shape[2], *k.shape[2:], v.shape[3], q.dtype, *more)
-        if key not in self._kernels:
-            self._kernels[key] = kind(*key[1:], entries)
-        return self._kernels[key]
 
 
 def _is_decoding(q, k, v, log_decay, initial_state, cu_seqlens) -> bool:
