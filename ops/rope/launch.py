@@ -12,6 +12,8 @@ from ops.launch import Launcher, Prepared
 from ops.rope import reference, triton_kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MANY = 8
+"""More heads have tiles of their own: a program then takes whole tokens, whose numbers lie side by side."""
 
 
 class Implementation:
@@ -52,9 +54,10 @@ class Kernels:
     """The kernel for given heads. launchers: it alone."""
 
     def __init__(self, num_heads: int, size: int, entries: Mapping[str, Mapping]):
-        tile, half = entries["rotate"], size // 2
-        self.tokens, self.parts = tile["TOKENS"], triton.cdiv(num_heads, tile["HEADS"])
-        sizes = dict(NUM_HEADS=num_heads, HALF=half, BLOCK_HALF=triton.next_power_of_2(half))
+        tile, half = entries["rotate_many" if num_heads > MANY else "rotate"], size // 2
+        heads = min(tile["HEADS"], triton.next_power_of_2(num_heads))
+        self.tokens, self.parts = tile["TOKENS"], triton.cdiv(num_heads, heads)
+        sizes = dict(NUM_HEADS=num_heads, HALF=half, BLOCK_HALF=triton.next_power_of_2(half), HEADS=heads)
         self.launchers = [Launcher(triton_kernels.rotate, sizes, tile)]
 
     def rotate(self, x, positions, inv_freq, direction: float) -> Tensor:
