@@ -62,8 +62,16 @@ def derived(cu_seqlens: Tensor, key: Any, build: Callable[[], Any]) -> Any:
         kept = (version, {})
         cu_seqlens._ops_derived = kept
     if key not in kept[1]:
-        kept[1][key] = build()
+        kept[1][key] = for_keeping(build)
     return kept[1][key]
+
+
+def for_keeping(build: Callable[[], Any]) -> Any:
+    """build(), outside of inference mode: a later call may train, and autograd saves no tensor from inside."""
+    if not torch.is_inference_mode_enabled():
+        return build()
+    with torch.inference_mode(False):
+        return build()
 
 
 def document_ids(cu_seqlens: Tensor) -> Tensor:

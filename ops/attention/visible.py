@@ -24,7 +24,7 @@ def visible(cu_seqlens: Optional[Tensor], window: Optional[int], num_tokens: int
 
 @lru_cache(maxsize=8)
 def _row(window, num_tokens, device):
-    return _build(None, window, num_tokens, device)
+    return documents.for_keeping(lambda: _build(None, window, num_tokens, device))
 
 
 def _build(cu_seqlens, window, num_tokens, device):

@@ -114,3 +114,19 @@ def vendor_calls(rank: int, *, edges: tuple[int, ...] | None) -> list:
 def _distance(actual, expected) -> float:
     """Relative norm; NaN passes no comparison."""
     return float(((actual.double() - expected).norm() / expected.norm().clamp(min=1e-3)).detach())
+
+
+def trains_after_inference(rank: int) -> bool:
+    """Whether gradients are found for a length that was first seen in inference mode."""
+    import torch
+
+    from ops.attention import windowed
+    from ops.attention.visible import _row
+
+    _row.cache_clear()
+    leaves = [torch.randn(1, 23, 2, 16).requires_grad_() for _ in range(3)]
+    how = dict(window=4, cu_seqlens=None, sink_k=None, sink_v=None, scale=None, return_lse=False)
+    with torch.inference_mode():
+        windowed.attention(*leaves, **how, tiles=scaled("maca", 32))
+    windowed.attention(*leaves, **how, tiles=scaled("maca", 32)).sum().backward()
+    return all(leaf.grad.isfinite().all() for leaf in leaves)

@@ -24,6 +24,13 @@ def test_a_moved_tensor_is_never_read_back():
     documents.check(moved, num_rows=1, num_tokens=8)
 
 
+def test_what_is_derived_in_inference_mode_can_be_saved_for_backward_later():
+    edges = cu(0, 3, 8)
+    with torch.inference_mode():
+        ids = documents.document_ids(edges)
+    assert not ids.is_inference() and documents.document_ids(edges) is ids
+
+
 def test_derived_facts_follow_a_write():
     edges = cu(0, 3, 8)
     assert documents.lengths(edges) == [3, 5]

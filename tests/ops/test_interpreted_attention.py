@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from interpreted_attention_case import attention_differences, equal_twice, vendor_calls
+from interpreted_attention_case import attention_differences, equal_twice, trains_after_inference, vendor_calls
 from test_interpreted_kernels import RAGGED, pytestmark, within  # noqa: F401
 
 
@@ -62,6 +62,10 @@ def test_in_fp16(interpreter, backend):
 def test_the_same_bits_every_time(interpreter, num_programs):
     (same,) = interpreter(equal_twice, num_tokens=100, num_programs=num_programs)
     assert all(same), same
+
+
+def test_training_after_inference_mode(interpreter):
+    assert interpreter(trains_after_inference) == [True]
 
 
 def test_maca_asks_the_vendor_first(interpreter):
