@@ -99,6 +99,7 @@ def unbegun(recipe: Recipe) -> Ledger:
     """The ledger of a run that has nothing yet, if its first weights can be read and written here."""
     check_owner(recipe)
     ops.use(recipe.ops)
+    ops.table()  # resolves every op before anything is written
     ledger = Ledger(run_folder(recipe))
     if ledger.checkpoint is not None:
         raise ValueError(f"run_dir={recipe.run_dir} already holds {ledger.checkpoint}; choose a new run_dir")
@@ -155,18 +156,24 @@ def op_table() -> dict:
 
 
 def _agree_on_ops() -> None:
-    """All ranks must have resolved the same ops to the same backends, or their numerics would drift apart."""
+    """All ranks must run the same backends of the same ops, or their numerics would drift apart. Collective."""
+    ours = together(op_table)
     tables = [None] * dist.get_world_size()
-    dist.all_gather_object(tables, op_table())
+    dist.all_gather_object(tables, ours)
     ours = tables[0]["ops"]
     for rank, other in enumerate(tables):
         if other["hash"] != tables[0]["hash"]:
-            odd = next((op for op, entry in other["ops"].items() if entry != ours.get(op)), None)
+            odd = next((op for op, entry in other["ops"].items() if _runs(entry) != _runs(ours.get(op, {}))), None)
             what = f": {odd} is {other['ops'][odd]} there and {ours.get(odd)} here" if odd else " (other files)"
             raise ValueError(
                 f"rank {rank} has another op table than rank 0{what}; run `python -m ops` on both machines and make "
                 "their packages and files equal"
             )
+
+
+def _runs(entry: dict) -> dict:
+    """What an op's entry says of the code that runs; reasons name the device, which ranks need not share."""
+    return {key: value for key, value in entry.items() if key not in ("reason", "refused")}
 
 
 def open_run_sinks(recipe: Recipe, step: int) -> Sinks:
