@@ -10,15 +10,16 @@ than keys and values; query head h then uses key head h // (Hq / Hkv).
 
 from importlib import import_module
 
-from ops.discover import catalog, scan
+from ops.discover import BACKENDS, ROOT, catalog, scan
 from ops.explain import lines, table, table_hash
 from ops.registry import Choice, Refused, resolve, use
 
 __all__ = ["Choice", "Refused", "lines", "resolve", "scan", "table", "table_hash", "use"]
 
+_modules = {BACKENDS, *(_path.stem for _path in ROOT.glob("*.py"))}
 for _op, _name in catalog().packages.items():
     _package = import_module(_name)
-    _twice = sorted(set(_package.__all__) & set(__all__))
+    _twice = sorted(set(_package.__all__) & (set(__all__) | _modules))
     if _twice:
         raise ValueError(f"{_name} calls a function {_twice[0]}, as ops or another op does; rename it")
     globals().update({_public: getattr(_package, _public) for _public in _package.__all__})

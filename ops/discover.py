@@ -49,9 +49,13 @@ def catalog() -> Catalog:
 
 @lru_cache(maxsize=1)
 def descriptors() -> dict[str, Backend]:
-    """Descriptor of every backend, in probe order."""
-    found = [import_module(file.module).BACKEND for file in catalog().backends.values()]
-    return {backend.name: backend for backend in sorted(found, key=lambda backend: backend.rank)}
+    """Descriptor of every backend, in probe order. Raises ValueError for one that is not named like its file."""
+    found = {name: import_module(file.module).BACKEND for name, file in catalog().backends.items()}
+    for name, backend in found.items():
+        if backend.name != name:
+            path = catalog().backends[name].path
+            raise ValueError(f"{path}: BACKEND.name is {backend.name!r}; make it {name!r}, like the file's name")
+    return dict(sorted(found.items(), key=lambda item: item[1].rank))
 
 
 def roots() -> dict[str, Path]:

@@ -8,7 +8,7 @@ from typing import Optional
 
 from ops import registry
 from ops.device import EnvFacts
-from ops.discover import catalog, descriptors, scan
+from ops.discover import ROOT, catalog, descriptors, scan
 from ops.select import is_emulated, platform, refusal
 
 
@@ -47,18 +47,23 @@ def table() -> dict[str, dict]:
 
 
 def table_hash() -> str:
-    """Hash of the choices, of the contents of the files that they run, and of their tune entries; ranks compare it."""
+    """Hash of the choices, of the contents of the files that they run, and of their tune entries; ranks compare it.
+
+    Where packages are installed has no part in it.
+    """
     digest = hashlib.sha256()
+    for path in sorted(ROOT.glob("*.py")):  # what implementations share
+        digest.update(path.read_bytes())
     for op in scan():
         choice = registry.resolve(op)
         facts = [op, choice.backend, choice.emulated, choice.allow_reference, choice.tune]
         digest.update(json.dumps(facts, sort_keys=True).encode())
         others = set(descriptors()) - {choice.backend, "reference"}
-        folders = {
-            file.path.parent for name, file in catalog().files[op].items() if name in (choice.backend, "reference")
-        }
-        for path in sorted(path for folder in folders for path in folder.glob("*.py") if path.stem not in others):
-            digest.update(path.read_bytes())
+        files = catalog().files[op]
+        run = (files[name] for name in ("reference", choice.backend))
+        for _, folder in sorted({(file.module.rpartition(".")[0], file.path.parent) for file in run}):
+            for path in sorted(path for path in folder.glob("*.py") if path.stem not in others):
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -26,7 +26,7 @@ from ops.backends import Backend
 from ops.device import EnvFacts, collect
 from ops.discover import catalog, scan
 from ops.discover import descriptors as backends
-from ops.select import OR_REFERENCE, choose, is_emulated, read_wish
+from ops.select import OR_REFERENCE, check_overrides, choose, is_emulated, read_wish
 
 LOG = logging.getLogger("ops")
 DEVICE_BLIND = ("cpu", "meta")
@@ -103,8 +103,8 @@ def use(recipe: Optional[Mapping[str, str]] = None, *, allow_reference: bool = F
 def resolve(op: str, overrides: Optional[Mapping[str, str]] = None) -> Choice:
     """The implementation of an op on this machine; logged once. overrides (op -> backend) replaces the recipe's.
 
-    Raises ValueError when a forced backend is unavailable, when device facts contradict each other, and when the op's
-    tune file asks for what the device does not have.
+    Raises ValueError when a forced backend is unavailable, when device facts contradict each other, when a variable
+    OPS_BACKEND_<OP> names no op, and when the op's tune file asks for what the device does not have.
     """
     if overrides is None and op in TABLE.choices:
         return TABLE.choices[op]
@@ -112,6 +112,7 @@ def resolve(op: str, overrides: Optional[Mapping[str, str]] = None) -> Choice:
     if op not in files:
         raise ValueError(f"no such op: {op}; choose from: {', '.join(files)}")
     known, facts = backends(), collect()
+    check_overrides(facts, files)
     selection = choose(
         op,
         files=files[op],

@@ -9,7 +9,7 @@ What a user may write, in the recipe under `ops:` and in OPS_BACKEND and OPS_BAC
 
 from __future__ import annotations
 
-from typing import Callable, Mapping, NamedTuple, Optional
+from typing import Callable, Collection, Mapping, NamedTuple, Optional
 
 from ops.backends import Backend
 from ops.device import EnvFacts
@@ -71,6 +71,14 @@ def is_emulated(name: str, facts: EnvFacts, backends: Mapping[str, Backend]) -> 
     """Whether this backend's files would run on another's device, as OPS_EMULATE=1 allows."""
     hosts = [backends[host] for host in backends[name].emulated_on if host in backends]
     return facts.emulate and not backends[name].probe(facts)[0] and any(host.probe(facts)[0] for host in hosts)
+
+
+def check_overrides(facts: EnvFacts, ops: Collection[str]) -> None:
+    """Raise ValueError for a variable OPS_BACKEND_<OP> that would be heard by no op."""
+    known = {"OPS_BACKEND", *(f"OPS_BACKEND_{op.upper()}" for op in ops)}
+    unknown = sorted(set(facts.overrides) - known)
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such op; unset it or choose from: {', '.join(sorted(known))}")
 
 
 def choose(

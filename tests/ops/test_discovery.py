@@ -112,6 +112,35 @@ def test_outsiders_that_claim_what_is_taken_or_are_not_there(tmp_path, files, me
     assert re.search(message, python("import ops", fails=True, **environment).splitlines()[-1])
 
 
+def test_outsiders_whose_names_would_shadow_ours(tmp_path):
+    write(tmp_path / "acme", __init__="")
+    write(tmp_path / "acme" / "double", __init__="__all__ = ['tuning']\ntuning = 1\n", reference="")
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OPS_MODULES": "acme"}
+    message = python("import ops", fails=True, **environment)
+    assert "acme.double calls a function tuning, as ops or another op does; rename it" in message
+
+
+def test_a_backend_is_named_like_its_file(tmp_path):
+    write(tmp_path / "acme", __init__="")
+    write(tmp_path / "acme" / "backends", npu=BACKEND)
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OPS_MODULES": "acme"}
+    message = python("import ops; ops.table()", fails=True, **environment)
+    assert "acme/backends/npu.py: BACKEND.name is 'tpu'; make it 'npu', like the file's name" in message
+
+
+def test_the_table_hash_does_not_depend_on_where_packages_are(tmp_path):
+    found = set()
+    shutil.copytree(discover.ROOT, tmp_path / "m" / "ops")
+    for place in ("a", "z"):
+        acme = tmp_path / place / "acme"
+        write(acme, __init__="")
+        write(acme / "rope", tpu="def rope(x, positions, inv_freq):\n    return x\n")
+        write(acme / "backends", tpu=BACKEND)
+        environment = {"PYTHONPATH": f"{tmp_path / 'm'}{os.pathsep}{acme.parent}", "OPS_MODULES": "acme"}
+        found.add(python("import ops; print(ops.table_hash())", cwd=tmp_path, **environment))
+    assert len(found) == 1
+
+
 def test_importing_and_calling_ops_on_cpu_imports_no_kernel_package():
     code = (
         "import sys, torch, ops\n"

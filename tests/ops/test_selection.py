@@ -271,6 +271,14 @@ def test_resolve_and_use_on_this_machine(monkeypatch, caplog):
         ops.resolve("glaa")
 
 
+@pytest.mark.parametrize("variable", ["OPS_BACKEND_GLAA", "OPS_BACKEND_gla"])
+def test_a_variable_that_no_op_would_hear_is_an_error(monkeypatch, variable):
+    monkeypatch.setattr(registry, "collect", lambda: with_env(CPU, **{variable: "reference"}))
+    monkeypatch.setattr(registry, "TABLE", registry.Table())
+    with pytest.raises(ValueError, match=f"{variable}: no such op; unset it or choose from: .*OPS_BACKEND_GLA,"):
+        ops.resolve("rope")
+
+
 def test_table_names_every_op_with_a_reason_and_its_hash_follows_the_choice(monkeypatch):
     monkeypatch.setattr(registry, "collect", lambda: CPU)
     monkeypatch.setattr(registry, "TABLE", registry.Table())
