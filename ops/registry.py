@@ -143,7 +143,19 @@ def implementation(op: str, name: str, tensor: torch.Tensor) -> Callable:
     blind = tensor.device.type in DEVICE_BLIND
     if torch.compiler.is_compiling() or not (TABLE.references if blind else TABLE.functions)[op]:
         _prepare(op, blind)
+    elif tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        _check_device(op, tensor.device)
     return (TABLE.references if blind else TABLE.functions)[op][name]
+
+
+def _check_device(op: str, device: torch.device) -> None:
+    """Raise ValueError where kernels would be launched on another device than their tensors are on."""
+    backend = resolve(op).backend
+    if backend != "reference":
+        raise ValueError(
+            f"op {op} on {backend}: tensors on {device}, but the current device is cuda:{torch.cuda.current_device()}; "
+            f"call torch.cuda.set_device({device.index}) or put the call inside torch.cuda.device({device.index})"
+        )
 
 
 def why_not(op: str, backend: Backend) -> Optional[str]:

@@ -4,8 +4,10 @@ import json
 import logging
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ops
 from ops import discover, explain, registry
@@ -292,6 +294,24 @@ def test_table_names_every_op_with_a_reason_and_its_hash_follows_the_choice(monk
     choice = ops.resolve("rope")
     registry.TABLE.choices["rope"] = replace(choice, backend="cuda")
     assert ops.table_hash() != before
+
+
+def test_kernels_are_not_launched_on_another_device_than_their_tensors(monkeypatch):
+    tensor, table = SimpleNamespace(device=torch.device("cuda", 1)), registry.Table()
+    monkeypatch.setattr(registry, "TABLE", table)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for backend in ("reference", "cuda"):
+        table.functions["rope"] = {"rope": "function"}
+        table.choices["rope"] = registry.Choice("rope", backend, "", {})
+        if backend == "reference":
+            assert registry.implementation("rope", "rope", tensor) == "function"
+        else:
+            with pytest.raises(
+                ValueError, match=r"op rope on cuda: tensors on cuda:1, but .* is cuda:0; call torch.cuda.set"
+            ):
+                registry.implementation("rope", "rope", tensor)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert registry.implementation("rope", "rope", tensor) == "function"
 
 
 def test_missing_optional_package_is_a_reason_and_any_other_failure_is_raised(monkeypatch):
