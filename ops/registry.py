@@ -140,10 +140,10 @@ def implementation(op: str, name: str, tensor: torch.Tensor) -> Callable:
 
     Cheap, and traced by torch.compile as a look-up: what it may have to import is done while tracing.
     """
-    blind = tensor.device.type in DEVICE_BLIND
-    if torch.compiler.is_compiling() or not (TABLE.references if blind else TABLE.functions)[op]:
+    blind, compiling = tensor.device.type in DEVICE_BLIND, torch.compiler.is_compiling()
+    if compiling or not (TABLE.references if blind else TABLE.functions)[op]:
         _prepare(op, blind)
-    elif tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+    if not compiling and tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         _check_device(op, tensor.device)
     return (TABLE.references if blind else TABLE.functions)[op][name]
 
@@ -210,9 +210,11 @@ def _checked(op: str, name: str, backend: str, function: Callable, accepts: Call
         if reason is None:
             return function(*args, **kwargs)
         if substitute is None:
+            allowed = f"{backend}{OR_REFERENCE}"
             raise Refused(
                 f"ops.{name} on {backend} does not accept this call: {reason}; change the call, or allow the reference "
-                f"with ops.{op}: '{backend}{OR_REFERENCE}' in the recipe or ops.use(allow_reference=True)"
+                f"with ops.{op}: '{allowed}' in the recipe, OPS_BACKEND_{op.upper()}='{allowed}' or "
+                "ops.use(allow_reference=True)"
             )
         _note_refusal(op, name, backend, reason)
         return substitute(*args, **kwargs)
