@@ -1,7 +1,8 @@
 """Attention on NVIDIA GPUs: cuDNN through torch's SDPA for documents of one length without a window, and our kernels
 for windows, other documents, sinks and log-sum-exps (see windowed.py and, for Hopper, hopper.py).
 
-cuDNN takes bf16 and fp16; fp32 always runs on our kernels, without tf32.
+cuDNN takes bf16 and fp16; fp32 always runs on our kernels, without tf32. The backward pass of cuDNN gives other bits
+every time: under torch.use_deterministic_algorithms(True) our kernels do its part.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
         cu_seqlens = None
     plain = window is None and len(set(lengths)) == 1 and sink_k is None and not return_lse
     plain = plain and q.shape[3] == v.shape[3]  # others are not taken by every release and device
+    plain = plain and not torch.are_deterministic_algorithms_enabled()  # cuDNN's backward pass adds in any order
     if plain and q.dtype != torch.float32:
         return _dense(q, k, v, scale, length=lengths[0])
     how |= dict(tiles=tiles("attention", "cuda"), launch=hopper.Launch, tma=_copies_by_descriptor(q.device))

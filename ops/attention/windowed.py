@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ops.attention import triton_backward as backward
 from ops.attention import triton_forward as forward
@@ -65,6 +66,7 @@ class _Attention(torch.autograd.Function):
         return o, (lse * LN2).transpose(1, 2) if return_lse else None
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, dlse):
         q, k, v, sink_k, sink_v, first, last, o, lse = ctx.saved_tensors
         do = torch.zeros_like(o) if do is None else _by_token(do.contiguous())

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ops import documents
 from ops.gated_delta_rule import reference
@@ -141,6 +142,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, dfinal):
         q, k, sums, weights, inverses, errors, states = ctx.saved_tensors
         launch = ctx.launch
@@ -292,6 +294,7 @@ class _Unit(torch.autograd.Function):
         return _Unit._run(norm.unit_rows, x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         return _Unit._run(norm.unit_row_gradients, x, dy.contiguous())

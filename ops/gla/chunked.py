@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ops import documents
 from ops.gla import reference
@@ -127,6 +128,7 @@ class _Gla(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, dfinal):
         q, k, v, log_decay, sums, totals, states = ctx.saved_tensors
         kernels, chunks, scale = ctx.kernels, ctx.chunks, ctx.scale

@@ -8,6 +8,7 @@ from typing import Mapping
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ops.launch import Launcher, Prepared
 from ops.rms_norm import reference, triton_kernels
@@ -53,6 +54,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         return *ctx.kernels.backward(grad_y, None, *ctx.saved_tensors), None, None
 
@@ -67,6 +69,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y, grad_total):
         if grad_y is None:
             return grad_total, grad_total, None, None, None

@@ -7,6 +7,7 @@ from typing import Mapping
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ops.launch import Launcher, Prepared
 from ops.rope import reference, triton_kernels
@@ -46,6 +47,7 @@ class _Rope(torch.autograd.Function):
         return kernels.rotate(x, positions, inv_freq, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         return ctx.kernels.rotate(grad_y, *ctx.saved_tensors, -1.0), None, None, None
 

@@ -7,6 +7,7 @@ from typing import Mapping
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ops.launch import Launcher, Prepared
 from ops.swiglu import reference, triton_kernels
@@ -45,6 +46,7 @@ class _SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         (gate_up,), grad_y = ctx.saved_tensors, grad_y.contiguous()
         grad = torch.empty_like(gate_up)

@@ -6,6 +6,7 @@ The versions of a case take turns, on the same random inputs. What a version can
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import asdict, dataclass
 from datetime import date
 from enum import Enum
@@ -24,7 +25,7 @@ from sbtrain.bench.ops_contest import Contest
 from sbtrain.bench.ops_measure import Settings, Stopwatch
 from sbtrain.bench.ops_shapes import cases
 from sbtrain.bench.ops_table import line, summary
-from sbtrain.bench.ops_tune import Tuner, progress
+from sbtrain.bench.ops_tune import DeviceLost, Tuner, progress
 from sbtrain.bench.ops_tune import summary as tune_summary
 from sbtrain.bench.options import demand_positive
 from sbtrain.bench.record import machine, save
@@ -139,12 +140,16 @@ def _tune(chosen: list[Case], options: OpsOptions, settings: Settings, report: d
             report["not_tuned"][op] = str(error)
             continue
         tuner.prepare(options.lengths, options.error_tokens)
-        for search in tuner.searches(source):
-            if search.finished:
-                finished.append(search)
-                report["kernels"].append(asdict(search))
-            save(options.out, TUNE_FILE, {**report, "searching": None if search.finished else asdict(search)})
-            print(progress(search), flush=True)
+        try:
+            for search in tuner.searches(source):
+                if search.finished:
+                    finished.append(search)
+                    report["kernels"].append(asdict(search))
+                save(options.out, TUNE_FILE, {**report, "searching": None if search.finished else asdict(search)})
+                print(progress(search), flush=True)
+        except DeviceLost as error:
+            print(f"error: {error}; leave it out of SPACE in the op's backend file", file=sys.stderr)
+            return 1
         del tuner, search
         release_memory(settings.device)
     path = save(options.out, TUNE_FILE, report)

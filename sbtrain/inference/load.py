@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from parallel.mesh import Mesh
+import ops
+from parallel.mesh import Mesh, device
 from sbtrain.checkpoint.run_dir import open_run
 from sbtrain.config.hf_shape import FAMILIES, read_config, read_shape
 from sbtrain.config.schema import ModelConfig, Precision, Recipe
@@ -88,6 +89,8 @@ def _from_run(where: Where, mesh: Mesh) -> Loaded:
     if not with_tokenizer:
         places = " or ".join(folders) or "data.tokenizer"
         raise ValueError(f"run={where.run}: no tokenizer.json in {places}; put it back")
+    if device().type != "cpu":  # where the reference runs, whatever the recipe says
+        ops.use(recipe.ops)
     model = _build(recipe.model, mesh, where)
     reader = CheckpointReader(step_dir)
     with torch.no_grad():

@@ -46,7 +46,8 @@ class SoftmaxAttention(mcore.MegatronModule):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = self.exchange.gather(q, k, v)
-        inv_freq = self.inv_freq = self.inv_freq.to(q.device)
+        with torch.inference_mode(False):  # a later call may train
+            inv_freq = self.inv_freq = self.inv_freq.to(q.device)
         positions = documents.positions[None]
         q, k = ops.rope(q, positions, inv_freq), ops.rope(k, positions, inv_freq)
         if cache is None:
