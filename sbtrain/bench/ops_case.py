@@ -38,9 +38,10 @@ class Case:
 
     inputs(draw, num_tokens) draws them; call(functions, inputs) -> outputs, functions being one backend's by public
     name. flops(num_tokens): useful ones of a forward pass, 0 where bytes alone count; backward: those of the backward
-    pass over those of the forward pass. reread: inputs that the backward pass reads again, None for all. max_tokens:
-    longer lengths are cut to it. check_tokens: most tokens at which the error is measured. compared: False where
-    the op rounds to integers or picks, so that the error says nothing about right and wrong.
+    pass over those of the forward pass. reread: inputs that the backward pass reads again, None for all. same_gradient:
+    inputs whose gradient is another's, one tensor for both. max_tokens: longer lengths are cut to it. check_tokens:
+    most tokens at which the error is measured. compared: False where the op rounds to integers or picks, so that the
+    error says nothing about right and wrong.
     """
 
     op: str
@@ -51,6 +52,7 @@ class Case:
     peers: tuple[Version, ...] = ()
     backward: float = 2.0
     reread: Optional[tuple[str, ...]] = None
+    same_gradient: tuple[str, ...] = ()
     max_tokens: Optional[int] = None
     check_tokens: Optional[int] = None
     compared: bool = True
@@ -100,7 +102,7 @@ def moved_bytes(case: Case, inputs: Inputs, outputs: tuple[Tensor, ...], which: 
         return total
     reread = inputs if case.reread is None else case.reread
     total += num_bytes(inputs[name] for name in reread) + num_bytes(x for x in outputs if x.is_floating_point())
-    return total + num_bytes(x for x in inputs.values() if x.requires_grad)
+    return total + num_bytes(x for name, x in inputs.items() if x.requires_grad and name not in case.same_gradient)
 
 
 def useful_flops(case: Case, num_tokens: int, which: str) -> float:

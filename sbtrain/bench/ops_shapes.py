@@ -173,6 +173,7 @@ def _pointwise(model: ModelConfig) -> list[Case]:
             inputs=partial(norm_inputs, names=("x", "residual")),
             peers=ops_peers.add_rms_norm_peers(eps),
             reread=("x", "weight"),  # the sum is read again, not its two parts: as many bytes as one of them
+            same_gradient=("residual",),
         ),
         Case(
             "rope",

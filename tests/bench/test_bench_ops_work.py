@@ -67,6 +67,8 @@ def test_sinks_are_seen_by_every_query():
         ("rope queries and keys", 2 * 2 * 48 + 8 + 1.6, 4 * 2 * 48 + 16 + 3.2),
         # x, y [T, 32] and a weight of 32 in a row of 10; backward reads x, weight and grad_y, writes both gradients
         ("rms_norm", 2 * 2 * 32 + 6.4, 5 * 2 * 32 + 3 * 6.4),
+        # x, residual, y, sum; backward reads sum, weight and two upstream gradients, writes one for x and residual
+        ("rms_norm with residual", 4 * 2 * 32 + 6.4, 8 * 2 * 32 + 3 * 6.4),
         # q, o [T, 32], k, v [T, 16] in bf16, decays [T, 16] in fp32; backward reads all and writes as many gradients
         ("gla", 2 * 96 + 64, (2 * 96 + 64) + (2 * 96 + 64) + (2 * 64 + 64)),
         ("spike_count", 2 * 32 + 4 * 32 + 4, None),

@@ -321,8 +321,8 @@ def test_missing_optional_package_is_a_reason_and_any_other_failure_is_raised(mo
 
         return load
 
-    monkeypatch.setattr(registry, "import_module", absent("fla.ops"))
-    assert registry.why_not("gla", BACKENDS["cuda"]) == "fla is not installed"
+    monkeypatch.setattr(registry, "import_module", absent("triton.language"))
+    assert registry.why_not("gla", BACKENDS["cuda"]) == "triton is not installed"
     monkeypatch.setattr(registry, "import_module", absent("numpyy"))
     with pytest.raises(ModuleNotFoundError):
         registry.why_not("gla", BACKENDS["cuda"])
