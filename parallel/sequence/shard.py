@@ -61,3 +61,32 @@ def shard_row(row: Row, *, rank: int, size: int) -> tuple[Tensor, Tensor, Docume
         raise ValueError(f"layout.sp={size} does not divide a row of {num_tokens} tokens; choose an sp that does")
     part = slice(rank * num_tokens // size, (rank + 1) * num_tokens // size)
     return row.tokens[part], row.labels[part], Documents(row.cu_seqlens, positions_of(row.cu_seqlens))
+
+
+def cuts_of(cu_seqlens: Tensor, *, rank: int, size: int) -> list[int]:
+    """Where documents start in one rank's shard, rising from 0 to T/size, both included; not at the row's own ends."""
+    edges = documents.bounds(cu_seqlens)
+    shard_tokens = edges[-1] // size
+    first = rank * shard_tokens
+    inner = sorted({edge - first for edge in edges if 0 < edge < edges[-1]})
+    return [cut for cut in inner if 0 <= cut <= shard_tokens]
+
+
+def shard_documents(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
+    """cu_seqlens int32 [M+1] of one rank's shard, from the whole row's [N+1]; kept with the row's.
+
+    Document 0 is the one that enters from the left, empty where another starts at the shard's first token; the last one
+    is the one that leaves, empty where the next shard begins with a new one. So M - 1 documents start in the shard, and
+    a document of the row that has no tokens is gone. This is what ops.gla_state and ops.gla_output read.
+    """
+
+    def build() -> Tensor:
+        shard_tokens = documents.bounds(cu_seqlens)[-1] // size
+        return with_bounds([0, *cuts_of(cu_seqlens, rank=rank, size=size), shard_tokens], cu_seqlens.device)
+
+    return documents.derived(cu_seqlens, ("shard", rank, size), build)
+
+
+def with_bounds(edges: list[int], device: torch.device) -> Tensor:
+    """cu_seqlens int32 on the device, its bounds known on the host."""
+    return documents.to_device(torch.tensor(edges, dtype=torch.int32), device)
