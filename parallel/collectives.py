@@ -48,7 +48,9 @@ def all_to_all(x: Tensor, *, group, split_dim: int, concat_dim: int) -> Tensor:
 def all_gather(x: Tensor, *, group) -> Tensor:
     """[size, *x.shape]: x of every rank, in rank order. Without gradients: callers know a better transpose."""
     everyone = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer torch deprecates the older name
+    gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # newer torch deprecates the older name
     gather(everyone, x, group=group)
     return everyone.view(group.size(), *x.shape)
 

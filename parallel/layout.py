@@ -1,4 +1,4 @@
-"""Layout: how many ranks each kind of parallelism gets. Plain numbers, so that recipes load without torch.
+"""Layout: how many ranks each kind of parallelism gets. Plain values, so that recipes load without torch.
 
 Megatron calls the group over the context "context parallel"; here it is `sp`, sequence parallelism.
 `dp` is never written down: it is what remains of the world.
@@ -7,17 +7,41 @@ Megatron calls the group over the context "context parallel"; here it is `sp`, s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+
+
+class SequenceAlgorithm(Enum):
+    """How a mixer reaches over the shards of a row: see parallel/sequence/table.py."""
+
+    ulysses = "ulysses"
+    lasp2 = "lasp2"
+    halo = "halo"
+
+
+@dataclass(frozen=True)
+class SequenceAlgorithms:
+    """How each kind of mixer reaches over the shards of a row where layout.sp > 1.
+
+    F: full attention; ulysses alone.
+    S: sliding window; ulysses, or halo, which fetches the keys that a window sees of the shards before.
+    L: gated linear attention; ulysses, or lasp2, which gathers the shards' states.
+    """
+
+    F: SequenceAlgorithm = SequenceAlgorithm.ulysses
+    S: SequenceAlgorithm = SequenceAlgorithm.ulysses
+    L: SequenceAlgorithm = SequenceAlgorithm.ulysses
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks per kind of parallelism. Every field counts ranks, except the switch at the end.
+    """Ranks per kind of parallelism. Every number counts ranks.
 
     tp: tensor parallel, splits heads and FFN columns; divides num_kv_heads, ffn_size and the padded vocabulary.
     pp: pipeline stages, splits layers (uneven splits are allowed).
     ep: expert parallel, splits the experts of MoE layers inside the data-parallel ranks.
     sp: sequence parallel, splits the tokens of a row in contiguous shards.
     tp_sequence_parallel: Megatron's trick of sharding norms and residuals over the tp group.
+    sp_algorithm: how each kind of mixer reaches over the shards of sp.
     """
 
     tp: int = 1
@@ -25,6 +49,7 @@ class Layout:
     ep: int = 1
     sp: int = 1
     tp_sequence_parallel: bool = False
+    sp_algorithm: SequenceAlgorithms = SequenceAlgorithms()
 
     @property
     def model_ranks(self) -> int:

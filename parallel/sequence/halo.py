@@ -7,6 +7,9 @@ documents are, and ranks that have nothing for each other exchange nothing.
 
 Elements that each rank receives, a layer: halo * Hkv * (D + V) forward, at most (w - 1) * Hkv * 2 * D, and backward
 as many as it sent forward: what its right neighbors fetched of its own.
+
+ops.attention wants a query for every key: the halo's are zeros, whose outputs are dropped. They cost halo * (halo + 1) / 2
+of its query-key pairs beside the shard's T/sp * w: a part of (w - 1) / (2 T/sp) where no document starts.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, cu_seqlens: Tenso
     q [1, T/sp, Hq, D], k [1, T/sp, Hkv, D], v [1, T/sp, Hkv, V], rotated already; cu_seqlens int32 [N+1] of the whole
     row. Collective, and so is its backward pass. Any number of heads goes with any sp.
     """
+    if group.size() == 1:
+        return ops.attention(q, k, v, window=window, cu_seqlens=cu_seqlens)
     plan = plan_of(cu_seqlens, window=window, rank=group.rank(), size=group.size())
     k, v = _Fetch.apply(k, v, plan, group)
     # the op wants as many queries as keys; queries of the halo are not needed, zeros stand for them

@@ -32,6 +32,8 @@ def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tenso
     q [1, T/sp, Hq, K], k and log_decay [1, T/sp, Hkv, K], v [1, T/sp, Hkv, V]; cu_seqlens int32 [N+1] of the whole row.
     Collective, and so is its backward pass. Any number of heads goes with any sp.
     """
+    if group.size() == 1:
+        return ops.gla(q, k, v, log_decay, cu_seqlens=cu_seqlens)[0]
     documents = shard_documents(cu_seqlens, rank=group.rank(), size=group.size())
     state, decay = ops.gla_state(k, v, log_decay, cu_seqlens=documents)
     state_in, q = _Enter.apply(state, decay, q, group)

@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a whole row, as mixers need them: cu_seqlens int32 [N+1] and positions int64 [T]."""
+    """What mixers know of documents: cu_seqlens int32 [N+1] of the whole row, positions int64 [T/sp] of the shard."""
 
     cu_seqlens: Tensor
     positions: Tensor
@@ -60,7 +60,7 @@ def shard_row(row: Row, *, rank: int, size: int) -> tuple[Tensor, Tensor, Docume
     if num_tokens % size:
         raise ValueError(f"layout.sp={size} does not divide a row of {num_tokens} tokens; choose an sp that does")
     part = slice(rank * num_tokens // size, (rank + 1) * num_tokens // size)
-    return row.tokens[part], row.labels[part], Documents(row.cu_seqlens, positions_of(row.cu_seqlens))
+    return row.tokens[part], row.labels[part], Documents(row.cu_seqlens, positions_of(row.cu_seqlens)[part])
 
 
 def cuts_of(cu_seqlens: Tensor, *, rank: int, size: int) -> list[int]:

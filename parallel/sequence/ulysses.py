@@ -28,16 +28,24 @@ def head_plan(*, num_heads: int, num_kv_heads: int, sp: int) -> tuple[list[int],
         kv = [head if head < num_kv_heads else _PAD for head in range(padded)]
         q = [head if head < num_heads else _PAD for head in range(padded * group)]
         return q, kv
-    if sp % num_kv_heads:
-        raise ValueError(
-            f"layout.sp={sp} is more than the {num_kv_heads} kv heads of a tp rank and not a multiple of them; "
-            f"choose sp <= {num_kv_heads} or a multiple"
-        )
+    problem = heads_problem(num_kv_heads=num_kv_heads, sp=sp)
+    if problem:
+        raise ValueError(problem)
     copies = sp // num_kv_heads
     padded_group = -(-group // copies) * copies
     kv = [head for head in range(num_kv_heads) for _ in range(copies)]
     q = [head * group + i if i < group else _PAD for head in range(num_kv_heads) for i in range(padded_group)]
     return q, kv
+
+
+def heads_problem(*, num_kv_heads: int, sp: int) -> str | None:
+    """Why the kv heads of a tp rank cannot be dealt to sp ranks (begins with `layout.`), or None."""
+    if sp <= num_kv_heads or sp % num_kv_heads == 0:
+        return None
+    return (
+        f"layout.sp={sp} is larger than the {num_kv_heads} key/value heads of a tp rank and no multiple; "
+        f"choose an sp up to {num_kv_heads}, or a multiple of {num_kv_heads}"
+    )
 
 
 class Ulysses:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ops
 from parallel.layout import Layout
+from parallel.sequence.table import pair_problem
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
 
@@ -335,10 +336,14 @@ def _sequence_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str |
             f"layout.sp={layout.sp} x tp={layout.tp} under tp_sequence_parallel cut a row of {stage.row_tokens} tokens "
             "unevenly; choose a seq_len or micro_batch that they divide"
         )
-    kv_heads = model.num_kv_heads // layout.tp
-    if layout.sp > kv_heads and layout.sp % kv_heads:
-        return (
-            f"layout.sp={layout.sp} is larger than the {kv_heads} key/value heads of a tp rank and no multiple; "
-            f"choose an sp up to {kv_heads}, or a multiple of {kv_heads}"
-        )
+    return _algorithm_problem(model, stage, layout)
+
+
+def _algorithm_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str | None:
+    mixers = {symbol for kind in parse_pattern(model.pattern, model.num_layers) for symbol in kind.mixers}
+    sizes = dict(sp=layout.sp, num_kv_heads=model.num_kv_heads // layout.tp, window=model.window, seq_len=stage.seq_len)
+    for symbol in TRAINABLE_MIXERS:
+        problem = pair_problem(symbol, getattr(layout.sp_algorithm, symbol), **sizes) if symbol in mixers else None
+        if problem:
+            return problem
     return None

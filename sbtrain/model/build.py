@@ -64,7 +64,15 @@ def build_model(
     config = transformer_config(model, mesh.layout, precision)
     kinds = parse_pattern(model.pattern, model.num_layers)
     layers = stage_layers(model, mesh.layout.pp, seq_len=seq_len)[mesh.pp_rank]
-    return HybridModel(config, model, kinds, layers=layers, groups=mesh.groups, recompute=recompute)
+    return HybridModel(
+        config,
+        model,
+        kinds,
+        layers=layers,
+        groups=mesh.groups,
+        recompute=recompute,
+        sp_algorithm=mesh.layout.sp_algorithm,
+    )
 
 
 def global_parameters(model: HybridModel) -> dict[str, Tensor]:

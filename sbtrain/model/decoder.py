@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel import mcore
+from parallel.layout import SequenceAlgorithms
 from parallel.recompute import recomputed
 from parallel.sequence.shard import Documents
 from sbtrain.config.pattern import LayerKind
@@ -29,11 +30,23 @@ def residual_norm(config: mcore.TransformerConfig, model: ModelConfig) -> RMSNor
 class DecoderLayer(mcore.MegatronModule):
     """x += mixer(norm(x)); x += ffn(norm(x))."""
 
-    def __init__(self, config, kind: LayerKind, *, index: int, model: ModelConfig, groups, recompute: Recompute):
+    def __init__(
+        self,
+        config,
+        kind: LayerKind,
+        *,
+        index: int,
+        model: ModelConfig,
+        groups,
+        recompute: Recompute,
+        sp_algorithm: SequenceAlgorithms,
+    ):
         super().__init__(config)
         self.kind, self.index, self.recompute = kind, index, recompute
         self.input_layernorm = residual_norm(config, model)
-        self.self_attention, self.mlp = layer_modules(kind, config, model=model, groups=groups)
+        self.self_attention, self.mlp = layer_modules(
+            kind, config, model=model, groups=groups, sp_algorithm=sp_algorithm
+        )
         self.pre_mlp_layernorm = residual_norm(config, model)
 
     def forward(self, x: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
@@ -61,11 +74,31 @@ class Decoder(mcore.MegatronModule):
     layers: the 0-based global indices this stage holds. Checkpoint keys carry the global index.
     """
 
-    def __init__(self, config, kinds, *, layers: range, last: bool, model: ModelConfig, groups, recompute: Recompute):
+    def __init__(
+        self,
+        config,
+        kinds,
+        *,
+        layers: range,
+        last: bool,
+        model: ModelConfig,
+        groups,
+        recompute: Recompute,
+        sp_algorithm: SequenceAlgorithms,
+    ):
         super().__init__(config)
         self.first_layer = layers.start
         self.layers = nn.ModuleList(
-            DecoderLayer(config, kinds[i], index=i, model=model, groups=groups, recompute=recompute) for i in layers
+            DecoderLayer(
+                config,
+                kinds[i],
+                index=i,
+                model=model,
+                groups=groups,
+                recompute=recompute,
+                sp_algorithm=sp_algorithm,
+            )
+            for i in layers
         )
         self.final_layernorm = residual_norm(config, model) if last else None
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import ops
 from parallel import mcore
+from parallel.layout import SequenceAlgorithm
 from parallel.sequence.shard import Documents
-from parallel.sequence.ulysses import Ulysses
+from parallel.sequence.table import mixing
 from sbtrain.config.schema import ModelConfig
 from sbtrain.model.cache import LayerCache
 from sbtrain.model.norm import RMSNorm
@@ -40,11 +41,12 @@ class GateDown(nn.Module):
 class GatedLinearAttention(mcore.MegatronModule):
     """The L mixer. Parameters the teacher does not have carry `is_new = True` for their own learning rate."""
 
-    def __init__(self, config: mcore.TransformerConfig, *, model: ModelConfig, groups):
+    def __init__(self, config: mcore.TransformerConfig, *, model: ModelConfig, groups, sp_algorithm: SequenceAlgorithm):
         super().__init__(config)
         self.head_dim, self.gate_normalizer = model.head_dim, model.gla.gate_normalizer
         self.num_heads, self.num_kv_heads = (n // groups.tp.size() for n in (model.num_heads, model.num_kv_heads))
-        self.exchange = Ulysses(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, group=groups.cp)
+        heads = dict(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
+        self.mix = mixing("L", sp_algorithm, **heads, group=groups.cp)
         self.linear_qkv = linear_qkv(config, groups.tp)
         self.linear_proj = linear_proj(config, groups.tp)
         self.gate_down = GateDown(config, model.gla.gate_rank)
@@ -74,10 +76,10 @@ class GatedLinearAttention(mcore.MegatronModule):
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         gate, _ = self.gate_up(self.gate_down(x))
         log_decay = F.logsigmoid(gate.float()).view(*k.shape) / self.gate_normalizer
-        q, k, v, log_decay = self.exchange.gather(F.relu(q), F.relu(k), v, log_decay)
+        q, k = F.relu(q), F.relu(k)
         if cache is None:
-            o, _ = ops.gla(q, k, v, log_decay, cu_seqlens=documents.cu_seqlens)
+            o = self.mix(q, k, v, log_decay, cu_seqlens=documents.cu_seqlens)
         else:
             o, cache.state = ops.gla(q, k, v, log_decay, initial_state=cache.state, output_final_state=True)
-        o = self.out_norm(self.exchange.scatter(o))
+        o = self.out_norm(o)
         return self.linear_proj(o.reshape(o.shape[1], 1, -1))[0]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import ops
 from parallel import mcore
 from parallel.gradients import gradient_buffer
+from parallel.layout import SequenceAlgorithms
 from parallel.sequence.shard import Documents
 from sbtrain.config.schema import ModelConfig, Recompute
 from sbtrain.model.cache import Cache
@@ -37,7 +38,17 @@ class Embedding(mcore.MegatronModule):
 class HybridModel(mcore.LanguageModule):
     """A decoder-only language model whose layers follow a pattern string. Sequences are packed rows (see Row)."""
 
-    def __init__(self, config, model: ModelConfig, kinds, *, layers: range, groups, recompute=Recompute.none):
+    def __init__(
+        self,
+        config,
+        model: ModelConfig,
+        kinds,
+        *,
+        layers: range,
+        groups,
+        recompute: Recompute,
+        sp_algorithm: SequenceAlgorithms,
+    ):
         super().__init__(config, pg_collection=groups)
         self.model_type = mcore.ModelType.encoder_or_decoder
         self.model_config, self.groups, self.kinds = model, groups, kinds
@@ -45,7 +56,14 @@ class HybridModel(mcore.LanguageModule):
         self.share_embeddings_and_output_weights = model.tie_embeddings
         self.embedding = Embedding(config, model, groups) if self.pre_process else None
         self.decoder = Decoder(
-            config, kinds, layers=layers, last=self.post_process, model=model, groups=groups, recompute=recompute
+            config,
+            kinds,
+            layers=layers,
+            last=self.post_process,
+            model=model,
+            groups=groups,
+            recompute=recompute,
+            sp_algorithm=sp_algorithm,
         )
         self.output_layer = self._head(config, model) if self.post_process else None
         self._mark_shared_embedding()

@@ -7,8 +7,9 @@ from torch import Tensor
 
 import ops
 from parallel import mcore
+from parallel.layout import SequenceAlgorithm
 from parallel.sequence.shard import Documents
-from parallel.sequence.ulysses import Ulysses
+from parallel.sequence.table import mixing
 from sbtrain.config.schema import ModelConfig
 from sbtrain.model.cache import LayerCache
 from sbtrain.model.norm import RMSNorm
@@ -19,11 +20,20 @@ from sbtrain.model.rotary import inverse_frequencies
 class SoftmaxAttention(mcore.MegatronModule):
     """Grouped-query attention with RoPE, optional q/k norms before it, and an optional window."""
 
-    def __init__(self, config: mcore.TransformerConfig, *, model: ModelConfig, groups, window: int | None):
+    def __init__(
+        self,
+        config: mcore.TransformerConfig,
+        *,
+        model: ModelConfig,
+        groups,
+        sp_algorithm: SequenceAlgorithm,
+        window: int | None,
+    ):
         super().__init__(config)
         self.window, self.head_dim = window, model.head_dim
         self.num_heads, self.num_kv_heads = (n // groups.tp.size() for n in (model.num_heads, model.num_kv_heads))
-        self.exchange = Ulysses(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, group=groups.cp)
+        heads = dict(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
+        self.mix = mixing("F" if window is None else "S", sp_algorithm, **heads, window=window, group=groups.cp)
         self.linear_qkv = linear_qkv(config, groups.tp)
         self.linear_proj = linear_proj(config, groups.tp)
         self.q_norm = self._head_norm(model, groups.tp) if model.qk_norm else None
@@ -45,16 +55,14 @@ class SoftmaxAttention(mcore.MegatronModule):
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = self.exchange.gather(q, k, v)
         with torch.inference_mode(False):  # a later call may train
             inv_freq = self.inv_freq = self.inv_freq.to(q.device)
         positions = documents.positions[None]
         q, k = ops.rope(q, positions, inv_freq), ops.rope(k, positions, inv_freq)
         if cache is None:
-            o = ops.attention(q, k, v, window=self.window, cu_seqlens=documents.cu_seqlens)
+            o = self.mix(q, k, v, cu_seqlens=documents.cu_seqlens)
         else:
             o = self._attend_with(cache, q, k, v)
-        o = self.exchange.scatter(o)
         return self.linear_proj(o.reshape(o.shape[1], 1, -1))[0]
 
     def _attend_with(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

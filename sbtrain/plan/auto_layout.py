@@ -43,10 +43,10 @@ def _fit_stage(recipe: Recipe, name: str, stage: Stage, world_size: int) -> Stag
     knows_memory = recipe.cluster.memory_gib > 0
     legal = [
         candidate
-        for layout in _layouts(world_size, max_tp=recipe.cluster.gpus_per_node, model_ranks_first=knows_memory)
-        if not layout_problem(recipe.model, candidate := replace(stage, layout=layout), layout)
+        for sizes in _sizes(world_size, max_tp=recipe.cluster.gpus_per_node, model_ranks_first=knows_memory)
+        if not layout_problem(recipe.model, candidate := _resized(stage, sizes), candidate.layout)
         and not world_problem(candidate, world_size)
-        and not evaluation_problem(recipe, layout)
+        and not evaluation_problem(recipe, candidate.layout)
     ]
     if not legal:
         raise ValueError(
@@ -63,7 +63,12 @@ def _fit_stage(recipe: Recipe, name: str, stage: Stage, world_size: int) -> Stag
     return chosen
 
 
-def _layouts(world_size: int, *, max_tp: int, model_ranks_first: bool) -> list[Layout]:
+def _resized(stage: Stage, sizes: Layout) -> Stage:
+    """The stage on other numbers of ranks; the algorithms it asks for stay."""
+    return replace(stage, layout=replace(sizes, sp_algorithm=stage.layout.sp_algorithm))
+
+
+def _sizes(world_size: int, *, max_tp: int, model_ranks_first: bool) -> list[Layout]:
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     layouts = [
         Layout(tp=tp, pp=pp, sp=sp)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.layout import Layout
+from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from sbtrain.config.load import load
 from sbtrain.config.rules import check, check_training, check_world, layout_problem, smallest_world
 
@@ -81,6 +81,12 @@ REFUSALS = [
         {f"{S}.layout": Layout(tp=2, sp=3), f"{S}.seq_len": 6144, f"{S}.global_batch_tokens": 6144},
         ["layout.sp=3", "the 2 key/value heads", "multiple of 2"],
     ),
+    ({f"{S}.layout.sp_algorithm.S": SequenceAlgorithm.lasp2}, [f"{S}.layout.sp_algorithm.S=lasp2", "choose halo or"]),
+    ({f"{S}.layout.sp_algorithm.L": SequenceAlgorithm.halo}, [f"{S}.layout.sp_algorithm.L=halo", "choose lasp2 or"]),
+    (
+        {f"{S}.layout.sp": 2, "model.window": 8193, f"{S}.layout.sp_algorithm.S": SequenceAlgorithm.halo},
+        [f"{S}.layout.sp_algorithm.S=halo", "window of 8193 tokens is longer than seq_len=8192", "choose ulysses"],
+    ),
     (
         {f"{S}.layout": Layout(tp=4, tp_sequence_parallel=True), f"{S}.seq_len": 6, f"{S}.global_batch_tokens": 6},
         ["tp=4 under tp_sequence_parallel", "row of 6 tokens"],
@@ -122,6 +128,16 @@ def test_a_corpus_is_listed_once(demo):
 def test_ulysses_rule_of_4_kv_heads(recipe, sp, tp, legal):
     stage = replace(recipe.stages["ctx_8k"], seq_len=120, global_batch_tokens=120)
     assert (layout_problem(recipe.model, stage, Layout(sp=sp, tp=tp)) is None) == legal
+
+
+def test_states_and_halos_need_no_rule_of_heads(recipe):
+    stage = replace(recipe.stages["ctx_8k"], seq_len=8196, global_batch_tokens=8196)
+    algorithms = SequenceAlgorithms(S=SequenceAlgorithm.halo, L=SequenceAlgorithm.lasp2)
+    assert layout_problem(recipe.model, stage, Layout(sp=6, sp_algorithm=algorithms)) is None
+    half = replace(algorithms, S=SequenceAlgorithm.ulysses)
+    assert "multiple of 4" in layout_problem(recipe.model, stage, Layout(sp=6, sp_algorithm=half))
+    full = replace(recipe.model, pattern="LF")
+    assert "multiple of 4" in layout_problem(full, stage, Layout(sp=6, sp_algorithm=algorithms))
 
 
 def test_worlds_of_the_7b_recipe(recipe):

@@ -7,10 +7,11 @@ import math
 import pytest
 
 from layout_case import one_step, packed_rows, small_model
-from parallel.layout import Layout
+from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from sbtrain.config.schema import Recompute
 from sharding import local_shard
 
+STATES = SequenceAlgorithms(S=SequenceAlgorithm.halo, L=SequenceAlgorithm.lasp2)
 LAYOUTS = {
     "tp2": (2, Layout(tp=2)),
     "pp2": (2, Layout(pp=2)),
@@ -24,6 +25,10 @@ LAYOUTS = {
     "dp2_tp2": (4, Layout(tp=2)),
     "sp4": (4, Layout(sp=4)),
     "pp4": (4, Layout(pp=4)),
+    "sp2_states": (2, Layout(sp=2, sp_algorithm=STATES)),
+    "sp4_states": (4, Layout(sp=4, sp_algorithm=STATES)),
+    "tp2_seq_sp2_states": (4, Layout(tp=2, sp=2, tp_sequence_parallel=True, sp_algorithm=STATES)),
+    "pp2_sp2_states": (4, Layout(pp=2, sp=2, sp_algorithm=STATES)),
 }
 
 
@@ -64,6 +69,15 @@ def test_odd_heads_and_tied_embeddings(name, run_ranks):
     num_ranks, layout = (3, Layout(tp=3)) if name == "tp3" else LAYOUTS[name]
     (whole,) = run_ranks(1)(one_step, Layout(), model, rows)
     check_equal(run_ranks(num_ranks)(one_step, layout, model, rows), whole)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
+def test_states_and_halos_go_with_any_number_of_heads(recompute, run_ranks):
+    """9/3 heads over 4 ranks, which ulysses would refuse; shards of 6 tokens, shorter than the window of 7."""
+    model = small_model(pattern="LSSL", num_heads=9, num_kv_heads=3, qk_norm=True)
+    rows = packed_rows(2, 24, 120, seed=3)
+    (whole,) = run_ranks(1)(one_step, Layout(), model, rows)
+    check_equal(run_ranks(4)(one_step, Layout(sp=4, sp_algorithm=STATES), model, rows, recompute), whole)
 
 
 @pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])

@@ -47,7 +47,7 @@ def test_head_plan_of_the_designs_examples():
 
 @pytest.mark.parametrize(("num_kv_heads", "sp"), [(2, 3), (3, 4), (4, 6), (8, 12)])
 def test_head_plan_refuses(num_kv_heads, sp):
-    with pytest.raises(ValueError, match=rf"layout\.sp={sp}.* {num_kv_heads} kv heads.*choose sp"):
+    with pytest.raises(ValueError, match=rf"layout\.sp={sp}.* {num_kv_heads} key/value heads.*choose an sp"):
         head_plan(num_heads=2 * num_kv_heads, num_kv_heads=num_kv_heads, sp=sp)
 
 

@@ -1,0 +1,101 @@
+"""THE TABLE: mixer x algorithm. What carries a mixer over the shards of a row, or the reason why it cannot.
+
+Mixers go by their symbol in the layer pattern: F full attention, S sliding window, L gated linear attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+import ops
+from parallel.layout import SequenceAlgorithm
+from parallel.sequence import halo, lasp2
+from parallel.sequence.ulysses import Ulysses, heads_problem
+
+Mixing = Callable[..., Tensor]
+"""(q, k, v, [log_decay], *, cu_seqlens of the whole row) of one rank's shard -> o [1, T/sp, Hq, V] of that shard.
+
+Collective in a group of several ranks, and so is the backward pass."""
+
+
+def mixing(
+    symbol: str,
+    algorithm: SequenceAlgorithm,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    window: int | None = None,
+    group,
+) -> Mixing:
+    """The mixer's op over the shards of the group's ranks: the plain op in a group of one.
+
+    Heads are those of a tp rank. Raises ValueError for a pair that the table refuses.
+    """
+    choice = TABLE[symbol][algorithm]
+    if isinstance(choice, str):
+        raise ValueError(f"layout.sp_algorithm.{symbol}={algorithm.name}: {choice}")
+    return choice(num_heads=num_heads, num_kv_heads=num_kv_heads, window=window, group=group)
+
+
+def pair_problem(
+    symbol: str, algorithm: SequenceAlgorithm, *, sp: int, num_kv_heads: int, window: int | None, seq_len: int
+) -> str | None:
+    """Why a mixer cannot use an algorithm on this sp (begins with `layout.`), or None."""
+    choice, key = TABLE[symbol][algorithm], f"layout.sp_algorithm.{symbol}={algorithm.name}"
+    if isinstance(choice, str):
+        return f"{key}: {choice}"
+    if sp > 1 and algorithm is SequenceAlgorithm.ulysses:
+        return heads_problem(num_kv_heads=num_kv_heads, sp=sp)
+    if sp > 1 and algorithm is SequenceAlgorithm.halo and window > seq_len:
+        return f"{key}: the window of {window} tokens is longer than seq_len={seq_len}; choose ulysses"
+    return None
+
+
+def _gla_by_heads(*, num_heads: int, num_kv_heads: int, window: None, group) -> Mixing:
+    exchange = Ulysses(num_heads=num_heads, num_kv_heads=num_kv_heads, group=group)
+
+    def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tensor) -> Tensor:
+        return exchange.scatter(ops.gla(*exchange.gather(q, k, v, log_decay), cu_seqlens=cu_seqlens)[0])
+
+    return gla
+
+
+def _gla_by_states(*, num_heads: int, num_kv_heads: int, window: None, group) -> Mixing:
+    return partial(lasp2.gla, group=group)
+
+
+def _attention_by_heads(*, num_heads: int, num_kv_heads: int, window: int | None, group) -> Mixing:
+    exchange = Ulysses(num_heads=num_heads, num_kv_heads=num_kv_heads, group=group)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor) -> Tensor:
+        return exchange.scatter(ops.attention(*exchange.gather(q, k, v), window=window, cu_seqlens=cu_seqlens))
+
+    return attention
+
+
+def _attention_by_halo(*, num_heads: int, num_kv_heads: int, window: int, group) -> Mixing:
+    return partial(halo.attention, window=window, group=group)
+
+
+_NO_STATE = "softmax attention has no state of fixed size to hand on; choose {}"
+
+TABLE: dict[str, dict[SequenceAlgorithm, Callable[..., Mixing] | str]] = {
+    "F": {
+        SequenceAlgorithm.ulysses: _attention_by_heads,
+        SequenceAlgorithm.lasp2: _NO_STATE.format("ulysses"),
+        SequenceAlgorithm.halo: "full attention sees the whole document, which no halo holds; choose ulysses",
+    },
+    "S": {
+        SequenceAlgorithm.ulysses: _attention_by_heads,
+        SequenceAlgorithm.lasp2: _NO_STATE.format("halo or ulysses"),
+        SequenceAlgorithm.halo: _attention_by_halo,
+    },
+    "L": {
+        SequenceAlgorithm.ulysses: _gla_by_heads,
+        SequenceAlgorithm.lasp2: _gla_by_states,
+        SequenceAlgorithm.halo: "linear attention sees the whole document, no window of it; choose lasp2 or ulysses",
+    },
+}

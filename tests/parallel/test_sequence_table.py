@@ -1,0 +1,67 @@
+"""The table mixer x algorithm: no pair is forgotten, each is built or refused with the reason; and shards' documents."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from parallel.layout import SequenceAlgorithm, SequenceAlgorithms
+from parallel.sequence.shard import shard_documents
+from parallel.sequence.table import TABLE, mixing, pair_problem
+from sequence_case import layouts
+
+SIZES = dict(sp=6, num_kv_heads=4, window=5, seq_len=12)
+LEGAL = {"F": {"ulysses"}, "S": {"ulysses", "halo"}, "L": {"ulysses", "lasp2"}}
+
+
+class OneRank:
+    """A group of one."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+def test_every_mixer_of_the_recipe_has_a_row_with_every_algorithm():
+    assert set(TABLE) == {field.name for field in fields(SequenceAlgorithms)} == set(LEGAL)
+    assert all(set(row) == set(SequenceAlgorithm) for row in TABLE.values())
+
+
+@pytest.mark.parametrize("algorithm", SequenceAlgorithm)
+@pytest.mark.parametrize("symbol", TABLE)
+def test_pairs_are_built_or_refused_with_the_reason(symbol, algorithm):
+    sizes = dict(num_heads=8, num_kv_heads=4, window=5 if symbol == "S" else None, group=OneRank())
+    problem = pair_problem(symbol, algorithm, **{**SIZES, "sp": 4})
+    if algorithm.name in LEGAL[symbol]:
+        assert problem is None and callable(mixing(symbol, algorithm, **sizes))
+        return
+    assert problem.startswith(f"layout.sp_algorithm.{symbol}={algorithm.name}: ") and "; choose " in problem
+    with pytest.raises(ValueError, match=f"sp_algorithm.{symbol}={algorithm.name}: .*; choose"):
+        mixing(symbol, algorithm, **sizes)
+
+
+def test_what_numbers_refuse():
+    assert "multiple of 4" in pair_problem("L", SequenceAlgorithm.ulysses, **SIZES)
+    assert pair_problem("L", SequenceAlgorithm.lasp2, **SIZES) is None
+    assert pair_problem("S", SequenceAlgorithm.halo, **SIZES) is None
+    assert "window of 13 tokens" in pair_problem("S", SequenceAlgorithm.halo, **{**SIZES, "window": 13})
+    assert pair_problem("S", SequenceAlgorithm.halo, **{**SIZES, "window": 13, "sp": 1}) is None
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_documents_of_a_shard(num_ranks):
+    """Document 0 enters and the last one leaves, both maybe empty; tokens of one document stay together."""
+    for edges in layouts(num_ranks, shard_tokens=6, num_random=30):
+        num_tokens, owner = edges[-1], []
+        for index, (start, end) in enumerate(zip(edges, edges[1:])):
+            owner += [index] * (end - start)
+        for rank in range(num_ranks):
+            first = rank * 6
+            own = shard_documents(torch.tensor(edges, dtype=torch.int32), rank=rank, size=num_ranks).tolist()
+            starts = [t - first for t in range(max(first, 1), first + 6) if owner[t] != owner[t - 1]]
+            leaves = first + 6 < num_tokens and owner[first + 6] != owner[first + 5]
+            assert own == [0, *starts, *([6] if leaves else []), 6], (edges, rank)
