@@ -8,8 +8,8 @@ documents are, and ranks that have nothing for each other exchange nothing.
 Elements that each rank receives, a layer: halo * Hkv * (D + V) forward, at most (w - 1) * Hkv * 2 * D, and backward
 as many as it sent forward: what its right neighbors fetched of its own.
 
-ops.attention wants a query for every key: the halo's are zeros, whose outputs are dropped. They cost halo * (halo + 1) / 2
-of its query-key pairs beside the shard's T/sp * w: a part of (w - 1) / (2 T/sp) where no document starts.
+ops.attention wants a query for every key: the halo's are zeros, whose outputs are dropped. They cost
+(w - 1) * w / 2 query-key pairs a head beside the shard's own T/sp * w where no document starts: 1/8 at T/sp = 4 w.
 """
 
 from __future__ import annotations

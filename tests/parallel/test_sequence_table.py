@@ -1,4 +1,4 @@
-"""The table mixer x algorithm: no pair is forgotten, each is built or refused with the reason; and shards' documents."""
+"""The table mixer x algorithm: every pair is built or refused with the reason; and the documents of a shard."""
 
 from __future__ import annotations
 
