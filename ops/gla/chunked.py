@@ -10,53 +10,18 @@ decoding, go one after the other instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops import documents
+from ops.chunk_table import chunk_table
 from ops.gla import reference
 from ops.gla.kernels import DTYPES, Kernels, Steps
 from ops.launch import Prepared
 
 STEPS = 8
 """Up to so many tokens a row, one after the other is faster than chunks."""
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """table int32 [M, 3]: first token, end, document. edges int32 [N + 1]: first chunk of each document."""
-
-    table: Tensor
-    edges: Tensor
-    num_chunks: int
-    num_documents: int
-
-
-def cut(bounds: list[int], length: int, device) -> Chunks:
-    """Documents, given by their bounds, cut into chunks of at most `length` tokens."""
-    table, edges = [], [0]
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        table += [(t, min(t + length, end), n) for t in range(start, end, length)]
-        edges.append(len(table))
-    rows = torch.tensor(table or [(0, 0, 0)], dtype=torch.int32).to(device, non_blocking=True)
-    return Chunks(rows, torch.tensor(edges, dtype=torch.int32).to(device), len(table), len(bounds) - 1)
-
-
-@lru_cache(maxsize=16)
-def _cut_rows(num_rows: int, num_tokens: int, length: int, device) -> Chunks:
-    return cut([row * num_tokens for row in range(num_rows + 1)], length, device)
-
-
-def chunks_of(k: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
-    """The chunks of a batch [B, T, H, K]; its rows are documents where cu_seqlens is None."""
-    if cu_seqlens is None:
-        return _cut_rows(*k.shape[:2], length, k.device)
-    key = ("gla_chunks", length, k.device)
-    return documents.derived(cu_seqlens, key, lambda: cut(documents.bounds(cu_seqlens), length, k.device))
 
 
 class Implementation:
@@ -91,7 +56,7 @@ class Implementation:
             o, final = steps(q, k, v, log_decay, initial_state, scale)
         else:
             kernels = self.prepared(Kernels, *sizes)
-            chunks = chunks_of(k, cu_seqlens, kernels.chunk_tokens)
+            chunks = chunk_table(k, cu_seqlens, kernels.chunk_tokens)
             o, final = _Gla.apply(q, k, v, log_decay, initial_state, scale, chunks, kernels)
         return o, final if output_final_state else None
 
@@ -110,7 +75,7 @@ class Implementation:
             return reference.gla_state(k, v, log_decay, cu_seqlens=cu_seqlens)
         kernels = self.prepared(Kernels, 0, *k.shape[2:], v.shape[3], k.dtype)
         k, v, last_decays = k[:, start:], v[:, start:], log_decay[:, start:]
-        state = _State.apply(k, v, last_decays, chunks_of(k, None, kernels.chunk_tokens), kernels)[0]
+        state = _State.apply(k, v, last_decays, chunk_table(k, None, kernels.chunk_tokens), kernels)[0]
         total = torch.full_like(state[:, :, 0], -torch.inf) if several else log_decay[0].float().sum(0)
         return state, total
 
