@@ -86,7 +86,8 @@ def use(recipe: Optional[Mapping[str, str]] = None, *, allow_reference: bool = F
     """Set the recipe's `ops:` mapping (op -> backend, see ops/select.py) and forget earlier choices.
 
     allow_reference: calls that an op's backend does not accept run on the reference, for every op. Call before layers
-    are built. Raises ValueError at once for unknown ops and for backends that cannot be had here.
+    are built. Raises ValueError at once for unknown ops and for backends that cannot be had here; no wish
+    is in force then.
     """
     recipe = dict(recipe or {})
     unknown = sorted(set(recipe) - set(scan()))
@@ -94,10 +95,18 @@ def use(recipe: Optional[Mapping[str, str]] = None, *, allow_reference: bool = F
         raise ValueError(f"recipe key ops.{unknown[0]}: no such op; choose from: {', '.join(scan())}")
     for op, wish in recipe.items():
         read_wish(f"recipe key ops.{op}", wish, backends())
+    _forget(recipe, allow_reference)
+    try:
+        for op in recipe:
+            resolve(op)
+    except ValueError:
+        _forget({}, False)
+        raise
+
+
+def _forget(recipe: Mapping[str, str], allow_reference: bool) -> None:
     TABLE.recipe, TABLE.allow_reference = recipe, allow_reference
     TABLE.choices, TABLE.functions, TABLE.refused = {}, _slots(), set()
-    for op in recipe:
-        resolve(op)
 
 
 def resolve(op: str, overrides: Optional[Mapping[str, str]] = None) -> Choice:

@@ -14,8 +14,6 @@ Source: Gated Delta Networks (Yang et al., 2024); Parallelizing Linear Transform
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -24,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops import documents
+from ops.chunk_table import ChunkTable, chunk_table
 from ops.gated_delta_rule import reference
 from ops.gated_delta_rule import triton_backward as backward
 from ops.gated_delta_rule import triton_forward as forward
@@ -38,40 +37,6 @@ _PRECISIONS = {
     torch.float32: dict(DOT=tl.float32, PRECISION="tf32x3"),
 }
 _NORM_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """table int32 [M, 2]: first token and end. bounds, edges int32 [N + 1]: tokens and chunks of documents."""
-
-    table: Tensor
-    bounds: Tensor
-    edges: Tensor
-    num_chunks: int
-    num_documents: int
-
-
-def cut(bounds: list[int], length: int, device) -> Chunks:
-    """Documents, given by their bounds, cut into chunks of at most `length` tokens."""
-    table, edges = [], [0]
-    for start, end in zip(bounds, bounds[1:]):
-        table += [(t, min(t + length, end)) for t in range(start, end, length)]
-        edges.append(len(table))
-    tensors = (torch.tensor(x, dtype=torch.int32).to(device, non_blocking=True) for x in (table, bounds, edges))
-    return Chunks(*tensors, len(table), len(bounds) - 1)
-
-
-@lru_cache(maxsize=16)
-def _of_rows(num_rows: int, num_tokens: int, length: int, device) -> Chunks:
-    return cut([row * num_tokens for row in range(num_rows + 1)], length, device)
-
-
-def chunks_of(k: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
-    """The chunks of a batch [B, T, H, K]; its rows are documents where cu_seqlens is None."""
-    if cu_seqlens is None:
-        return _of_rows(*k.shape[:2], length, k.device)
-    key = ("gated_delta_rule_chunks", length, k.device)
-    return documents.derived(cu_seqlens, key, lambda: cut(documents.bounds(cu_seqlens), length, k.device))
 
 
 class Implementation:
@@ -107,7 +72,7 @@ class Implementation:
         q, k, v = (x.to(q.dtype).contiguous() for x in (q, k, v))
         log_decay, beta = log_decay.contiguous(), beta.contiguous()
         entries = tiles("gated_delta_rule", self.backend)
-        launch = _Launch(q, k, v, chunks_of(k, cu_seqlens, entries["chunks"]["C"]), scale, entries)
+        launch = _Launch(q, k, v, chunk_table(k, cu_seqlens, entries["chunks"]["C"]), scale, entries)
         keep = _differentiable(q, k, v, log_decay, beta, initial_state)
         if _few_tokens(q, cu_seqlens) and not keep:
             o, final = launch.steps(q, k, v, log_decay, beta, initial_state)
@@ -159,7 +124,7 @@ class _GatedDeltaRule(torch.autograd.Function):
 class _Launch:
     """The kernels on one set of shapes and chunks."""
 
-    def __init__(self, q, k, v, chunks: Chunks, scale: float, entries: Mapping[str, Mapping]):
+    def __init__(self, q, k, v, chunks: ChunkTable, scale: float, entries: Mapping[str, Mapping]):
         self.chunks, self.scale, self.entries, self.dtype = chunks, scale, entries, q.dtype
         self.num_tokens = k.shape[0] * k.shape[1]
         self.key_size, self.value_size = k.shape[3], v.shape[3]

@@ -10,53 +10,18 @@ decoding, go one after the other instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops import documents
+from ops.chunk_table import chunk_table
 from ops.gla import reference
 from ops.gla.kernels import DTYPES, Kernels, Steps
 from ops.launch import Prepared
 
 STEPS = 8
 """Up to so many tokens a row, one after the other is faster than chunks."""
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """table int32 [M, 3]: first token, end, document. edges int32 [N + 1]: first chunk of each document."""
-
-    table: Tensor
-    edges: Tensor
-    num_chunks: int
-    num_documents: int
-
-
-def cut(bounds: list[int], length: int, device) -> Chunks:
-    """Documents, given by their bounds, cut into chunks of at most `length` tokens."""
-    table, edges = [], [0]
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        table += [(t, min(t + length, end), n) for t in range(start, end, length)]
-        edges.append(len(table))
-    rows = torch.tensor(table or [(0, 0, 0)], dtype=torch.int32).to(device, non_blocking=True)
-    return Chunks(rows, torch.tensor(edges, dtype=torch.int32).to(device), len(table), len(bounds) - 1)
-
-
-@lru_cache(maxsize=16)
-def _cut_rows(num_rows: int, num_tokens: int, length: int, device) -> Chunks:
-    return cut([row * num_tokens for row in range(num_rows + 1)], length, device)
-
-
-def chunks_of(k: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
-    """The chunks of a batch [B, T, H, K]; its rows are documents where cu_seqlens is None."""
-    if cu_seqlens is None:
-        return _cut_rows(*k.shape[:2], length, k.device)
-    key = ("gla_chunks", length, k.device)
-    return documents.derived(cu_seqlens, key, lambda: cut(documents.bounds(cu_seqlens), length, k.device))
 
 
 class Implementation:
@@ -68,15 +33,14 @@ class Implementation:
 
     def functions(self) -> tuple:
         """What a backend's file holds."""
-        return self.accepts, self.gla, self.gla_output, reference.gla_state  # the last is one matmul already
+        return self.accepts, self.gla, self.gla_output, self.gla_state
 
     def accepts(self, name: str, first: Tensor, *rest, **options) -> str | None:
         """Why a call cannot run here, from its tensors' dtypes and shapes; None when it can."""
-        if name == "gla_state":
-            return None
+        value = rest[0] if name == "gla_state" else rest[1]
         if first.dtype not in DTYPES:
             return "takes bf16, fp16 and fp32"
-        if max(first.shape[3], rest[1].shape[3]) > self.largest_head:
+        if max(first.shape[3], value.shape[3]) > self.largest_head:
             return f"takes heads of up to {self.largest_head} numbers"
         return None
 
@@ -92,7 +56,7 @@ class Implementation:
             o, final = steps(q, k, v, log_decay, initial_state, scale)
         else:
             kernels = self.prepared(Kernels, *sizes)
-            chunks = chunks_of(k, cu_seqlens, kernels.chunk_tokens)
+            chunks = chunk_table(k, cu_seqlens, kernels.chunk_tokens)
             o, final = _Gla.apply(q, k, v, log_decay, initial_state, scale, chunks, kernels)
         return o, final if output_final_state else None
 
@@ -102,12 +66,50 @@ class Implementation:
         states = torch.cat([state_in[None], state_in.new_zeros(num_documents - 1, *state_in.shape)])
         return self.gla(q, k, v, log_decay, scale=scale, initial_state=states, cu_seqlens=cu_seqlens)[0]
 
+    def gla_state(self, k, v, log_decay, *, cu_seqlens=None):
+        """See ops.gla_state: a call without queries, of which only the last document's final state is wanted."""
+        start, several = 0, cu_seqlens is not None and len(cu_seqlens) > 2
+        if cu_seqlens is not None:
+            start = documents.bounds(cu_seqlens)[-2]
+        if start == k.shape[1]:
+            return reference.gla_state(k, v, log_decay, cu_seqlens=cu_seqlens)
+        kernels = self.prepared(Kernels, 0, *k.shape[2:], v.shape[3], k.dtype)
+        k, v, last_decays = k[:, start:], v[:, start:], log_decay[:, start:]
+        state = _State.apply(k, v, last_decays, chunk_table(k, None, kernels.chunk_tokens), kernels)[0]
+        total = torch.full_like(state[:, :, 0], -torch.inf) if several else log_decay[0].float().sum(0)
+        return state, total
+
 
 def _is_decoding(q, k, v, log_decay, initial_state, cu_seqlens) -> bool:
     """A few tokens of each row, and no gradients wanted."""
     few = cu_seqlens is None and q.shape[1] <= STEPS
     tensors = (q, k, v, log_decay) if initial_state is None else (q, k, v, log_decay, initial_state)
     return few and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+class _State(torch.autograd.Function):
+    """Final states fp32 [N, H, K, V]."""
+
+    @staticmethod
+    def forward(ctx, k, v, log_decay, chunks, kernels):
+        k, v, log_decay = (x.contiguous() for x in (k, v, log_decay))
+        sums, totals, added = kernels.added(chunks, k, v, log_decay)
+        states, final = kernels.scan(chunks, added, totals, None, reverse=False)
+        ctx.save_for_backward(k, v, log_decay, sums, totals, states)
+        ctx.kernels, ctx.chunks = kernels, chunks
+        return final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dfinal):
+        k, v, log_decay, sums, totals, states = ctx.saved_tensors
+        kernels, chunks = ctx.kernels, ctx.chunks
+        leaving, _ = kernels.scan(chunks, torch.zeros_like(states, dtype=torch.float32), totals, dfinal, reverse=True)
+        dk, dv, dg = (torch.empty_like(x) for x in (k, v, log_decay))
+        inputs, qdq = (k, k, v, log_decay, sums, v), torch.zeros_like(sums)  # no query head reads the first and last
+        kernels.key_gradients(chunks, *inputs, qdq, chunks.table, totals, states, leaving, dk, dg, 1.0)
+        kernels.value_gradients(chunks, k, k, log_decay, sums, v, chunks.table, totals, leaving, dv, 1.0)
+        return dk, dv, dg, None, None
 
 
 class _Gla(torch.autograd.Function):
@@ -117,9 +119,7 @@ class _Gla(torch.autograd.Function):
     def forward(ctx, q, k, v, log_decay, initial_state, scale, chunks, kernels):
         ctx.set_materialize_grads(False)
         q, k, v, log_decay = (x.contiguous() for x in (q, k, v, log_decay))
-        added, sums = kernels.room(chunks, k), torch.empty_like(k, dtype=torch.float32)
-        totals = added.new_empty(added.shape[:3])
-        kernels.chunk_states(chunks, k, v, log_decay, chunks.table, sums, totals, added)
+        sums, totals, added = kernels.added(chunks, k, v, log_decay)
         states, final = kernels.scan(chunks, added, totals, initial_state, reverse=False)
         o = q.new_empty(*q.shape[:3], v.shape[3])
         kernels.outputs(chunks, q, k, v, log_decay, sums, chunks.table, states, o, scale)

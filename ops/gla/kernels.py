@@ -56,7 +56,7 @@ class Kernels:
         self.chunk_tokens, rows = (self.every or entries["chunks"])["C"], entries["chunks"]["R"]
         self.sizes = dict(H=heads, G=group, K=key_size, V=value_size, BK=self.whole["K"], BV=self.whole["V"])
         self.sizes |= dict(C=self.chunk_tokens, R=rows, **DTYPES[dtype])
-        self.sizes["P"] = min(triton.next_power_of_2(group), self.chunk_tokens // rows)
+        self.sizes["P"] = min(triton.next_power_of_2(max(group, 1)), self.chunk_tokens // rows)
         self.launchers: list[Launcher] = []
         for kernel in SHARED_OUT:
             setattr(self, kernel.__name__, self._of_chunks(kernel))
@@ -81,6 +81,13 @@ class Kernels:
         tile = self.entries["scan_states"]
         self.launchers.append(Launcher(forward.scan_states, {**self.sizes, "GIVEN": given, "REVERSE": reverse}, tile))
         return self.launchers[-1]
+
+    def added(self, chunks, k, v, log_decay) -> tuple[Tensor, Tensor, Tensor]:
+        """(sums of log_decay inside chunks, their totals [M, H, K], what chunks add to the state [M, H, K, V])."""
+        added, sums = self.room(chunks, k), torch.empty_like(k, dtype=torch.float32)
+        totals = added.new_empty(added.shape[:3])
+        self.chunk_states(chunks, k, v, log_decay, chunks.table, sums, totals, added)
+        return sums, totals, added
 
     def scan(self, chunks, added, totals, given, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """(what enters each chunk [M, H, K, V], what is behind the last of each document fp32 [N, H, K, V])."""

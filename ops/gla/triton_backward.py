@@ -28,7 +28,7 @@ def chunk_gradients(
 ):  # fmt: skip
     """Gradient of the state that enters each chunk, through its own outputs alone. Grid (M * PARTS, H)."""
     m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    start, end = tl.load(chunks + m * 2), tl.load(chunks + m * 2 + 1)
     ik, iv, tokens = tl.arange(0, BK), part * PV + tl.arange(0, PV), start + tl.arange(0, C)
     grow = (tl.exp(tile(sums, tokens, end, H * K, h * K, ik, K)) * scale).to(DOT)
     grad = tl.zeros((BK, PV), tl.float32)
@@ -78,7 +78,7 @@ def query_gradients(
 ):  # fmt: skip
     """dq, and qdq fp32 [T, H, K]: q * dq summed over the query heads. Parts are of K. Grid (M * PARTS, H)."""
     m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    start, end = tl.load(chunks + m * 2), tl.load(chunks + m * 2 + 1)
     if is_strong(sums, start, end, h, H, K, BK, C):
         for first in tl.range(0, end - start, R, num_stages=1):
             _block_query_gradients(
@@ -131,7 +131,7 @@ def key_gradients(
     token gives to itself is in both of the last with the same rounding, and cancels.
     """
     m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    start, end = tl.load(chunks + m * 2), tl.load(chunks + m * 2 + 1)
     ik, iv, tokens = part * PK + tl.arange(0, PK), tl.arange(0, BV), start + tl.arange(0, C)
     total = tl.load(totals + (m * H + h).to(tl.int64) * K + ik, mask=ik < K, other=0.0)
     grad_state = state_tile(leaving, m * H + h, ik, iv, K, V).to(tl.float32)
@@ -189,7 +189,7 @@ def value_gradients(
 ):  # fmt: skip
     """dv. Parts are of V. Grid (M * PARTS, H)."""
     m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    start, end = tl.load(chunks + m * 2), tl.load(chunks + m * 2 + 1)
     ik, iv, tokens = tl.arange(0, BK), part * PV + tl.arange(0, PV), start + tl.arange(0, C)
     total = tl.load(totals + (m * H + h).to(tl.int64) * K + ik, mask=ik < K, other=0.0)
     left = tl.exp(total[None] - tile(sums, tokens, end, H * K, h * K, ik, K))

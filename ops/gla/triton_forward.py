@@ -132,7 +132,7 @@ def chunk_states(
 ):  # fmt: skip
     """What each chunk adds to the state [M, H, K, V]; sums; and their last, totals [M, H, K]. Grid (M * PARTS, H)."""
     m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    start, end = tl.load(chunks + m * 2), tl.load(chunks + m * 2 + 1)
     ik, iv, tokens = tl.arange(0, BK), part * PV + tl.arange(0, PV), start + tl.arange(0, C)
     g = tile(log_decay, tokens, end, H * K, h * K, ik, K).to(tl.float32)
     b, total = tl.cumsum(g, 0), tl.sum(g, 0)
@@ -208,7 +208,7 @@ def outputs(
     """o of each chunk from the state that enters it. Where decays are strong, R tokens of P heads make the rows of a
     product instead of C tokens of one. Grid (M * PARTS, H)."""
     m, part, h = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
-    start, end = tl.load(chunks + m * 3), tl.load(chunks + m * 3 + 1)
+    start, end = tl.load(chunks + m * 2), tl.load(chunks + m * 2 + 1)
     if is_strong(sums, start, end, h, H, K, BK, C):
         for first in tl.range(0, end - start, R, num_stages=1):
             _block_outputs(

@@ -50,6 +50,26 @@ def differences(
     return [_distance(*pair) for pair in zip(*results)]
 
 
+def states(rank: int, *, num_tokens: int, edges: tuple[int, ...] | None) -> list[float]:
+    """gla_state alone: the state, exp(total), and the gradients of both."""
+    import torch
+
+    from ops.gla import maca, reference
+
+    k, v = torch.randn(1, num_tokens, 2, 24), torch.randn(1, num_tokens, 2, 40)
+    log_decay = -2 * torch.rand(1, num_tokens, 2, 24)
+    documents = None if edges is None else torch.tensor(edges, dtype=torch.int32)
+    weights = torch.randn(2, 24, 40), torch.randn(2, 24)
+    results = []
+    for module, kind in ((maca, torch.float32), (reference, torch.float64)):
+        leaves = [x.to(kind).requires_grad_() for x in (k, v, log_decay)]
+        state, total = module.gla_state(*leaves, cu_seqlens=documents)
+        outputs = [state, (total / num_tokens).exp()]
+        loss = sum((o * w.to(kind)).sum() for o, w in zip(outputs, weights))
+        results.append([*outputs, *torch.autograd.grad(loss, leaves, allow_unused=True)])
+    return [_distance(*pair) for pair in zip(*results)]
+
+
 def decoding(rank: int, *, num_tokens: int, with_state: bool) -> list[float]:
     """A few tokens of two rows without gradients: outputs and final states."""
     import torch

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from interpreted_case import decoding, differences, halves
+from interpreted_case import decoding, differences, halves, states
 
 RAGGED = (0, 0, 1, 2, 66, 66, 67, 130, 130)
 
@@ -72,6 +72,12 @@ def test_gla_that_forgets_nearly_everything(interpreter):
 def test_gla_in_fp16(interpreter):
     (values,) = interpreter(differences, num_tokens=130, edges=RAGGED, strength=5.0, dtype="float16")
     assert within(values, 2e-3), values
+
+
+@pytest.mark.parametrize("edges", [None, (0, 30, 30, 70), (0, 69, 70), (0, 70, 70)])
+def test_gla_state(interpreter, edges):
+    (values,) = interpreter(states, num_tokens=70, edges=edges)
+    assert within(values, 1e-5), values
 
 
 @pytest.mark.parametrize("with_state", [False, True])

@@ -269,6 +269,7 @@ def test_resolve_and_use_on_this_machine(monkeypatch, caplog):
         ops.use({"glaa": "reference"})
     with pytest.raises(ValueError, match="recipe key ops.gla=cuda: torch sees no CUDA device"):
         ops.use({"gla": "cuda"})
+    assert ops.resolve("gla").reason == "plain torch runs anywhere"  # what was refused is not in force
     with pytest.raises(ValueError, match="no such op: glaa"):
         ops.resolve("glaa")
 
