@@ -4,10 +4,10 @@ Documents are cut into chunks that never cross their boundaries. Forward: (1) ea
 of the state that enters it (the WY representation, with one inverse of a triangular matrix); (2) the state from chunk
 to chunk through each document; (3) outputs. Backward: (1) each chunk's part of the gradient of its errors; (2) the
 gradient of the state from chunk to chunk, from the end; (3) gradients of all inputs. The serial kernels share out value
-heads and value columns, the others chunks and heads. The serial ones hold states transposed, so that on Hopper each product takes
-one operand from registers and the other from shared memory, filled ahead by copies through descriptors. Kept for
-backward, in the inputs' dtype: inverses, errors, and the states that enter chunks. Heads that share a key or a query are summed inside one program: no atomics, the same bits
-every time.
+heads and value columns, the others chunks and heads. The serial ones hold states transposed, so that on Hopper each
+product takes one operand from registers and the other from shared memory, filled ahead by copies through descriptors.
+Kept for backward, in the inputs' dtype: inverses, errors, and the states that enter chunks. Heads that share a key or a
+query are summed inside one program: no atomics, the same bits every time.
 
 Source: Gated Delta Networks (Yang et al., 2024); Parallelizing Linear Transformers with the Delta Rule (2024).
 """
