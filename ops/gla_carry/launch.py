@@ -20,7 +20,6 @@ from ops.gla.kernels import DTYPES, LARGE_HEAD, padded
 from ops.gla_carry import triton_kernels
 from ops.launch import Launcher, Prepared
 
-
 SHARED_OUT = {"add_state": "V", "query_gradients": "K", "state_gradients": "V"}
 """Which dimension a chunk's programs share out."""
 

@@ -43,7 +43,7 @@ def scan_sums(
     sums, others, num_chunks,
     H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the chunks before each, others fp32 [M, H, K]; over those after it with REVERSE. Grid (H * K / BLOCK)."""
+    """Sum over the chunks before each, others fp32 [M, H, K]; with REVERSE, after each. Grid (H * K / BLOCK)."""
     columns, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROWS)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, num_chunks, ROWS):
@@ -70,7 +70,7 @@ def add_state(
         for head in range(0, G):
             query = of_heads(q, tokens, length, h, head, ik, H, G, K, 1).to(DOT) * grow
             out = of_heads(o, tokens, length, h, head, iv, H, G, V, 1).to(tl.float32)
-            out += tl.dot(query, value, input_precision=PRECISION)
+            out = tl.dot(query, value, out, input_precision=PRECISION)
             put_heads(o, out, tokens, length, h, head, iv, H, G, V, 1)
 
 

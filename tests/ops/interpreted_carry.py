@@ -27,7 +27,8 @@ def differences(
     from interpreted_case import _distance
 
     kind = getattr(torch, dtype)
-    rounded = [x.to(kind if i < 2 else torch.float32) for i, x in enumerate(_inputs(num_tokens, strength, heads, sizes))]
+    rounded = _inputs(num_tokens, strength, heads, sizes)
+    rounded[:2] = (x.to(kind) for x in rounded[:2])
     options = dict(scale=scale, cu_seqlens=None if edges is None else torch.tensor(edges, dtype=torch.int32))
     results = []
     torch.use_deterministic_algorithms(True)  # with which memory is filled
@@ -41,6 +42,15 @@ def differences(
     return [_distance(*(x.detach() for x in pair)) for pair in zip(*results)]
 
 
+def few_programs(rank: int, **case) -> list[float]:
+    """differences, where a share of the state's gradient is of several chunks and a scan takes several steps."""
+    from ops import tuning
+
+    entries = {"chunks": {"C": 64, "PROGRAMS": 6}, "scan_sums": {"ROWS": 4, "BLOCK": 16}}
+    with tuning.trying("gla_carry", "cuda", entries):
+        return differences(rank, **case)
+
+
 def memory(rank: int) -> dict[str, bool]:
     """Whether the result lies in o's memory, for an o of every kind; and whether a kept o still has its values."""
     import torch
@@ -49,8 +59,8 @@ def memory(rank: int) -> dict[str, bool]:
 
     o, q, log_decay, state = _inputs(40, 0.05, (2, 1), (16, 16))
     kept, found = o.clone(), {}
-    leaf, view, turned = o.clone().requires_grad_(), torch.cat([o, o])[1:], o.transpose(1, 2).contiguous().transpose(1, 2)
-    for name, given in {"own": o.clone(), "leaf": leaf, "result": 1 * leaf, "view": view, "strided": turned}.items():
+    leaf, view, strided = o.clone().requires_grad_(), torch.cat([o, o])[1:], o.mT.contiguous().mT
+    for name, given in dict(own=o.clone(), leaf=leaf, result=1 * leaf, view=view, strided=strided).items():
         actual = cuda.gla_carry(given, q, log_decay, state)
         found[name] = actual.data_ptr() == given.data_ptr()
         found[f"{name} kept"] = torch.equal(given.detach(), kept)

@@ -45,6 +45,12 @@ def test_shapes_and_strong_decays(interpreter, options, backend):
     assert within(values, 1e-5), values
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.05, 5.0])
+def test_chunks_by_the_dozen(interpreter, strength):
+    (values,) = interpreter(case.few_programs, num_tokens=210, strength=strength, sizes=(16, 16))
+    assert within(values, 1e-5), values
+
+
 def test_fp16(interpreter):
     (values,) = interpreter(case.differences, num_tokens=130, dtype="float16")
     assert within(values, 2e-3), values
