@@ -81,7 +81,7 @@ def key_step(
 ):  # fmt: skip
     """What the queries start .. start + M of one head add to dk / scale [N, BK] and dv [N, BV].
 
-    With MASKED, key n is seen by queries key_start + n .. last_query[n]. Without CHECKED, no query stands behind the
+    With MASKED, key n is seen by the queries key_start + n .. last_query[n]. Without CHECKED, no query stands behind the
     row's end. Weights are transposed, [N, M].
     """
     t = tl.arange(0, M)
@@ -98,8 +98,8 @@ def key_step(
     from_value = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
     weights = tl.exp2(scores * scale - top[None])
     if MASKED:
-        n = key_start - start + tl.arange(0, N)
-        weights = tl.where((t[None] >= n[:, None]) & (t[None] <= (last_query - start)[:, None]), weights, 0.0)
+        t, n = start + t, key_start + tl.arange(0, N)
+        weights = tl.where((t[None] >= n[:, None]) & (t[None] <= last_query[:, None]), weights, 0.0)
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
     from_score = weights * (from_value - shift[None])
     dk = tl.dot(from_score.to(query.dtype), query, dk, input_precision=PRECISION)
@@ -143,7 +143,7 @@ def key_gradients(
     acc_v = tl.zeros((N, BV), tl.float32)
     for i in range(0, num_heads * num_edges):
         edge = i % num_edges
-        at = tl.where(edge < num_left, begin + edge * M, right + (edge - num_left) * M)
+        at = tl.where(edge < num_left, inner, right) + (edge - num_left) * M
         acc_k, acc_v = key_step(
             q, do, lse, delta, key, value, row, head_from + i // num_edges, at, start - ahead, last_query, acc_k, acc_v,
             base, num_queries, stride_q, HQ, K, V, BK, BV, M, N, True, True, TMA, PRECISION,
