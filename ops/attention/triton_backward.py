@@ -81,7 +81,7 @@ def key_step(
 ):  # fmt: skip
     """What the queries start .. start + M of one head add to dk / scale [N, BK] and dv [N, BV].
 
-    With MASKED, key n is seen by the queries key_start + n .. last_query[n]. Without CHECKED, no query stands behind the
+    With MASKED, key n is seen by queries key_start + n .. last_query[n]. Without CHECKED, no query stands behind the
     row's end. Weights are transposed, [N, M].
     """
     t = tl.arange(0, M)
@@ -114,8 +114,8 @@ def key_gradients(
 ):  # fmt: skip
     """dk [PARTS, B, T, HK, K] and dv [PARTS, B, T, HK, V]: the query heads of a key head shared out to PARTS programs.
 
-    Grid (HK * PARTS * T / N * B), early keys first: with a window the late ones have less to do. Keys that no
-    query sees get zeros.
+    Grid (HK * PARTS * T / N * B), early keys first: with a window the late ones have less to do. Keys that no query
+    sees get zeros.
     """
     program, num_blocks = tl.program_id(0), tl.cdiv(num_tokens, N)
     head, part = program % HK, program // HK % PARTS
