@@ -100,12 +100,12 @@ class Kernels:
         self.chunk_tokens, self.scan_block = (every or entries["chunks"])["C"], entries["scan_sums"]["BLOCK"]
         sizes = dict(H=heads, G=group, K=key_size, V=value_size, BK=whole["K"], BV=whole["V"], C=self.chunk_tokens)
         sizes |= DTYPES[dtype]
+        self.shares = max(1, entries["chunks"]["PROGRAMS"] // heads)
         self.parts, self.launchers = {}, {}
         for name, axis in SHARED_OUT.items():
             tile = every or entries[name]
             part = min(whole[axis], tile["PART" if every else f"P{axis}"])
             self.parts[name] = whole[axis] // part
-            self.shares = max(1, entries["chunks"]["PROGRAMS"] // (heads * self.parts[name]))
             constants = {**sizes, f"P{axis}": part, "PARTS": self.parts[name], "SHARES": self.shares}
             self.launchers[name] = Launcher(getattr(triton_kernels, name), constants, tile)
         for name in ("chunk_sums", "decay_gradients"):

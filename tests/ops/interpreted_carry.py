@@ -51,6 +51,31 @@ def few_programs(rank: int, **case) -> list[float]:
         return differences(rank, **case)
 
 
+def two_steps(rank: int, *, edges: tuple[int, ...] | None) -> list[float]:
+    """gla and gla_carry, in place, against gla_output in float64: outputs, then every gradient."""
+    import torch
+
+    from interpreted_case import _distance
+    from ops.gla import cuda as kernels
+    from ops.gla import reference
+    from ops.gla_carry import cuda
+
+    shapes = [(6, 32), (2, 32), (2, 16), (2, 32)]
+    inputs = [torch.randn(1, 100, *shape) for shape in shapes] + [torch.randn(2, 32, 16)]
+    inputs[3] = -0.1 * torch.rand_like(inputs[3])
+    options = {} if edges is None else {"cu_seqlens": torch.tensor(edges, dtype=torch.int32)}
+    weights, results = torch.randn(1, 100, 6, 16), []
+    for exact in (False, True):
+        leaves = [x.to(torch.float64 if exact else torch.float32, copy=True).requires_grad_() for x in inputs]
+        if exact:
+            o = reference.gla_output(*leaves, **options)
+        else:
+            o = kernels.gla(*leaves[:4], **options)[0]
+            o = cuda.gla_carry(o, leaves[0], *leaves[3:], **options)
+        results.append([o, *torch.autograd.grad((o * weights).sum(), leaves, materialize_grads=True)])
+    return [_distance(*(x.detach() for x in pair)) for pair in zip(*results)]
+
+
 def memory(rank: int) -> dict[str, bool]:
     """Whether the result lies in o's memory, for an o of every kind; and whether a kept o still has its values."""
     import torch

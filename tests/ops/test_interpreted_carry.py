@@ -51,6 +51,12 @@ def test_chunks_by_the_dozen(interpreter, strength):
     assert within(values, 1e-5), values
 
 
+@pytest.mark.parametrize("edges", [None, (0, 70, 100), (0, 0, 100)])
+def test_gla_then_gla_carry_is_gla_output(interpreter, edges):
+    (values,) = interpreter(case.two_steps, edges=edges)
+    assert within(values, 1e-5), values
+
+
 def test_fp16(interpreter):
     (values,) = interpreter(case.differences, num_tokens=130, dtype="float16")
     assert within(values, 2e-3), values
