@@ -40,13 +40,14 @@ _PRECISIONS = {
 }
 _NORM_ROWS = 32
 _BOXES = {
-    **dict.fromkeys(("known", "carried"), (1, "C", "BK")),
-    **dict.fromkeys(("missing", "errors", "local"), (1, "BV", "C")),
-    **dict.fromkeys(("states", "grads"), (1, "BV", "BK")),
+    "carried": (1, "C", "BK"),
+    "local": (1, "BV", "C"),
+    "grads": (1, "BV", "BK"),
     **dict.fromkeys(("q", "k"), ("C", 1, "BK")),
     "do": ("C", 1, "BV"),
 }
-"""Blocks of descriptors, in three dimensions: by chunk and head, or tokens by head."""
+"""Blocks of descriptors, in three dimensions: by chunk and head, or tokens by head. In the backward pass they took
+three quarters of the time of pointers on an H200; in the forward one, pointers were faster."""
 
 
 class Implementation:

@@ -144,7 +144,7 @@ def chunk_writes(
 def pass_states(
     k, leaves, totals, known, missing, errors, bounds, edges, initial, states, final,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, GIVEN: tl.constexpr, BOXED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, GIVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state through each document: states that enter its chunks, and errors, which may be `missing`'s memory.
 
@@ -166,14 +166,14 @@ def pass_states(
         number = (lo + c) * HV + h
         total = upcoming
         upcoming = tl.load(totals + number + HV, mask=c + 1 < num_chunks, other=0.0)
-        recall = block(known, number, 0, 0, ic, ik, C, K, BOXED)
-        error = block(missing, number, row, 0, iv, ic, V, C, BOXED).to(tl.float32)
-        key = chunk_rows(k, first + c * C, last, h // (HV // HK), 0, HK, K, ic, ik, BOXED)
+        recall = block(known, number, 0, 0, ic, ik, C, K, False)
+        error = block(missing, number, row, 0, iv, ic, V, C, False).to(tl.float32)
+        key = chunk_rows(k, first + c * C, last, h // (HV // HK), 0, HK, K, ic, ik, False)
         leave = tl.load(leaves + number * C + ic)
         rounded = state.to(DOT)
-        put_block(states, number, row, iv, ik, rounded, V, K, BOXED)
+        put_block(states, number, row, iv, ik, rounded, V, K, False)
         error -= tl.dot(rounded, tl.trans(recall), input_precision=PRECISION)
-        put_block(errors, number, row, iv, ic, error.to(DOT), V, C, BOXED)
+        put_block(errors, number, row, iv, ic, error.to(DOT), V, C, False)
         state *= total
         state += tl.dot((error * leave[None]).to(DOT), key, input_precision=PRECISION)
     tl.store(transposed(final, n, h, HV, K, V, ik, row + iv), state, mask=whole)
