@@ -9,15 +9,18 @@ and their gradients the same one from the right, on the gradients of the enterin
 exchange's business (lasp2, zeco); they give the same bits. A document that starts in a shard has decay -inf there
 (ops.gla_state), so nothing crosses it, and every rank makes the same calls whatever its documents are.
 
-While the states travel, forward and backward, the rank computes what its shard gives without them (ops.gla); what they
-add comes last (ops.gla_carry).
+With overlap, the rank computes what its shard gives without the states while they travel, forward and backward
+(ops.gla), and adds their part last (ops.gla_carry). That part costs more than the waiting where links are fast: without
+overlap, the default inside a host, it waits and computes all at once (ops.gla_output).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -29,7 +32,17 @@ Exchange = Callable[..., Callable[[], Tensor]]
 that enters it, [Hkv, K, V], from the left or, reverse, from the right. Collective."""
 
 
-def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tensor, group, exchange: Exchange) -> Tensor:
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    group,
+    exchange: Exchange,
+    overlap: bool,
+) -> Tensor:
     """ops.gla on one shard of a row, the shards of the group's ranks side by side: o [1, T/sp, Hq, V].
 
     q [1, T/sp, Hq, K], k and log_decay [1, T/sp, Hkv, K], v [1, T/sp, Hkv, V]; cu_seqlens int32 [N+1] of the whole row.
@@ -41,9 +54,18 @@ def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tenso
     state, decay = ops.gla_state(k, v, log_decay, cu_seqlens=documents)
     passage = _Passage(exchange, group)
     ticket = _Leave.apply(state, decay, passage)
+    if not overlap:
+        state_in, q = _Enter.apply(ticket, q, passage)
+        return ops.gla_output(q, k, v, log_decay, state_in, cu_seqlens=documents)
     o, _ = ops.gla(q, k, v, log_decay, cu_seqlens=documents)
-    state_in = _Enter.apply(ticket, passage)
+    state_in, q = _Enter.apply(ticket, q, passage)
     return ops.gla_carry(o, q, log_decay, state_in, cu_seqlens=documents)
+
+
+def spans_hosts(group) -> bool:
+    """Whether the group's ranks are on several hosts, by torchrun's LOCAL_WORLD_SIZE."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return len({rank // local for rank in dist.get_process_group_ranks(group)}) > 1
 
 
 class _Passage:
@@ -83,16 +105,20 @@ class _Leave(torch.autograd.Function):
 
 class _Enter(torch.autograd.Function):
     """Wait for the state that enters. Backward sends its gradient off, before that of the shard's own work begins:
-    autograd runs what was called last first."""
+    autograd runs what was called last first.
+
+    q passes through: the output always depends on it, so that every rank's backward pass comes by here, also where no
+    document enters and the state has no part in the output.
+    """
 
     @staticmethod
-    def forward(ctx, ticket: Tensor, passage: _Passage) -> Tensor:
+    def forward(ctx, ticket: Tensor, q: Tensor, passage: _Passage) -> tuple[Tensor, Tensor]:
         ctx.passage = passage
         passage.state_in = passage.receive()
-        return passage.state_in.view_as(passage.state_in)
+        return passage.state_in.view_as(passage.state_in), q.view_as(q)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, grad_q: Tensor):
         ctx.passage.send(grad.contiguous(), reverse=True)
-        return grad.new_zeros(0), None
+        return grad.new_zeros(0), grad_q, None

@@ -73,7 +73,7 @@ def _gla_by_heads(*, num_heads: int, num_kv_heads: int, window: None, group) -> 
 
 
 def _gla_by_states(exchange: states.Exchange, *, num_heads: int, num_kv_heads: int, window: None, group) -> Mixing:
-    return partial(states.gla, group=group, exchange=exchange)
+    return partial(states.gla, group=group, exchange=exchange, overlap=states.spans_hosts(group))
 
 
 def _attention_by_heads(*, num_heads: int, num_kv_heads: int, window: int | None, group) -> Mixing:

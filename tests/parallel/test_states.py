@@ -3,8 +3,10 @@ exchanges carry."""
 
 from __future__ import annotations
 
+import os
 import random
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -54,13 +56,15 @@ def summed(calls: list[tuple[str, int]]) -> list[tuple[str, int]]:
     return [call for call in calls if call[0] != "sent"] + ([("sent", total)] if total else [])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "num_ranks, dtype", [(2, torch.float64), (3, torch.float64), (4, torch.float32), (8, torch.float64)]
+)
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
-def test_n_ranks_equal_one_rank(run_ranks, num_ranks, exchange, dtype):
+def test_n_ranks_equal_one_rank(run_ranks, num_ranks, exchange, overlap, dtype):
     inputs, grad = whole_row(num_ranks * SHARD_TOKENS, dtype)
-    rows = layouts(num_ranks, shard_tokens=SHARD_TOKENS, num_random=10 if num_ranks < 8 else 4)
-    mix = partial(states.gla, exchange=EXCHANGES[exchange])
+    rows = layouts(num_ranks, shard_tokens=SHARD_TOKENS, num_random=5 if num_ranks < 8 else 2)
+    mix = partial(states.gla, exchange=EXCHANGES[exchange], overlap=overlap)
     results = run_ranks(num_ranks)(on_shards, mix, inputs, grad, rows)
     for index, edges in enumerate(rows):
         expected, _ = differentiate(partial(on_one_rank, edges), inputs, grad)
@@ -71,11 +75,12 @@ def test_n_ranks_equal_one_rank(run_ranks, num_ranks, exchange, dtype):
             assert carried == volume(exchange, rank, num_ranks), "the same calls, whatever the documents"
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_strong_decay_over_many_ranks_is_finite(run_ranks, exchange):
+def test_strong_decay_over_many_ranks_is_finite(run_ranks, exchange, overlap):
     inputs, grad = whole_row(4 * SHARD_TOKENS, torch.float32)
     inputs[3] = inputs[3] * 40
-    mix = partial(states.gla, exchange=EXCHANGES[exchange])
+    mix = partial(states.gla, exchange=EXCHANGES[exchange], overlap=overlap)
     results = run_ranks(4)(on_shards, mix, inputs, grad, [[0, 4 * SHARD_TOKENS]])
     expected, _ = differentiate(partial(on_one_rank, [0, 4 * SHARD_TOKENS]), inputs, grad)
     shards = [result[0][0] for result in results]
@@ -97,6 +102,20 @@ def test_all_exchanges_give_the_same_bits(run_ranks, reverse):
         for rank, (first, *others) in enumerate(run_ranks(4)(entering, seed, reverse)):
             assert bool(first.any()) == (rank < 3 if reverse else rank > 0)
             assert all(torch.equal(first, other) for other in others)
+
+
+def spanning(rank: int, ranks_a_host: int) -> list[bool]:
+    pair, whole = dist.new_group([0, 1]), dist.group.WORLD
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks_a_host)):
+        found = [states.spans_hosts(group) for group in (pair, whole) if rank in dist.get_process_group_ranks(group)]
+    if rank < 2:
+        dist.destroy_process_group(pair)
+    return found
+
+
+def test_only_groups_over_several_hosts_overlap_by_themselves(run_ranks):
+    assert run_ranks(4)(spanning, 2) == [[False, True], [False, True], [True], [True]]
+    assert run_ranks(4)(spanning, 4) == [[False, False], [False, False], [False], [False]]
 
 
 def test_a_large_state_is_cut_into_blocks():
