@@ -8,7 +8,7 @@ from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from parallel.sequence.table import candidates
 
 
-def sequence_layout(text: str) -> Layout:
+def sequence_layout_of(text: str) -> Layout:
     """`4`, or `4:zeco`: then sliding windows go by ulysses beside ulysses, else by halo. Raises ValueError."""
     number, _, name = text.partition(":")
     names = [algorithm.name for algorithm in candidates("L")]

@@ -19,7 +19,7 @@ import ops
 from parallel.layout import Layout
 from parallel.mesh import device, start_distributed
 from sbtrain.bench.hand_kernels import kernel_names
-from sbtrain.bench.layouts import check_world, sequence_layout
+from sbtrain.bench.layouts import check_world, sequence_layout_of
 from sbtrain.bench.options import demand_positive
 from sbtrain.bench.peers import PEERS, Work
 from sbtrain.bench.profile import profile_steps
@@ -75,7 +75,7 @@ def bench_train(options: TrainOptions, command: str) -> int:
         raise ValueError(f"peers={unknown[0]} is not known; choose from: {', '.join(PEERS)}")
     models = [model_config(options.model, num_layers=options.layers, pattern=name) for name in options.patterns]
     start_distributed()
-    layouts = {name: sequence_layout(name) for name in options.sp}
+    layouts = {name: sequence_layout_of(name) for name in options.sp}
     check_world(layouts, options.peers)
     report = {
         "benchmark": "train",

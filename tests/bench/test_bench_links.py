@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sbtrain.bench.layouts import sequence_layout
+from sbtrain.bench.layouts import sequence_layout_of
 from sbtrain.bench.scaling import Link, fit, halo_s, lasp2_s, ulysses_s, zeco_s
 from sbtrain.bench.shapes import model_config
 
@@ -35,11 +35,11 @@ def test_times_by_hand():
 @pytest.mark.parametrize("text", ["0", "x", "4:", "4:halo", "4:auto", "-2", "4:zeco:2"])
 def test_layouts_that_are_none_are_refused(text):
     with pytest.raises(ValueError, match=f"sp={text} is not a layout; write for example sp=1,4"):
-        sequence_layout(text)
+        sequence_layout_of(text)
 
 
 def test_layouts_as_a_key_writes_them():
-    assert sequence_layout("1").sp == 1
-    zeco, ulysses = sequence_layout("4:zeco"), sequence_layout("4:ulysses")
+    assert sequence_layout_of("1").sp == 1
+    zeco, ulysses = sequence_layout_of("4:zeco"), sequence_layout_of("4:ulysses")
     assert (zeco.sp, zeco.sp_algorithm.L.name, zeco.sp_algorithm.S.name) == (4, "zeco", "halo")
     assert (ulysses.sp_algorithm.L.name, ulysses.sp_algorithm.S.name) == ("ulysses", "ulysses")
