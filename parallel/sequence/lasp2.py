@@ -22,22 +22,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import ops
-from parallel.collectives import all_gather
+from parallel.collectives import all_gather, from_last
 from parallel.sequence.shard import shard_documents
 
 
-def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tensor, group) -> Tensor:
+def gla(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tensor, group, return_state: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """ops.gla on one shard of a row, the shards of the group's ranks side by side: o [1, T/sp, Hq, V].
 
     q [1, T/sp, Hq, K], k and log_decay [1, T/sp, Hkv, K], v [1, T/sp, Hkv, V]; cu_seqlens int32 [N+1] of the whole row.
     Collective, and so is its backward pass. Any number of heads goes with any sp.
+    return_state, of a row of one document: (o, the state [1, Hkv, K, V] after the row, on every rank and without
+    gradients); the last rank broadcasts it, Hkv * K * V elements in fp32.
     """
     if group.size() == 1:
-        return ops.gla(q, k, v, log_decay, cu_seqlens=cu_seqlens)[0]
+        o, state = ops.gla(q, k, v, log_decay, cu_seqlens=cu_seqlens, output_final_state=return_state)
+        return (o, state) if return_state else o
     documents = shard_documents(cu_seqlens, rank=group.rank(), size=group.size())
     state, decay = ops.gla_state(k, v, log_decay, cu_seqlens=documents)
     state_in, q = _Enter.apply(state, decay, q, group)
-    return ops.gla_output(q, k, v, log_decay, state_in, cu_seqlens=documents)
+    o = ops.gla_output(q, k, v, log_decay, state_in, cu_seqlens=documents)
+    if not return_state:
+        return o
+    leaving = torch.addcmul(state, decay.exp()[..., None], state_in).detach()
+    return o, from_last(leaving[None], group=group)
 
 
 class _Enter(torch.autograd.Function):

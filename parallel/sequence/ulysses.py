@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.collectives import all_to_all
+from parallel.collectives import all_gather, all_to_all
 
 _PAD = -1
 
@@ -53,7 +53,7 @@ class Ulysses:
 
     def __init__(self, *, num_heads: int, num_kv_heads: int, group):
         self.group = group
-        self.num_heads = num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.q_heads, self.kv_heads = head_plan(num_heads=num_heads, num_kv_heads=num_kv_heads, sp=group.size())
 
     def gather(self, q: Tensor, *kv: Tensor) -> tuple[Tensor, ...]:
@@ -70,6 +70,16 @@ class Ulysses:
         o = all_to_all(o, group=self.group, split_dim=1, concat_dim=2)
         slots = [self.q_heads.index(head) for head in range(self.num_heads)]
         return o if slots == list(range(o.shape[2])) else o[:, :, slots]
+
+    def all_heads(self, state: Tensor) -> Tensor:
+        """What a row leaves behind, by kv head: this rank's [1,Hkv',...] -> [1,Hkv,...]. Without gradients.
+
+        Receives (sp - 1) * Hkv' elements of a head's size.
+        """
+        if self.group.size() == 1:
+            return state
+        everyone = all_gather(state[0].detach().contiguous(), group=self.group).flatten(0, 1)
+        return everyone[[self.kv_heads.index(head) for head in range(self.num_kv_heads)]][None]
 
     def _send(self, x: Tensor, heads: list[int]) -> Tensor:
         if heads != list(range(x.shape[2])):

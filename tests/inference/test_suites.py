@@ -103,9 +103,9 @@ def test_passkey_prompts(mesh, tmp_path):
 class Parrot(torch.nn.Module):
     """A stand-in for the model: repeats the first digits that it read, but for one where told to be wrong."""
 
-    def __init__(self, tokenizer, *, wrong_digit: int | None, num_digits: int):
+    def __init__(self, tokenizer, groups, *, wrong_digit: int | None, num_digits: int):
         super().__init__()
-        self.weight, self.tokens = torch.nn.Parameter(torch.zeros(1)), []
+        self.weight, self.tokens, self.groups = torch.nn.Parameter(torch.zeros(1)), [], groups
         self.wrong_digit, self.num_digits = wrong_digit, num_digits
         self.digits, (self.space,) = tokenizer.encode_batch(["0123456789", " "])
 
@@ -134,7 +134,8 @@ class Parrot(torch.nn.Module):
 )
 def test_passkey_scores(mesh, tmp_path, wrong_digit, num_digits, accuracy):
     loaded = loaded_model(tmp_path, mesh)
-    loaded = replace(loaded, model=Parrot(loaded.tokenizer, wrong_digit=wrong_digit, num_digits=num_digits))
+    parrot = Parrot(loaded.tokenizer, mesh.groups, wrong_digit=wrong_digit, num_digits=num_digits)
+    loaded = replace(loaded, model=parrot)
     report = passkey.run(loaded, passkey.PasskeyOptions(lengths=(300, 400), depths=(0, 100), samples=2))
     cells = [(cell["length"], cell["depth"]) for cell in report["results"]]
     assert cells == [(300, 0), (300, 100), (400, 0), (400, 100)]
