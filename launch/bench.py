@@ -3,12 +3,15 @@
 python launch/bench.py train    [model=7b layers=8 seq_len=8192 micro_batch=1 patterns=LS,F peers=hand,engine rounds=2
                                 steps=10 warmup=4 recompute=none precision=bf16 profile=false peak_tflops=0 out=DIR]
 python launch/bench.py prefill  [model=7b layers=4 seq_len=32768,131072 patterns=F,LS steps=5 warmup=2 ... out=DIR]
+                                [sp=1 sp_algorithm.L=lasp2 sp_algorithm.S=halo cache=false] with sp=N under
+                                torchrun --nproc_per_node=N: a document over N GPUs
 python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengths=8192,32768,131072 peers=true
                                 passes=forward,both dtype=bf16 model=7b steps=20 warmup=3 error_tokens=8192
                                 time_limit_s=120 seed=0 out=DIR]
                                 [tune=true kernels=outputs tune_limit_s=300: write the fastest tiles instead]
 """
 
+import os
 import shlex
 import sys
 
@@ -34,7 +37,8 @@ def main(arguments: list[str]) -> int:
         options, run = BENCHMARKS[arguments[0]]
         return run(parse(options, arguments[1:]), shlex.join(["python", "launch/bench.py", *arguments]))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import mcore
-from parallel.layout import Layout
+from parallel.layout import Layout, SequenceAlgorithms
 
 
 class Mesh:
@@ -91,6 +91,21 @@ class Mesh:
     def is_last_stage(self) -> bool:
         """Whether this process holds the head and computes the loss."""
         return self.pp_rank == self.layout.pp - 1
+
+
+def sequence_layout(sp: int, algorithms: SequenceAlgorithms) -> Layout:
+    """The layout of one model over all processes of this world, each with a shard of every row.
+
+    Raises ValueError where sp is not their number.
+    """
+    start_distributed()
+    world_size = dist.get_world_size()
+    if sp != world_size:
+        raise ValueError(
+            f"sp={sp} does not fit {world_size} process{'es' * (world_size > 1)}; write sp={world_size}, or start sp "
+            "processes with torchrun --nproc_per_node"
+        )
+    return Layout(sp=sp, sp_algorithm=algorithms)
 
 
 def device() -> torch.device:

@@ -69,10 +69,10 @@ def prefill(
 ) -> tuple[Tensor, Cache] | tuple[None, None]:
     """Read a prompt, int64 [T] with T >= 1. Returns the logits [vocab] after it, and the cache.
 
-    One rank reads it in chunks, which bound the memory. Several sp ranks read a shard each, at once, and give the
-    T % sp tokens that remain (or a prompt of fewer tokens than ranks) to whoever keeps the cache; collective then, with
-    the same tokens on all ranks. keep: "all" of them, the "last", or one by its sp rank; the others return (None, None).
-    The caches of F layers hold all keys and values, wherever they are kept.
+    One rank reads it in chunks, which bound the memory. Several sp ranks, given the same tokens, read a shard each at
+    once; the T % sp tokens that remain, or a prompt of fewer tokens than ranks, are read by each rank that keeps the
+    cache. keep: "all" ranks, the "last" one, or one by its sp rank; the others return (None, None). Where it is kept,
+    the cache is whole: that of an F layer holds all keys and values of the prompt. Collective.
     Raises ValueError for a rank that does not exist.
     """
     rank, size = model.groups.cp.rank(), model.groups.cp.size()
