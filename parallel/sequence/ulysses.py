@@ -68,8 +68,7 @@ class Ulysses:
         if self.group.size() == 1:
             return o
         o = all_to_all(o, group=self.group, split_dim=1, concat_dim=2)
-        slots = [self.q_heads.index(head) for head in range(self.num_heads)]
-        return o if slots == list(range(o.shape[2])) else o[:, :, slots]
+        return _select(o, self.q_heads, self.num_heads, dim=2)
 
     def all_heads(self, state: Tensor) -> Tensor:
         """What a row leaves behind, by kv head: this rank's [1,Hkv',...] -> [1,Hkv,...]. Without gradients.
@@ -79,10 +78,18 @@ class Ulysses:
         if self.group.size() == 1:
             return state
         everyone = all_gather(state[0].detach().contiguous(), group=self.group).flatten(0, 1)
-        return everyone[[self.kv_heads.index(head) for head in range(self.num_kv_heads)]][None]
+        return _select(everyone, self.kv_heads, self.num_kv_heads, dim=0)[None]
 
     def _send(self, x: Tensor, heads: list[int]) -> Tensor:
         if heads != list(range(x.shape[2])):
             zeros = x.new_zeros(*x.shape[:2], 1, *x.shape[3:])
             x = torch.cat([x, zeros], dim=2)[:, :, heads]
         return all_to_all(x, group=self.group, split_dim=2, concat_dim=1)
+
+
+def _select(x: Tensor, heads: list[int], num_heads: int, *, dim: int) -> Tensor:
+    """Each head once, in order, without padding. heads: which ones dim holds."""
+    slots = [heads.index(head) for head in range(num_heads)]
+    if slots == list(range(x.shape[dim])):
+        return x
+    return x[(slice(None),) * dim + (slots,)]

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from parallel.mesh import Mesh
-from sbtrain.config.schema import ModelConfig
+from sbtrain.config.schema import ModelConfig, Precision
 from sbtrain.inference.generate import advance, generate_ids, prefill
 from sbtrain.inference.sampling import Sampling
 from sbtrain.model.cache import Cache
 from tiny_model import MODEL, build
 
 ODD_HEADS = dict(num_heads=9, num_kv_heads=3, hidden_size=36, head_dim=4)
-TOLERANCE = dict(atol=2e-5, rtol=0)
+TOLERANCE = 2e-5
 NUM_GREEDY = 5
 
 ULYSSES = SequenceAlgorithms()
@@ -37,50 +37,61 @@ CASES = [
 """sp; algorithms; the model. Its window of 7 is longer than some shards and prompts, 30 than more of them."""
 LENGTHS = (1, 2, 3, 4, 5, 8, 13, 29, 48, 53)
 """Of prompts: fewer tokens than ranks, one each, odd ones, several windows."""
+FOR_KERNELS = dict(hidden_size=256, head_dim=64, num_heads=6, num_kv_heads=2, ffn_size=384, window=100)
 
 
 def prompt_of(num_tokens: int) -> Tensor:
     return torch.randint(MODEL.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(num_tokens))
 
 
-def contents(cache: Cache) -> tuple[int, list]:
-    layers = sorted(cache.layers.items())
-    return cache.num_tokens, [(index, layer.state, layer.key, layer.value) for index, layer in layers]
+def contents(cache: Cache) -> dict[str, Tensor]:
+    """Every tensor of a cache, copied: decoding goes on in it."""
+    layers = {index: vars(layer).items() for index, layer in sorted(cache.layers.items())}
+    return {f"{i} {name}": x.cpu().clone() for i, fields in layers.items() for name, x in fields if x is not None}
 
 
 def greedy(model, logits: Tensor, cache: Cache) -> list[int]:
     written = [int(logits.argmax())]
     while len(written) < NUM_GREEDY:
-        written.append(int(advance(model, torch.tensor(written[-1:]), cache)[-1].argmax()))
+        written.append(int(advance(model, torch.tensor(written[-1:], device=logits.device), cache)[-1].argmax()))
     return written
 
 
-def prefilled(rank: int, layout: Layout, config: ModelConfig, keep: str | int) -> list:
-    """For each length logits, caches and greedy tokens; None where they are not kept."""
+def prefilled(
+    rank: int,
+    layout: Layout,
+    config: ModelConfig,
+    keep: str | int = "all",
+    *,
+    lengths: tuple[int, ...] = LENGTHS,
+    precision: Precision = Precision.fp32,
+) -> list:
+    """For each length, where it is kept: (tokens seen, logits and caches, greedy tokens)."""
+    found = []
     with Mesh.build(layout) as mesh:
-        model, found = build(config, mesh), []
-        for num_tokens in LENGTHS:
-            logits, cache = prefill(model, prompt_of(num_tokens), chunk_tokens=20, keep=keep)
-            kept = logits is not None
-            found.append((logits, contents(cache), greedy(model, logits, cache)) if kept else cache)
+        model = build(config, mesh, precision=precision)
+        for num_tokens in lengths:
+            logits, cache = prefill(model, prompt_of(num_tokens).to(mesh.device), chunk_tokens=20, keep=keep)
+            if logits is not None:
+                tensors = {"logits": logits.cpu(), **contents(cache)}
+                found.append((cache.num_tokens, tensors, greedy(model, logits, cache)))
+            else:
+                assert cache is None
     return found
 
 
-def check_equal(found: list, expected: list) -> None:
-    for num_tokens, (logits, caches, written), (true_logits, true_caches, true_written) in zip(
-        LENGTHS, found, expected, strict=True
-    ):
-        torch.testing.assert_close(logits, true_logits, **TOLERANCE)
-        assert caches[0] == num_tokens
-        torch.testing.assert_close(caches, true_caches, **TOLERANCE)
-        assert written == true_written
+def check_equal(found: list, expected: list, tolerance: float = TOLERANCE) -> None:
+    for (num_tokens, tensors, written), whole in zip(found, expected, strict=True):
+        assert (num_tokens, written) == (whole[0], whole[2])
+        torch.testing.assert_close(tensors, whole[1], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("sp", "algorithms", "changes"), CASES)
 def test_every_rank_is_left_what_one_rank_has(run_ranks, sp, algorithms, changes):
     config = replace(MODEL, **changes)
-    expected = prefilled(0, Layout(), config, "all")
-    for found in run_ranks(sp)(prefilled, Layout(sp=sp, sp_algorithm=algorithms), config, "all"):
+    expected = prefilled(0, Layout(), config)
+    assert [found[0] for found in expected] == [*LENGTHS]
+    for found in run_ranks(sp)(prefilled, Layout(sp=sp, sp_algorithm=algorithms), config):
         check_equal(found, expected)
 
 
@@ -88,10 +99,10 @@ def test_every_rank_is_left_what_one_rank_has(run_ranks, sp, algorithms, changes
 @pytest.mark.parametrize("algorithms", [ULYSSES, OWN], ids=["ulysses", "own"])
 def test_one_rank_is_left_it_alone(run_ranks, algorithms, keep, keeper):
     config = replace(MODEL, pattern="LFSL", **ODD_HEADS)
-    expected = prefilled(0, Layout(), config, "all")
+    expected = prefilled(0, Layout(), config)
     results = run_ranks(3)(prefilled, Layout(sp=3, sp_algorithm=algorithms), config, keep)
     check_equal(results.pop(keeper), expected)
-    assert results == [[None] * len(LENGTHS)] * 2
+    assert results == [[]] * 2
 
 
 def ids_of(rank: int, layout: Layout, sampling: Sampling) -> list[list[int]]:
@@ -118,3 +129,33 @@ def keep_nowhere(rank: int, keep: str | int) -> None:
 def test_a_rank_that_is_not_there(run_ranks, keep):
     with pytest.raises(ValueError, match=f"keep={keep} is not one of all, last and the sp ranks 0 to 1"):
         run_ranks(2)(keep_nowhere, keep)
+
+
+def on_gpus(run_ranks, num_ranks: int, *args, **kwargs) -> list:
+    return run_ranks(num_ranks, backend="nccl", timeout_s=400.0)(prefilled, *args, **kwargs)
+
+
+def check_on_gpus(run_ranks, sp: int) -> None:
+    """fp32 equals one GPU; bf16, where the kernels run, is as near to fp32 as bf16 on one GPU."""
+    for algorithms in (ULYSSES, OWN):
+        layout, config = Layout(sp=sp, sp_algorithm=algorithms), replace(MODEL, pattern="LFSL")
+        (expected,) = on_gpus(run_ranks, 1, Layout(), config)
+        for found in on_gpus(run_ranks, sp, layout, config):
+            check_equal(found, expected, tolerance=1e-4)
+        config, lengths = replace(MODEL, pattern="LFSL", **FOR_KERNELS), (1030,)
+        (((_, whole, _),),) = on_gpus(run_ranks, 1, Layout(), config, lengths=lengths)
+        (((_, alone, _),),) = on_gpus(run_ranks, 1, Layout(), config, lengths=lengths, precision=Precision.bf16)
+        for ((_, shared, _),) in on_gpus(run_ranks, sp, layout, config, lengths=lengths, precision=Precision.bf16):
+            for name, exact in whole.items():
+                apart, allowed = (float((x[name].float() - exact).norm() / exact.norm()) for x in (shared, alone))
+                assert apart <= 1.5 * allowed + 1e-3, (name, apart, allowed)
+
+
+@pytest.mark.multigpu(2)
+def test_two_gpus_leave_what_one_has(run_ranks):
+    check_on_gpus(run_ranks, 2)
+
+
+@pytest.mark.multigpu(4)
+def test_four_gpus_leave_what_one_has(run_ranks):
+    check_on_gpus(run_ranks, 4)
