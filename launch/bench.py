@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> int:
             given = arguments[0] if arguments else "nothing"
             raise ValueError(f"{given} is not a benchmark; write one of: {', '.join(BENCHMARKS)}, then key=value ...")
         options, run = BENCHMARKS[arguments[0]]
-        return run(parse(options, arguments[1:]), shlex.join(["python", "launch/bench.py", *arguments]))
+        num_ranks = os.environ.get("LOCAL_WORLD_SIZE")
+        start = ["torchrun", f"--nproc_per_node={num_ranks}"] if num_ranks else ["python"]
+        return run(parse(options, arguments[1:]), shlex.join([*start, "launch/bench.py", *arguments]))
     except ValueError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import _path  # noqa: F401
 from parallel.collectives import together
-from parallel.layout import SequenceAlgorithm, SequenceAlgorithms
-from parallel.mesh import Mesh, sequence_layout
+from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
+from parallel.mesh import Mesh, check_one_row
 from sbtrain.inference.generate import CHUNK_TOKENS, Speed, generate_text
 from sbtrain.inference.load import Where, load_model
 from sbtrain.inference.options import build, check_keys, split
@@ -58,8 +58,9 @@ def main(arguments: list[str]) -> int:
 
 def generate(where: Where, text: Text, sampling: Sampling, *, first: bool) -> None:
     """Print the continuation on stdout and the speed on stderr, on the first rank; all ranks make the same text."""
-    speed = Speed()
-    with Mesh.build(sequence_layout(text.sp, ALGORITHMS)) as mesh:
+    speed, layout = Speed(), Layout(sp=text.sp, sp_algorithm=ALGORITHMS)
+    check_one_row(layout)
+    with Mesh.build(layout) as mesh:
         pieces = generate_text(
             together(lambda: load_model(where, mesh)),
             text.prompt,

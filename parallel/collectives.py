@@ -69,7 +69,7 @@ def exchange_rows(x: Tensor, *, send: list[int], receive: list[int], group) -> T
 
 def from_last(x: Tensor, *, group) -> Tensor:
     """The last rank's x on every rank; x has one shape on all of them. Without gradients."""
-    x = x.clone()
+    x = x.clone(memory_format=torch.contiguous_format)
     dist.broadcast(x, dist.get_global_rank(group, group.size() - 1), group=group)
     return x
 

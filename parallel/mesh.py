@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import mcore
-from parallel.layout import Layout, SequenceAlgorithms
+from parallel.layout import Layout
 
 
 class Mesh:
@@ -93,19 +93,15 @@ class Mesh:
         return self.pp_rank == self.layout.pp - 1
 
 
-def sequence_layout(sp: int, algorithms: SequenceAlgorithms) -> Layout:
-    """The layout of one model over all processes of this world, each with a shard of every row.
-
-    Raises ValueError where sp is not their number.
-    """
+def check_one_row(layout: Layout) -> None:
+    """Raise ValueError unless the processes of this world are the layout's sp ranks, all at work on one row."""
     start_distributed()
     world_size = dist.get_world_size()
-    if sp != world_size:
+    if layout.sp != world_size:
         raise ValueError(
-            f"sp={sp} does not fit {world_size} process{'es' * (world_size > 1)}; write sp={world_size}, or start sp "
-            "processes with torchrun --nproc_per_node"
+            f"sp={layout.sp} does not fit {world_size} process{'es' * (world_size > 1)}; write sp={world_size}, "
+            "or start sp processes with torchrun --nproc_per_node"
         )
-    return Layout(sp=sp, sp_algorithm=algorithms)
 
 
 def device() -> torch.device:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import ops
 from parallel.collectives import together
 from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
-from parallel.mesh import Mesh, device, sequence_layout
+from parallel.mesh import Mesh, check_one_row, device
 from parallel.sequence.shard import shard_prompt
 from sbtrain.bench.options import demand_positive
 from sbtrain.bench.record import aligned, machine, peak_tflops, save, shown
@@ -57,7 +57,8 @@ def bench_prefill(options: PrefillOptions, command: str) -> int:
     """Measure, print and save, the latter on the first rank. Returns 0. Raises ValueError for bad options."""
     demand_positive(options, "layers", "seq_len", "steps", "warmup", "sp")
     models = [model_config(options.model, num_layers=options.layers, pattern=name) for name in options.patterns]
-    layout = sequence_layout(options.sp, options.sp_algorithm)
+    layout = Layout(sp=options.sp, sp_algorithm=options.sp_algorithm)
+    check_one_row(layout)
     _check_shards(models, layout, options)
     first = dist.get_rank() == 0
     report = {

@@ -1,5 +1,8 @@
 """`python launch/bench.py`: the whole command at a tiny size, its JSON file, and what it answers to bad input."""
 
+import contextlib
+import importlib
+import io
 import itertools
 import json
 import subprocess
@@ -90,9 +93,32 @@ def test_prefill_over_ranks_is_printed_and_saved_once(tmp_path):
     done = bench(*arguments, *over, num_ranks=2)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench_prefill.json").read_text())
+    assert report["command"].startswith("torchrun --nproc_per_node=2 launch/bench.py prefill")
     assert report["options"]["sp_algorithm"] == {"F": "ulysses", "S": "halo", "L": "ulysses"}
     assert [(row["pattern"], row["num_tokens"]) for row in report["results"]] == [("LS", 32), ("LS", 64)]
     assert done.stdout.count("sp 2 (F ulysses, S halo, L ulysses)") == 1 == done.stdout.count("bench_prefill.json")
+
+
+def refused(rank: int, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of one rank."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        return importlib.import_module("bench").main(arguments), err.getvalue()
+
+
+def test_prefill_over_ranks_is_refused_once(run_ranks, tmp_path):
+    tiny = ["prefill", "model=tiny", "layers=2", f"out={tmp_path / 'none'}"]
+    for given, message in (
+        (["sp=3", "pattern=LS", "seq_len=48,64"], "sp=3 does not divide seq_len=64; choose lengths that it divides"),
+        (
+            ["sp=3", "pattern=F", "seq_len=96"],
+            "sp=3 is larger than the 2 key/value heads of a tp rank and no multiple; choose",
+        ),
+        (["sp=2"], "sp=2 does not fit 3 processes; write sp=3"),
+    ):
+        (code, line), *others = run_ranks(3)(refused, [*tiny, *given])
+        assert code == 2 and line.startswith(f"error: {message}") and line.count("\n") == 1
+        assert others == [(2, "")] * 2 and not (tmp_path / "none").exists()
 
 
 def test_ops_measures_every_op_and_says_what_it_could_not(tmp_path):
