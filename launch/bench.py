@@ -4,6 +4,8 @@ python launch/bench.py train    [model=7b layers=8 seq_len=8192 micro_batch=1 sp
                                 rounds=2 steps=10 warmup=4 recompute=none precision=bf16 profile=false peak_tflops=0
                                 out=DIR]
 python launch/bench.py prefill  [model=7b layers=4 seq_len=32768,131072 patterns=F,LS steps=5 warmup=2 ... out=DIR]
+                                [sp=1 sp_algorithm.L=lasp2 sp_algorithm.S=halo cache=false] with sp=N under
+                                torchrun --nproc_per_node=N: a document over N GPUs
 python launch/bench.py links    [model=7b shard_tokens=32768 sp=2,4,8,...,128 network=8:25 out=DIR]
 python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengths=8192,32768,131072 peers=true
                                 passes=forward,both dtype=bf16 model=7b steps=20 warmup=3 error_tokens=8192
@@ -13,6 +15,7 @@ python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengt
 Several GPUs: `torchrun --nproc_per_node 4 launch/bench.py train peers=engine sp=1,4,4:zeco,4:ulysses` and `... links`.
 """
 
+import os
 import shlex
 import sys
 
@@ -38,9 +41,12 @@ def main(arguments: list[str]) -> int:
             given = arguments[0] if arguments else "nothing"
             raise ValueError(f"{given} is not a benchmark; write one of: {', '.join(BENCHMARKS)}, then key=value ...")
         options, run = BENCHMARKS[arguments[0]]
-        return run(parse(options, arguments[1:]), shlex.join(["python", "launch/bench.py", *arguments]))
+        num_ranks = os.environ.get("LOCAL_WORLD_SIZE")
+        start = ["torchrun", f"--nproc_per_node={num_ranks}"] if num_ranks else ["python"]
+        return run(parse(options, arguments[1:]), shlex.join([*start, "launch/bench.py", *arguments]))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
 

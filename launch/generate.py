@@ -2,6 +2,7 @@
 
 python launch/generate.py model=FOLDER|run=FOLDER prompt=TEXT [max_new_tokens=64] [temperature=0] [top_k=0] [top_p=1]
                           [seed=0] [stream=true] [step=N] [precision=fp32|bf16] [chunk_tokens=4096]
+torchrun --nproc_per_node=N launch/generate.py sp=N ...     reads a long prompt on N GPUs, a shard each
 """
 
 import os
@@ -9,38 +10,45 @@ import sys
 from dataclasses import dataclass
 
 import _path  # noqa: F401
-from parallel.layout import Layout
-from parallel.mesh import Mesh
+from parallel.collectives import together
+from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
+from parallel.mesh import Mesh, check_one_row
 from sbtrain.inference.generate import CHUNK_TOKENS, Speed, generate_text
 from sbtrain.inference.load import Where, load_model
 from sbtrain.inference.options import build, check_keys, split
 from sbtrain.inference.sampling import Sampling
 
+ALGORITHMS = SequenceAlgorithms(S=SequenceAlgorithm.halo, L=SequenceAlgorithm.lasp2)
+"""How a prompt is read under sp: what goes with any number of heads, where there is such an algorithm."""
+
 
 @dataclass(frozen=True)
 class Text:
-    """What is continued, and how far."""
+    """What is continued, how far, and how many processes read it (sp)."""
 
     prompt: str
     max_new_tokens: int = 64
     stream: bool = True
     chunk_tokens: int = CHUNK_TOKENS
+    sp: int = 1
 
     def __post_init__(self):
-        for key in ("max_new_tokens", "chunk_tokens"):
+        for key in ("max_new_tokens", "chunk_tokens", "sp"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
 
 
 def main(arguments: list[str]) -> int:
     """Generate as the arguments say. Returns the exit code: 2, with one line, for a mistake in them."""
+    first = int(os.environ.get("RANK", 0)) == 0
     try:
         given = split(arguments)
         check_keys(given, Where, Text, Sampling)
         where, text, sampling = build(Where, given), build(Text, given), build(Sampling, given)
-        generate(where, text, sampling)
+        generate(where, text, sampling, first=first)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -48,12 +56,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def generate(where: Where, text: Text, sampling: Sampling) -> None:
-    """Print the continuation on stdout and the speed on stderr."""
-    speed = Speed()
-    with Mesh.build(Layout()) as mesh:
+def generate(where: Where, text: Text, sampling: Sampling, *, first: bool) -> None:
+    """Print the continuation on stdout and the speed on stderr, on the first rank; all ranks make the same text."""
+    speed, layout = Speed(), Layout(sp=text.sp, sp_algorithm=ALGORITHMS)
+    check_one_row(layout)
+    with Mesh.build(layout) as mesh:
         pieces = generate_text(
-            load_model(where, mesh),
+            together(lambda: load_model(where, mesh)),
             text.prompt,
             max_new_tokens=text.max_new_tokens,
             sampling=sampling,
@@ -61,9 +70,11 @@ def generate(where: Where, text: Text, sampling: Sampling) -> None:
             speed=speed,
         )
         for piece in pieces if text.stream else ["".join(pieces)]:
-            print(piece, end="", flush=True)
-    print()
-    print(speed, file=sys.stderr)
+            if first:
+                print(piece, end="", flush=True)
+    if first:
+        print()
+        print(speed, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,25 @@ def all_gather(x: Tensor, *, group) -> Callable[[], Tensor]:
     return wait
 
 
+def exchange_rows(x: Tensor, *, send: list[int], receive: list[int], group) -> Tensor:
+    """Rows of x by the rank they go to -> rows by the rank they come from [sum(receive), ...]. Without gradients.
+
+    send, receive: rows for and from each rank, 0 where two have nothing for each other.
+    """
+    if group.size() == 1:
+        return x
+    received = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(received, x, receive, send, group=group)
+    return received
+
+
+def from_last(x: Tensor, *, group) -> Tensor:
+    """The last rank's x on every rank; x has one shape on all of them. Without gradients."""
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(x, dist.get_global_rank(group, group.size() - 1), group=group)
+    return x
+
+
 def together(call: Callable[[], Result]) -> Result:
     """call() on every rank; what it raises on one, a file that only this host cannot read say, all ranks raise.
 

@@ -93,6 +93,17 @@ class Mesh:
         return self.pp_rank == self.layout.pp - 1
 
 
+def check_one_row(layout: Layout) -> None:
+    """Raise ValueError unless the processes of this world are the layout's sp ranks, all at work on one row."""
+    start_distributed()
+    world_size = dist.get_world_size()
+    if layout.sp != world_size:
+        raise ValueError(
+            f"sp={layout.sp} does not fit {world_size} process{'es' * (world_size > 1)}; write sp={world_size}, "
+            "or start sp processes with torchrun --nproc_per_node"
+        )
+
+
 def device() -> torch.device:
     """The device of this process: its GPU by LOCAL_RANK, or the CPU."""
     if not torch.cuda.is_available():

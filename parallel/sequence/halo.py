@@ -18,12 +18,12 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import ops
 from ops import documents
+from parallel.collectives import exchange_rows
 from parallel.sequence.shard import cuts_of, with_bounds
 
 
@@ -89,7 +89,8 @@ class _Fetch(torch.autograd.Function):
     def forward(ctx, k: Tensor, v: Tensor, plan: Plan, group):
         ctx.plan, ctx.group, ctx.key_size = plan, group, k.shape[-1]
         sent = torch.cat([torch.cat([k[0, part], v[0, part]], dim=-1) for part in plan.send])
-        halo = _exchange(sent, [_length(part) for part in plan.send], plan.receive, group)[None]
+        sizes = [_length(part) for part in plan.send]
+        halo = exchange_rows(sent, send=sizes, receive=plan.receive, group=group)[None]
         halo_k, halo_v = halo.tensor_split([ctx.key_size], dim=-1)
         return torch.cat([halo_k, k], dim=1), torch.cat([halo_v, v], dim=1)
 
@@ -98,16 +99,9 @@ class _Fetch(torch.autograd.Function):
     def backward(ctx, grad_k: Tensor, grad_v: Tensor):
         plan, sizes = ctx.plan, [_length(part) for part in ctx.plan.send]
         halo = torch.cat([grad[0, : plan.num_tokens] for grad in (grad_k, grad_v)], dim=-1)
-        returned = _exchange(halo, plan.receive, sizes, ctx.group)
+        returned = exchange_rows(halo, send=plan.receive, receive=sizes, group=ctx.group)
         grad_k, grad_v = (grad[:, plan.num_tokens :].clone() for grad in (grad_k, grad_v))
         for part, grad in zip(plan.send, returned.split(sizes)):
             grad_k[0, part] += grad[..., : ctx.key_size]
             grad_v[0, part] += grad[..., ctx.key_size :]
         return grad_k, grad_v, None, None
-
-
-def _exchange(x: Tensor, send: list[int], receive: list[int], group) -> Tensor:
-    """Rows of x by destination to rows by source. send, receive: rows for and from each rank."""
-    received = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(received, x, receive, send, group=group)
-    return received

@@ -37,10 +37,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Documents:
-    """What mixers know of documents: cu_seqlens int32 [N+1] of the whole row, positions int64 [T/sp] of the shard."""
+    """What mixers know of documents: cu_seqlens int32 [N+1] of the whole row, positions int64 [T/sp] of the shard.
+
+    keepers: with a cache, the sp ranks on which it is to hold what the row of shards leaves behind; None where there
+    are no shards and this rank alone continues its cache.
+    """
 
     cu_seqlens: Tensor
     positions: Tensor
+    keepers: range | None = None
 
 
 def positions_of(cu_seqlens: Tensor) -> Tensor:
@@ -59,8 +64,30 @@ def shard_row(row: Row, *, rank: int, size: int) -> tuple[Tensor, Tensor, Docume
     num_tokens = row.tokens.shape[0]
     if num_tokens % size:
         raise ValueError(f"layout.sp={size} does not divide a row of {num_tokens} tokens; choose an sp that does")
-    part = slice(rank * num_tokens // size, (rank + 1) * num_tokens // size)
+    part = _part(num_tokens // size, rank)
     return row.tokens[part], row.labels[part], Documents(row.cu_seqlens, positions_of(row.cu_seqlens)[part])
+
+
+def shard_prompt(tokens: Tensor, *, rank: int, size: int, keepers: range) -> tuple[Tensor, Documents, Tensor]:
+    """A prompt int64 [T] of at least `size` tokens: one rank's shard, its documents, and the rest.
+
+    The shards are a row of one document, size * (T // size) tokens; the rest is the T % size tokens after it.
+    """
+    part = _part(len(tokens) // size, rank)
+    num_tokens = len(tokens) // size * size
+    positions = torch.arange(part.start, part.stop, device=tokens.device)
+    whole = with_bounds([0, num_tokens], tokens.device)
+    return tokens[part], Documents(whole, positions, keepers), tokens[num_tokens:]
+
+
+def tail_lengths(num_tokens: int, *, shard_tokens: int, size: int) -> list[int]:
+    """How many of the row's last num_tokens tokens each rank's shard ends with."""
+    parts = [_part(shard_tokens, rank) for rank in range(size)]
+    return [min(shard_tokens, max(0, part.stop - (size * shard_tokens - num_tokens))) for part in parts]
+
+
+def _part(shard_tokens: int, rank: int) -> slice:
+    return slice(rank * shard_tokens, (rank + 1) * shard_tokens)
 
 
 def cuts_of(cu_seqlens: Tensor, *, rank: int, size: int) -> list[int]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import ops
+from parallel.collectives import from_last
 from parallel.sequence.shard import shard_documents
 
 Exchange = Callable[..., Callable[[], Tensor]]
@@ -42,28 +43,38 @@ def gla(
     group,
     exchange: Exchange,
     overlap: bool,
-) -> Tensor:
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """ops.gla on one shard of a row, the shards of the group's ranks side by side: o [1, T/sp, Hq, V].
 
     q [1, T/sp, Hq, K], k and log_decay [1, T/sp, Hkv, K], v [1, T/sp, Hkv, V]; cu_seqlens int32 [N+1] of the whole row.
     Collective, and so is its backward pass. Any number of heads goes with any sp.
+    return_state, of a row of one document: (o, the state [1, Hkv, K, V] after the row, on every rank and without
+    gradients); the last rank broadcasts it, Hkv * K * V elements in fp32.
     """
     if group.size() == 1:
-        return ops.gla(q, k, v, log_decay, cu_seqlens=cu_seqlens)[0]
+        o, state = ops.gla(q, k, v, log_decay, cu_seqlens=cu_seqlens, output_final_state=return_state)
+        return (o, state) if return_state else o
     documents = shard_documents(cu_seqlens, rank=group.rank(), size=group.size())
     state, decay = ops.gla_state(k, v, log_decay, cu_seqlens=documents)
     passage = _Passage(exchange, group)
     ticket = _Leave.apply(state, decay, passage)
-    if not overlap:
-        state_in, q = _Enter.apply(ticket, q, passage)
-        return ops.gla_output(q, k, v, log_decay, state_in, cu_seqlens=documents)
-    o, _ = ops.gla(q, k, v, log_decay, cu_seqlens=documents)
+    o = ops.gla(q, k, v, log_decay, cu_seqlens=documents)[0] if overlap else None
     state_in, q = _Enter.apply(ticket, q, passage)
-    return ops.gla_carry(o, q, log_decay, state_in, cu_seqlens=documents)
+    if overlap:
+        o = ops.gla_carry(o, q, log_decay, state_in, cu_seqlens=documents)
+    else:
+        o = ops.gla_output(q, k, v, log_decay, state_in, cu_seqlens=documents)
+    if not return_state:
+        return o
+    leaving = torch.addcmul(state, decay.exp()[..., None], state_in).detach()
+    return o, from_last(leaving[None], group=group)
 
 
 def spans_hosts(group) -> bool:
     """Whether the group's ranks are on several hosts, by torchrun's LOCAL_WORLD_SIZE."""
+    if group.size() == 1:
+        return False
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     return len({rank // local for rank in dist.get_process_group_ranks(group)}) > 1
 

@@ -15,10 +15,12 @@ from parallel.layout import SequenceAlgorithm
 from parallel.sequence import halo, lasp2, states, zeco
 from parallel.sequence.ulysses import Ulysses, heads_problem
 
-Mixing = Callable[..., Tensor]
+Mixing = Callable[..., Tensor | tuple[Tensor, Tensor]]
 """(q, k, v, [log_decay], *, cu_seqlens of the whole row) of one rank's shard -> o [1, T/sp, Hq, V] of that shard.
 
-Collective in a group of several ranks, and so is the backward pass."""
+Collective in a group of several ranks, and so is the backward pass. Those of L also take return_state=True, for a row
+of one document that decoding continues: (o, state [1, Hkv, K, V] after the row), the state on every rank and without
+gradients. What S and F leave behind is the same for every algorithm: the end of k and v (tail.py)."""
 
 
 def mixing(
@@ -66,8 +68,11 @@ def candidates(symbol: str) -> list[SequenceAlgorithm]:
 def _gla_by_heads(*, num_heads: int, num_kv_heads: int, window: None, group) -> Mixing:
     exchange = Ulysses(num_heads=num_heads, num_kv_heads=num_kv_heads, group=group)
 
-    def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tensor) -> Tensor:
-        return exchange.scatter(ops.gla(*exchange.gather(q, k, v, log_decay), cu_seqlens=cu_seqlens)[0])
+    def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tensor, return_state: bool = False):
+        inputs = exchange.gather(q, k, v, log_decay)
+        o, state = ops.gla(*inputs, cu_seqlens=cu_seqlens, output_final_state=return_state)
+        o = exchange.scatter(o)
+        return (o, exchange.all_heads(state)) if return_state else o
 
     return gla
 

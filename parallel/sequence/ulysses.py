@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.collectives import all_to_all
+from parallel.collectives import all_gather, all_to_all
 
 PAD = -1
 """In a plan of heads: one of zeros."""
@@ -54,7 +54,7 @@ class Ulysses:
 
     def __init__(self, *, num_heads: int, num_kv_heads: int, group):
         self.group = group
-        self.num_heads = num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.q_heads, self.kv_heads = head_plan(num_heads=num_heads, num_kv_heads=num_kv_heads, sp=group.size())
 
     def gather(self, q: Tensor, *kv: Tensor) -> tuple[Tensor, ...]:
@@ -70,6 +70,16 @@ class Ulysses:
             return o
         return to_tokens(o, self.q_heads, self.num_heads, self.group)
 
+    def all_heads(self, state: Tensor) -> Tensor:
+        """What a row leaves behind, by kv head: this rank's [1,Hkv',...] -> [1,Hkv,...]. Without gradients.
+
+        Receives (sp - 1) * Hkv' elements of a head's size.
+        """
+        if self.group.size() == 1:
+            return state
+        everyone = all_gather(state[0].detach().contiguous(), group=self.group)().flatten(0, 1)
+        return _select(everyone, self.kv_heads, self.num_kv_heads, dim=0)[None]
+
 
 def to_heads(x: Tensor, heads: list[int], group) -> Tensor:
     """x [1,T/sp,H,...] -> [1,T,len(heads)/sp,...]: this rank's part of `heads`, of the whole sequence."""
@@ -82,5 +92,12 @@ def to_heads(x: Tensor, heads: list[int], group) -> Tensor:
 def to_tokens(o: Tensor, heads: list[int], num_heads: int, group) -> Tensor:
     """The way back of `to_heads`: o [1,T,len(heads)/sp,V] -> [1,T/sp,num_heads,V]."""
     o = all_to_all(o, group=group, split_dim=1, concat_dim=2)
+    return _select(o, heads, num_heads, dim=2)
+
+
+def _select(x: Tensor, heads: list[int], num_heads: int, *, dim: int) -> Tensor:
+    """Each head once, in order, without padding. heads: which ones dim holds."""
     slots = [heads.index(head) for head in range(num_heads)]
-    return o if slots == list(range(o.shape[2])) else o[:, :, slots]
+    if slots == list(range(x.shape[dim])):
+        return x
+    return x[(slice(None),) * dim + (slots,)]

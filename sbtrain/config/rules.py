@@ -100,6 +100,17 @@ def layout_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str | No
     )
 
 
+def algorithm_problem(model: ModelConfig, layout: Layout, *, seq_len: int) -> str | None:
+    """Why layout.sp_algorithm cannot carry the model's mixers over layout.sp (begins with `layout.`), or None."""
+    mixers = {symbol for kind in parse_pattern(model.pattern, model.num_layers) for symbol in kind.mixers}
+    sizes = dict(sp=layout.sp, num_kv_heads=model.num_kv_heads // layout.tp, window=model.window, seq_len=seq_len)
+    for symbol in TRAINABLE_MIXERS:
+        problem = pair_problem(symbol, getattr(layout.sp_algorithm, symbol), **sizes) if symbol in mixers else None
+        if problem:
+            return problem
+    return None
+
+
 def check_shape(model: ModelConfig) -> None:
     """Sizes are positive, and query heads share key/value heads evenly."""
     for field in (
@@ -336,14 +347,4 @@ def _sequence_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str |
             f"layout.sp={layout.sp} x tp={layout.tp} under tp_sequence_parallel cut a row of {stage.row_tokens} tokens "
             "unevenly; choose a seq_len or micro_batch that they divide"
         )
-    return _algorithm_problem(model, stage, layout)
-
-
-def _algorithm_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str | None:
-    mixers = {symbol for kind in parse_pattern(model.pattern, model.num_layers) for symbol in kind.mixers}
-    sizes = dict(sp=layout.sp, num_kv_heads=model.num_kv_heads // layout.tp, window=model.window, seq_len=stage.seq_len)
-    for symbol in TRAINABLE_MIXERS:
-        problem = pair_problem(symbol, getattr(layout.sp_algorithm, symbol), **sizes) if symbol in mixers else None
-        if problem:
-            return problem
-    return None
+    return algorithm_problem(model, layout, seq_len=stage.seq_len)

@@ -1,7 +1,7 @@
-"""Prefill and decode on one rank: the prompt in chunks, then a token at a time from caches of constant size.
+"""Prefill and decode: the prompt in chunks, or in shards over sp ranks; then a token at a time from caches.
 
 A layer of kind L remembers a state, one of kind S its window; only layers of kind F grow with the text
-(see sbtrain.model.cache).
+(see sbtrain.model.cache). Decoding is one rank's work: each rank that holds the caches can do it alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parallel.sequence.shard import Documents
+from parallel.sequence.shard import Documents, shard_prompt
+from parallel.sequence.tail import tail
 from sbtrain.inference.load import Loaded
 from sbtrain.inference.sampling import Sampler, Sampling
 from sbtrain.inference.text import TextStream
@@ -63,12 +64,46 @@ def advance(model: HybridModel, tokens: Tensor, cache: Cache, *, num_logits: int
     return logits
 
 
-def prefill(model: HybridModel, tokens: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, Cache]:
-    """Read a prompt, int64 [T] with T >= 1, in chunks that bound the memory. Returns logits [vocab] and the cache."""
-    cache = Cache()
-    for chunk in tokens.split(chunk_tokens):
+def prefill(
+    model: HybridModel, tokens: Tensor, *, chunk_tokens: int = CHUNK_TOKENS, keep: str | int = "all"
+) -> tuple[Tensor, Cache] | tuple[None, None]:
+    """Read a prompt, int64 [T] with T >= 1. Returns the logits [vocab] after it, and the cache.
+
+    One rank reads it in chunks, which bound the memory. Several sp ranks, given the same tokens, read a shard each at
+    once; the T % sp tokens that remain, or a prompt of fewer tokens than ranks, are read by each rank that keeps the
+    cache. keep: "all" ranks, the "last" one, or one by its sp rank; the others return (None, None). Where it is kept,
+    the cache is whole: that of an F layer holds all keys and values of the prompt. Collective.
+    Raises ValueError for a rank that does not exist.
+    """
+    rank, size = model.groups.cp.rank(), model.groups.cp.size()
+    keepers, cache = _keepers(keep, size), Cache()
+    if 1 < size <= len(tokens):
+        logits, tokens = _read_shards(model, tokens, cache, keepers)
+    if rank not in keepers:
+        return None, None
+    for chunk in tokens.split(chunk_tokens) if len(tokens) else ():
         logits = advance(model, chunk, cache)
     return logits[-1], cache
+
+
+def _keepers(keep: str | int, size: int) -> range:
+    ranks = range(size)
+    if keep == "all":
+        return ranks
+    rank = size - 1 if keep == "last" else keep
+    if rank not in ranks:
+        raise ValueError(f"keep={keep} is not one of all, last and the sp ranks 0 to {size - 1}; choose one of them")
+    return range(rank, rank + 1)
+
+
+@torch.no_grad()
+def _read_shards(model: HybridModel, tokens: Tensor, cache: Cache, keepers: range) -> tuple[Tensor, Tensor]:
+    """As many tokens as the ranks can share: where they are kept, logits [1, vocab] and the cache; and the rest."""
+    group = model.groups.cp
+    shard, documents, rest = shard_prompt(tokens, rank=group.rank(), size=group.size(), keepers=keepers)
+    logits = model(shard, documents, cache=cache, num_logits=1)
+    cache.num_tokens = len(tokens) - len(rest)
+    return tail(logits[None], 1, keepers=keepers, group=group)[0], rest
 
 
 def fork(cache: Cache) -> Cache:
@@ -88,7 +123,8 @@ def generate_ids(
 ) -> Iterator[int]:
     """Yield the ids that continue the prompt, up to max_new_tokens; a stop id ends them and is not among them.
 
-    sampling: None is greedy. speed: filled while the ids are made.
+    sampling: None is greedy. speed: filled while the ids are made. Of several sp ranks, each reads its part of the
+    prompt and then makes all the ids by itself; they must be given the same prompt, and run through it together.
     """
     sampler, speed = Sampler(sampling or Sampling()), speed or Speed()
     device = next(model.parameters()).device

@@ -14,6 +14,7 @@ import ops
 from parallel.mesh import Mesh, device
 from sbtrain.checkpoint.run_dir import open_run
 from sbtrain.config.hf_shape import FAMILIES, read_config, read_shape
+from sbtrain.config.rules import algorithm_problem
 from sbtrain.config.schema import ModelConfig, Precision, Recipe
 from sbtrain.convert.exported import MODEL_TYPES, fill_exported, read_model
 from sbtrain.convert.reader import CheckpointReader
@@ -56,7 +57,7 @@ class Where:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on a one-rank mesh, in eval mode, with its tokenizer.
+    """A model, whole on every rank of its mesh, in eval mode, with its tokenizer.
 
     stop_ids: token ids that end a text. recipe: of the run it comes from, None for a folder. origin: what was read.
     """
@@ -73,11 +74,11 @@ class Loaded:
 def load_model(where: Where, mesh: Mesh) -> Loaded:
     """Build the model on the mesh's device and stream its weights into it; the optimizer is not read.
 
-    mesh: of one rank; it must stay open as long as the model is used. Raises ValueError, one line naming the key or
-    file and the fix, for folders and files that are missing, damaged or do not fit together.
+    mesh: of sp ranks alone; it must stay open as long as the model is used. Raises ValueError, one line naming the key
+    or file and the fix, for folders and files that are missing, damaged or do not fit together.
     """
     where.check()
-    if mesh.world_size > 1:
+    if mesh.dp > 1:
         raise ValueError(f"inference runs in one process, this is one of {mesh.world_size}; start it without torchrun")
     return _from_run(where, mesh) if where.run else _from_folder(where, mesh)
 
@@ -139,6 +140,10 @@ def _in_terms_of_model() -> Iterator[None]:
 def _build(config: ModelConfig, mesh: Mesh, where: Where) -> HybridModel:
     default = Precision.bf16 if mesh.device.type == "cuda" else Precision.fp32
     precision = Precision(where.precision) if where.precision else default
+    # prompts of any length are read: a window that is longer than one is no problem
+    problem = algorithm_problem(config, mesh.layout, seq_len=config.window)
+    if problem:
+        raise ValueError(problem.removeprefix("layout."))
     return build_model(config, mesh, precision=precision, seq_len=config.window).eval()
 
 

@@ -71,7 +71,9 @@ class GatedLinearAttention(mcore.MegatronModule):
                 parameter.is_new = True
 
     def forward(self, x: Tensor, documents: Documents, cache: LayerCache | None = None) -> Tensor:
-        """x [T/(sp·tp with tp_sequence_parallel),1,D] -> the same. cache: read and replaced; then T is one document."""
+        """x [T/(sp·tp with tp_sequence_parallel),1,D] -> the same. cache: read and replaced (see Documents.keepers);
+        then the row is one document.
+        """
         qkv, _ = self.linear_qkv(x)
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         gate, _ = self.gate_up(self.gate_down(x))
@@ -79,6 +81,8 @@ class GatedLinearAttention(mcore.MegatronModule):
         q, k = F.relu(q), F.relu(k)
         if cache is None:
             o = self.mix(q, k, v, log_decay, cu_seqlens=documents.cu_seqlens)
+        elif documents.keepers is not None:
+            o, cache.state = self.mix(q, k, v, log_decay, cu_seqlens=documents.cu_seqlens, return_state=True)
         else:
             o, cache.state = ops.gla(q, k, v, log_decay, initial_state=cache.state, output_final_state=True)
         o = self.out_norm(o)

@@ -10,6 +10,7 @@ from parallel import mcore
 from parallel.layout import SequenceAlgorithm
 from parallel.sequence.shard import Documents
 from parallel.sequence.table import mixing
+from parallel.sequence.tail import tail
 from sbtrain.config.schema import ModelConfig
 from sbtrain.model.cache import LayerCache
 from sbtrain.model.norm import RMSNorm
@@ -30,7 +31,7 @@ class SoftmaxAttention(mcore.MegatronModule):
         window: int | None,
     ):
         super().__init__(config)
-        self.window, self.head_dim = window, model.head_dim
+        self.window, self.head_dim, self.sp_group = window, model.head_dim, groups.cp
         self.num_heads, self.num_kv_heads = (n // groups.tp.size() for n in (model.num_heads, model.num_kv_heads))
         heads = dict(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
         self.mix = mixing("F" if window is None else "S", sp_algorithm, **heads, window=window, group=groups.cp)
@@ -50,7 +51,9 @@ class SoftmaxAttention(mcore.MegatronModule):
         )
 
     def forward(self, x: Tensor, documents: Documents, cache: LayerCache | None = None) -> Tensor:
-        """x [T/(sp·tp with tp_sequence_parallel),1,D] -> the same. cache: read and extended; then T is one document."""
+        """x [T/(sp·tp with tp_sequence_parallel),1,D] -> the same. cache: read and extended (see Documents.keepers);
+        then the row is one document.
+        """
         qkv, _ = self.linear_qkv(x)
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.q_norm is not None:
@@ -61,9 +64,16 @@ class SoftmaxAttention(mcore.MegatronModule):
         q, k = ops.rope(q, positions, inv_freq), ops.rope(k, positions, inv_freq)
         if cache is None:
             o = self.mix(q, k, v, cu_seqlens=documents.cu_seqlens)
+        elif documents.keepers is not None:
+            o = self._attend_over_shards(cache, q, k, v, documents)
         else:
             o = self._attend_with(cache, q, k, v)
         return self.linear_proj(o.reshape(o.shape[1], 1, -1))[0]
+
+    def _attend_over_shards(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        kept = None if self.window is None else self.window - 1
+        cache.key, cache.value = (tail(x, kept, keepers=documents.keepers, group=self.sp_group) for x in (k, v))
+        return self.mix(q, k, v, cu_seqlens=documents.cu_seqlens)
 
     def _attend_with(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if cache.key is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import random
@@ -103,9 +105,9 @@ def test_passkey_prompts(mesh, tmp_path):
 class Parrot(torch.nn.Module):
     """A stand-in for the model: repeats the first digits that it read, but for one where told to be wrong."""
 
-    def __init__(self, tokenizer, *, wrong_digit: int | None, num_digits: int):
+    def __init__(self, tokenizer, groups, *, wrong_digit: int | None, num_digits: int):
         super().__init__()
-        self.weight, self.tokens = torch.nn.Parameter(torch.zeros(1)), []
+        self.weight, self.tokens, self.groups = torch.nn.Parameter(torch.zeros(1)), [], groups
         self.wrong_digit, self.num_digits = wrong_digit, num_digits
         self.digits, (self.space,) = tokenizer.encode_batch(["0123456789", " "])
 
@@ -134,7 +136,8 @@ class Parrot(torch.nn.Module):
 )
 def test_passkey_scores(mesh, tmp_path, wrong_digit, num_digits, accuracy):
     loaded = loaded_model(tmp_path, mesh)
-    loaded = replace(loaded, model=Parrot(loaded.tokenizer, wrong_digit=wrong_digit, num_digits=num_digits))
+    parrot = Parrot(loaded.tokenizer, mesh.groups, wrong_digit=wrong_digit, num_digits=num_digits)
+    loaded = replace(loaded, model=parrot)
     report = passkey.run(loaded, passkey.PasskeyOptions(lengths=(300, 400), depths=(0, 100), samples=2))
     cells = [(cell["length"], cell["depth"]) for cell in report["results"]]
     assert cells == [(300, 0), (300, 100), (400, 0), (400, 100)]
@@ -193,6 +196,40 @@ def test_launch_generate_streams_text(exported, capsys):
     assert "prompt 5 tokens" in streamed.err and "tokens/s" in streamed.err
 
 
+def on_rank(rank: int, arguments: list[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of launch/generate.py on one rank."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = launch("generate", arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_launch_generate_reads_a_prompt_on_several_ranks(exported, run_ranks, capsys, tmp_path):
+    arguments = [f"model={tmp_path / exported}", "prompt=a prompt of 23 letters.", "max_new_tokens=8", "temperature=1"]
+    assert launch("generate", arguments) == 0
+    alone = capsys.readouterr().out
+    (code, out, err), *others = run_ranks(3)(on_rank, [*arguments, "sp=3"])
+    assert (code, out) == (0, alone) and "prompt 23 tokens" in err
+    assert others == [(0, "", "")] * 2
+
+
+def test_launch_generate_on_several_ranks_refuses_once(exported, run_ranks, tmp_path):
+    full = replace(MODEL, pattern="F")
+    export(DictReader(global_state(full)), model=full, out="full", dtype="fp32", tokenizer_dir=tmp_path / "tokenizer")
+    for given, message in (
+        (["model=nowhere"], "sp=1 does not fit 3 processes; write sp=3, or start sp processes with torchrun"),
+        (["model=nowhere", "sp=2"], "sp=2 does not fit 3 processes"),
+        (["model=nowhere", "sp=3"], "model=nowhere is not a folder"),
+        (
+            [f"model={tmp_path / 'full'}", "sp=3"],
+            "sp=3 is larger than the 2 key/value heads of a tp rank and no multiple; choose",
+        ),
+    ):
+        (code, out, err), *others = run_ranks(3)(on_rank, ["prompt=x", *given])
+        assert (code, out, err.count("\n")) == (2, "", 1) and f"error: {message}" in err
+        assert others == [(2, "", "")] * 2
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -215,6 +252,8 @@ def test_launch_generate_streams_text(exported, capsys):
         ("generate", ["model=a=b", "prompt=x", "prompt=y"], "prompt= is given more than once"),
         ("generate", ["model=a=b", "prompt=x", "stream=yes"], "stream=yes must be true or false"),
         ("generate", ["model=a=b", "prompt=x", "max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
+        ("generate", ["model=a=b", "prompt=x", "sp=0"], "sp=0 must be at least 1"),
+        ("generate", ["model=a=b", "prompt=x", "sp=3"], "sp=3 does not fit 1 process; write sp=1, or start sp "),
     ],
 )
 def test_launch_refuses_in_one_line(exported, texts, script, arguments, message, capsys):

@@ -41,9 +41,9 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def build(config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> HybridModel:
+def build(config: ModelConfig, mesh: Mesh, *, seed: int = 0, precision: Precision = Precision.fp32) -> HybridModel:
     """The model with the weights of global_state(config, seed)."""
-    model = build_model(config, mesh, precision=Precision.fp32, seq_len=64).eval()
+    model = build_model(config, mesh, precision=precision, seq_len=64).eval()
     state = global_state(config, seed=seed)
     with torch.no_grad():
         for name, parameter in global_parameters(model).items():

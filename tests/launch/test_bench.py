@@ -1,5 +1,8 @@
 """`python launch/bench.py`: the whole command at a tiny size, its JSON file, and what it answers to bad input."""
 
+import contextlib
+import importlib
+import io
 import itertools
 import json
 import subprocess
@@ -21,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def bench(*arguments: str, num_ranks: int = 0):
-    """Run the command as a user does, under torchrun with num_ranks."""
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks else []
-    command = [sys.executable, *start, str(ROOT / "launch" / "bench.py"), *arguments]
+    """Run the command as a user does, under torchrun where num_ranks is given."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks else []
+    command = [sys.executable, *torchrun, str(ROOT / "launch" / "bench.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -123,6 +126,40 @@ def test_prefill_measures_every_length_of_every_pattern(tmp_path):
     assert done.stdout.count("LS") >= 2
 
 
+def test_prefill_over_ranks_is_printed_and_saved_once(tmp_path):
+    arguments = ("prefill", "model=tiny", "layers=2", "pattern=LS", "seq_len=32,64", "steps=2", "cache=true")
+    over = ("sp=2", "sp_algorithm.L=ulysses", f"out={tmp_path}")
+    done = bench(*arguments, *over, num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_prefill.json").read_text())
+    assert report["command"].startswith("torchrun --nproc_per_node=2 launch/bench.py prefill")
+    assert report["options"]["sp_algorithm"] == {"F": "ulysses", "S": "halo", "L": "ulysses"}
+    assert [(row["pattern"], row["num_tokens"]) for row in report["results"]] == [("LS", 32), ("LS", 64)]
+    assert done.stdout.count("sp 2 (F ulysses, S halo, L ulysses)") == 1 == done.stdout.count("bench_prefill.json")
+
+
+def refused(rank: int, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of one rank."""
+    sys.path.insert(0, str(ROOT / "launch"))
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        return importlib.import_module("bench").main(arguments), err.getvalue()
+
+
+def test_prefill_over_ranks_is_refused_once(run_ranks, tmp_path):
+    tiny = ["prefill", "model=tiny", "layers=2", f"out={tmp_path / 'none'}"]
+    for given, message in (
+        (["sp=3", "pattern=LS", "seq_len=48,64"], "sp=3 does not divide seq_len=64; choose lengths that it divides"),
+        (
+            ["sp=3", "pattern=F", "seq_len=96"],
+            "sp=3 is larger than the 2 key/value heads of a tp rank and no multiple; choose",
+        ),
+        (["sp=2"], "sp=2 does not fit 3 processes; write sp=3"),
+    ):
+        (code, line), *others = run_ranks(3)(refused, [*tiny, *given])
+        assert code == 2 and line.startswith(f"error: {message}") and line.count("\n") == 1
+        assert others == [(2, "")] * 2 and not (tmp_path / "none").exists()
+
+
 def test_ops_measures_every_op_and_says_what_it_could_not(tmp_path):
     done = bench(
         "ops",
@@ -195,6 +232,11 @@ def test_an_interrupted_ops_run_shows_what_it_has(tmp_path, monkeypatch, capsys)
         (["train", "layers=3"], "model.pattern 'LS' gives 2 layers"),
         (["prefill", "seq_len=8,,9"], "seq_len=8,,9 has an empty entry"),
         (["prefill", "seq_len=8,0"], "must be at least 1"),
+        (["prefill", "sp=0"], "sp=0 must be at least 1"),
+        (["prefill", "sp=4"], "sp=4 does not fit 1 process; write sp=1, or start sp processes with torchrun"),
+        (["prefill", "model=tiny", "layers=2", "sp_algorithm.L=halo"], "sp_algorithm.L=halo: linear attention sees"),
+        (["prefill", "sp_algorithm.L=lasp"], "sp_algorithm.L=lasp is not a choice; it is one of: ulysses, lasp2, halo"),
+        (["prefill", "sp_algorithm=lasp2"], "'sp_algorithm=lasp2' is not an option; the keys are: model=, layers="),
         (["ops", "ops=gla,glaa"], "ops=glaa is not known; choose from: gla, gated_delta_rule, attention"),
         (["ops", "backends=rocm"], "backends=rocm is not known; choose from: cuda, maca, reference"),
         (["ops", "passes=backward"], "passes=backward is not known; choose from: forward, both"),

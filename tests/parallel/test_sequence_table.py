@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
+import ops
 from parallel.layout import SequenceAlgorithm, SequenceAlgorithms
 from parallel.sequence.shard import shard_documents
 from parallel.sequence.table import TABLE, mixing, pair_problem
@@ -42,6 +43,18 @@ def test_pairs_are_built_or_refused_with_the_reason(symbol, algorithm):
     assert problem.startswith(f"layout.sp_algorithm.{symbol}={algorithm.name}: ") and "; choose " in problem
     with pytest.raises(ValueError, match=f"sp_algorithm.{symbol}={algorithm.name}: .*; choose"):
         mixing(symbol, algorithm, **sizes)
+
+
+@pytest.mark.parametrize("algorithm", sorted(LEGAL["L"]))
+def test_linear_attention_gives_the_state_that_decoding_starts_from(algorithm):
+    sizes = dict(num_heads=4, num_kv_heads=2, group=OneRank())
+    q, k, v, log_decay = (torch.randn(1, 9, heads, 3) for heads in (4, 2, 2, 2))
+    inputs, cu_seqlens = (q, k, v, -log_decay.abs()), torch.tensor([0, 9], dtype=torch.int32)
+    mix = mixing("L", SequenceAlgorithm[algorithm], **sizes)
+    o, state = mix(*inputs, cu_seqlens=cu_seqlens, return_state=True)
+    expected = ops.gla(*inputs, output_final_state=True)
+    assert torch.equal(o, expected[0]) and torch.equal(state, expected[1])
+    assert torch.equal(o, mix(*inputs, cu_seqlens=cu_seqlens))
 
 
 def test_what_numbers_refuse():
