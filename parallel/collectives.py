@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.place import primitive
+
 Result = TypeVar("Result")
 
 
@@ -19,39 +21,45 @@ class _AllToAll(torch.autograd.Function):
     """Split one dimension over the ranks and concatenate another; the transpose swaps the two."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group, split_dim: int, concat_dim: int) -> Tensor:
-        ctx.group, ctx.split_dim, ctx.concat_dim = group, split_dim, concat_dim
-        return _exchange(x, group, split_dim, concat_dim)
+    def forward(ctx, x: Tensor, group, split_dim: int, concat_dim: int, name: str) -> Tensor:
+        ctx.group, ctx.split_dim, ctx.concat_dim, ctx.name = group, split_dim, concat_dim, name
+        return _exchange(x, group, split_dim, concat_dim, name)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _exchange(grad, ctx.group, ctx.concat_dim, ctx.split_dim), None, None, None
+        return _exchange(grad, ctx.group, ctx.concat_dim, ctx.split_dim, ctx.name), None, None, None, None
 
 
-def _exchange(x: Tensor, group, split_dim: int, concat_dim: int) -> Tensor:
+def _exchange(x: Tensor, group, split_dim: int, concat_dim: int, name: str) -> Tensor:
     send = torch.stack(x.chunk(group.size(), dim=split_dim)).contiguous()
     receive = torch.empty_like(send)
-    dist.all_to_all_single(receive, send, group=group)
+    with primitive(name):
+        dist.all_to_all_single(receive, send, group=group)
     return torch.cat(receive.unbind(0), dim=concat_dim)
 
 
-def all_to_all(x: Tensor, *, group, split_dim: int, concat_dim: int) -> Tensor:
+def all_to_all(x: Tensor, *, group, split_dim: int, concat_dim: int, name: str = "all-to-all") -> Tensor:
     """Send the i-th slice of split_dim to rank i; concatenate what arrives along concat_dim, in rank order.
 
-    split_dim must be divisible by the group's size. Sends (size - 1)/size of x per rank.
+    split_dim must be divisible by the group's size. Sends (size - 1)/size of x per rank. name: what it is for, see
+    parallel.place.
     """
     if group.size() == 1:
         return x
-    return _AllToAll.apply(x, group, split_dim, concat_dim)
+    return _AllToAll.apply(x, group, split_dim, concat_dim, name)
 
 
-def all_gather(x: Tensor, *, group) -> Tensor:
-    """[size, *x.shape]: x of every rank, in rank order. Without gradients: callers know a better transpose."""
+def all_gather(x: Tensor, *, group, name: str = "all-gather") -> Tensor:
+    """[size, *x.shape]: x of every rank, in rank order. Without gradients: callers know a better transpose.
+
+    name: what it is for, see parallel.place.
+    """
     everyone = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     gather = (
         getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     )  # newer torch deprecates the older name
-    gather(everyone, x, group=group)
+    with primitive(name):
+        gather(everyone, x, group=group)
     return everyone.view(group.size(), *x.shape)
 
 
@@ -71,7 +79,8 @@ def together(call: Callable[[], Result]) -> Result:
     problems = [problem]
     if dist.get_world_size() > 1:
         problems *= dist.get_world_size()
-        dist.all_gather_object(problems, problem)
+        with primitive("together"):
+            dist.all_gather_object(problems, problem)
     first = next((text for text in problems if text), None)
     if first:
         raise ValueError(first)

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 import ops
 from ops import documents
+from parallel.place import primitive
 from parallel.sequence.shard import cuts_of, with_bounds
 
 
@@ -111,5 +112,6 @@ class _Fetch(torch.autograd.Function):
 def _exchange(x: Tensor, send: list[int], receive: list[int], group) -> Tensor:
     """Rows of x by destination to rows by source. send, receive: rows for and from each rank."""
     received = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(received, x, receive, send, group=group)
+    with primitive("halo all-to-all"):
+        dist.all_to_all_single(received, x, receive, send, group=group)
     return received

@@ -71,5 +71,5 @@ class _Enter(torch.autograd.Function):
 
 def _all_gather(state: Tensor, decay: Tensor, group) -> tuple[Tensor, Tensor]:
     """[sp, Hkv, K, V] and [sp, Hkv, K], by rank."""
-    everyone = all_gather(torch.cat([state, decay[..., None]], dim=-1), group=group)
+    everyone = all_gather(torch.cat([state, decay[..., None]], dim=-1), group=group, name="lasp2 all-gather")
     return everyone[..., :-1], everyone[..., -1]

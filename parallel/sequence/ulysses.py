@@ -15,6 +15,7 @@ from torch import Tensor
 from parallel.collectives import all_to_all
 
 _PAD = -1
+_NAME = "ulysses all-to-all"
 
 
 def head_plan(*, num_heads: int, num_kv_heads: int, sp: int) -> tuple[list[int], list[int]]:
@@ -67,7 +68,7 @@ class Ulysses:
         """The way back for the output. o [1,T,Hq',V] -> [1,T/sp,Hq,V]."""
         if self.group.size() == 1:
             return o
-        o = all_to_all(o, group=self.group, split_dim=1, concat_dim=2)
+        o = all_to_all(o, group=self.group, split_dim=1, concat_dim=2, name=_NAME)
         slots = [self.q_heads.index(head) for head in range(self.num_heads)]
         return o if slots == list(range(o.shape[2])) else o[:, :, slots]
 
@@ -75,4 +76,4 @@ class Ulysses:
         if heads != list(range(x.shape[2])):
             zeros = x.new_zeros(*x.shape[:2], 1, *x.shape[3:])
             x = torch.cat([x, zeros], dim=2)[:, :, heads]
-        return all_to_all(x, group=self.group, split_dim=2, concat_dim=1)
+        return all_to_all(x, group=self.group, split_dim=2, concat_dim=1, name=_NAME)
