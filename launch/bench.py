@@ -1,18 +1,23 @@
 """Speed, side by side with the peers that are installed: a table on the console and a JSON file in out=DIR.
 
-python launch/bench.py train    [model=7b layers=8 seq_len=8192 micro_batch=1 patterns=LS,F peers=hand,engine rounds=2
-                                steps=10 warmup=4 recompute=none precision=bf16 profile=false peak_tflops=0 out=DIR]
+python launch/bench.py train    [model=7b layers=8 seq_len=8192 micro_batch=1 sp=1 patterns=LS,F peers=hand,engine
+                                rounds=2 steps=10 warmup=4 recompute=none precision=bf16 profile=false peak_tflops=0
+                                out=DIR]
 python launch/bench.py prefill  [model=7b layers=4 seq_len=32768,131072 patterns=F,LS steps=5 warmup=2 ... out=DIR]
+python launch/bench.py links    [model=7b shard_tokens=32768 sp=2,4,8,...,128 network=8:25 out=DIR]
 python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengths=8192,32768,131072 peers=true
                                 passes=forward,both dtype=bf16 model=7b steps=20 warmup=3 error_tokens=8192
                                 time_limit_s=120 seed=0 out=DIR]
                                 [tune=true kernels=outputs tune_limit_s=300: write the fastest tiles instead]
+
+Several GPUs: `torchrun --nproc_per_node 4 launch/bench.py train peers=engine sp=1,4,4:zeco,4:ulysses` and `... links`.
 """
 
 import shlex
 import sys
 
 import _path  # noqa: F401
+from sbtrain.bench.links import LinkOptions, bench_links
 from sbtrain.bench.ops import OpsOptions, bench_ops
 from sbtrain.bench.options import parse
 from sbtrain.bench.prefill import PrefillOptions, bench_prefill
@@ -21,6 +26,7 @@ from sbtrain.bench.train import TrainOptions, bench_train
 BENCHMARKS = {
     "train": (TrainOptions, bench_train),
     "prefill": (PrefillOptions, bench_prefill),
+    "links": (LinkOptions, bench_links),
     "ops": (OpsOptions, bench_ops),
 }
 """Subcommand -> its keys, and what runs it: run(options, command) -> exit code."""

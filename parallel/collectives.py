@@ -49,18 +49,23 @@ def all_to_all(x: Tensor, *, group, split_dim: int, concat_dim: int, name: str =
     return _AllToAll.apply(x, group, split_dim, concat_dim, name)
 
 
-def all_gather(x: Tensor, *, group, name: str = "all-gather") -> Tensor:
-    """[size, *x.shape]: x of every rank, in rank order. Without gradients: callers know a better transpose.
+def all_gather(x: Tensor, *, group, name: str = "all-gather") -> Callable[[], Tensor]:
+    """Start an all-gather; the function returned waits for it and gives [size, *x.shape], in rank order.
 
-    name: what it is for, see parallel.place.
+    Without gradients: callers know a better transpose. name: what it is for, see parallel.place.
     """
     everyone = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
     gather = (
         getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     )  # newer torch deprecates the older name
-    with primitive(name):
-        gather(everyone, x, group=group)
-    return everyone.view(group.size(), *x.shape)
+    work = gather(everyone, x, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        with primitive(name):
+            work.wait()
+        return everyone.view(group.size(), *x.shape)
+
+    return wait
 
 
 def together(call: Callable[[], Result]) -> Result:

@@ -13,8 +13,10 @@ from enum import Enum
 class SequenceAlgorithm(Enum):
     """How a mixer reaches over the shards of a row: see parallel/sequence/table.py."""
 
+    auto = "auto"
     ulysses = "ulysses"
     lasp2 = "lasp2"
+    zeco = "zeco"
     halo = "halo"
 
 
@@ -22,14 +24,15 @@ class SequenceAlgorithm(Enum):
 class SequenceAlgorithms:
     """How each kind of mixer reaches over the shards of a row where layout.sp > 1.
 
-    F: full attention; ulysses alone.
+    auto takes what costs least on these ranks and says so at the start of a stage.
+    F: full attention; ulysses alone, which exchanges heads.
     S: sliding window; ulysses, or halo, which fetches the keys that a window sees of the shards before.
-    L: gated linear attention; ulysses, or lasp2, which gathers the shards' states.
+    L: gated linear attention; ulysses, lasp2, which gathers the shards' states, or zeco, which hands them on.
     """
 
-    F: SequenceAlgorithm = SequenceAlgorithm.ulysses
-    S: SequenceAlgorithm = SequenceAlgorithm.ulysses
-    L: SequenceAlgorithm = SequenceAlgorithm.ulysses
+    F: SequenceAlgorithm = SequenceAlgorithm.auto
+    S: SequenceAlgorithm = SequenceAlgorithm.auto
+    L: SequenceAlgorithm = SequenceAlgorithm.auto
 
 
 @dataclass(frozen=True)

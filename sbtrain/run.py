@@ -217,6 +217,9 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
         model = build_model(
             recipe.model, mesh, precision=recipe.precision, recompute=stage.recompute, seq_len=stage.seq_len
         )
+        if mesh.rank == 0:
+            for symbol, choice in model.sp_choices.items():
+                print(f"layout.sp_algorithm.{symbol}=auto: {choice}", flush=True)
         return Engine(model, mesh, adam=asdict(recipe.optim))
 
 

@@ -1,7 +1,8 @@
 """Causal softmax attention with grouped queries, sliding window, packed documents and sinks.
 
 Query t of a document sees keys max(start of document, t - window + 1) .. t, that is `window` keys with itself, and all
-sink keys: one joint softmax. Source: Attention Is All You Need; SpikingBrain report, sections 2.1 and 2.2 (sinks).
+sink keys: one joint softmax. Fewer queries than keys are those of the last tokens. Source: Attention Is All You Need;
+SpikingBrain report, sections 2.1 and 2.2 (sinks).
 
 Tolerances against float64, relative norm of outputs and of every gradient: fp32 1e-5, bf16 1e-2.
 """
@@ -30,22 +31,29 @@ def attention(
     scale: Optional[float] = None,
     return_lse: bool = False,
 ) -> Union[Tensor, tuple[Tensor, Tensor]]:
-    """o [B, T, Hq, V] in q's dtype; with return_lse also lse [B, T, Hq] (fp32), the log of the softmax's denominator.
+    """o [B, Q, Hq, V] in q's dtype; with return_lse also lse [B, Q, Hq] (fp32), the log of the softmax's denominator.
 
-    q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, V] of one floating dtype, rotated already. scale defaults to
-    1/sqrt(D). sink_k [S, Hkv, D] and sink_v [S, Hkv, V] (after RoPE) are seen by every query of every document.
-    Differentiable in q, k, v and the sinks, through both results. Raises ValueError on shapes that do not fit.
+    q [B, Q, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, V] of one floating dtype, rotated already; Q <= T, query i is that
+    of token T - Q + i, and cu_seqlens describes the T tokens (a document may end before the first query). scale
+    defaults to 1/sqrt(D). sink_k [S, Hkv, D] and sink_v [S, Hkv, V] (after RoPE) are seen by every query of every
+    document. Differentiable in q, k, v and the sinks, through both results; the gradients of keys that no query sees
+    are 0. Raises ValueError on shapes that do not fit.
     """
-    if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+    fits = k.shape[:3] == v.shape[:3] and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+    if not fits or q.shape[2] % k.shape[2]:
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v must be [B, T, H, D], q's heads a multiple of k's; got {shapes}")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"q must have no more tokens than k and v, being the last of theirs; got {q.shape[1]} for {k.shape[1]}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the query itself), got {window}; None means no window")
     if (sink_k is None) != (sink_v is None):
         raise ValueError("sink_k and sink_v go together; give both or neither")
     if sink_k is not None and (sink_k.shape[1:] != k.shape[2:] or sink_v.shape != (len(sink_k), *v.shape[2:])):
         raise ValueError(f"sinks must be [S, Hkv, D], got {list(sink_k.shape)} and {list(sink_v.shape)}")
-    documents.check(cu_seqlens, num_rows=q.shape[0], num_tokens=q.shape[1])
+    documents.check(cu_seqlens, num_rows=k.shape[0], num_tokens=k.shape[1])
     run = implementation("attention", "attention", q)
     return run(
         q,

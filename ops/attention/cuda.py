@@ -1,5 +1,6 @@
 """Attention on NVIDIA GPUs: cuDNN through torch's SDPA for documents of one length without a window, and our kernels
-for windows, other documents, sinks and log-sum-exps (see windowed.py and, for Hopper, hopper.py).
+for windows, other documents, fewer queries than keys, sinks and log-sum-exps (see windowed.py and, for Hopper,
+hopper.py).
 
 cuDNN takes bf16 and fp16; fp32 always runs on our kernels, without tf32. The backward pass of cuDNN gives other bits
 every time: under torch.use_deterministic_algorithms(True) our kernels do its part.
@@ -26,8 +27,8 @@ def accepts(name, q, k, v, **options):
 def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None, scale=None, return_lse=False):
     """See ops.attention."""
     how = dict(sink_k=sink_k, sink_v=sink_v, scale=scale, return_lse=return_lse)
-    num_tokens = q.shape[1]
-    if num_tokens == 0:
+    num_queries, num_tokens = q.shape[1], k.shape[1]
+    if num_queries == 0:
         return reference.attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **how)
     lengths = [num_tokens] if cu_seqlens is None else documents.lengths(cu_seqlens)
     if window is not None and window >= max(lengths):
@@ -36,6 +37,7 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
         cu_seqlens = None
     plain = window is None and len(set(lengths)) == 1 and sink_k is None and not return_lse
     plain = plain and q.shape[3] == v.shape[3]  # others are not taken by every release and device
+    plain = plain and num_queries == num_tokens  # SDPA's is_causal would take the queries for those of the first tokens
     plain = plain and not torch.are_deterministic_algorithms_enabled()  # cuDNN's backward pass adds in any order
     if plain and q.dtype != torch.float32:
         return _dense(q, k, v, scale, length=lengths[0])

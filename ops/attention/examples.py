@@ -10,8 +10,9 @@ def examples(size):
     num_tokens, heads, channels = {"small": (65, (6, 2), 32), "mid": (1000, (14, 2), 128)}[size]
     edges = _cu(0, 0, 1, num_tokens // 3, num_tokens, num_tokens)
 
-    def tensors(rows=1):
-        return tuple(_randn(rows, num_tokens, n, channels) for n in (heads[0], heads[1], heads[1]))
+    def tensors(rows=1, num_queries=num_tokens):
+        keys = (_randn(rows, num_tokens, heads[1], channels) for _ in "kv")
+        return _randn(rows, num_queries, heads[0], channels), *keys
 
     sinks = {"sink_k": _randn(5, heads[1], channels), "sink_v": _randn(5, heads[1], channels)}
     return [
@@ -20,6 +21,8 @@ def examples(size):
         ("attention", tensors(), {"window": num_tokens // 4, "cu_seqlens": edges}),
         ("attention", tensors(), {"window": num_tokens // 4, "cu_seqlens": edges, **sinks}),
         ("attention", tensors(), {"cu_seqlens": edges, "return_lse": True}),
+        ("attention", tensors(2, num_tokens // 2), {}),
+        ("attention", tensors(1, num_tokens // 2), {"window": num_tokens // 4, "cu_seqlens": edges}),
     ]
 
 

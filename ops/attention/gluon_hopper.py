@@ -39,19 +39,20 @@ def fill(x, y, token, other_token, head, X: gl.constexpr, Y: gl.constexpr, x_slo
 
 
 @gluon.jit
-def key_tiles(first, start, num_tokens, M: gl.constexpr, N: gl.constexpr):
+def key_tiles(first, start, num_queries, ahead, M: gl.constexpr, N: gl.constexpr):
     """(first key, tiles at the left edge, first key behind the whole tiles, number of tiles) of M queries."""
-    last = gl.minimum(start + M, num_tokens) - 1
+    last = gl.minimum(start + M, num_queries) - 1
     left = gl.load(first + start)
     num_left = gl.cdiv(gl.load(first + last) - left, N)
     inner = left + num_left * N
-    right = inner + gl.maximum(start + 1 - inner, 0) // N * N
-    return left, num_left, right, num_left + (right - inner) // N + gl.cdiv(gl.maximum(last + 1 - right, 0), N)
+    right = inner + gl.maximum(ahead + start + 1 - inner, 0) // N * N
+    num_right = gl.cdiv(gl.maximum(ahead + last + 1 - right, 0), N)
+    return left, num_left, right, num_left + (right - inner) // N + num_right
 
 
 @gluon.jit
 def query_gradients(
-    q, k, v, o, do, do_tiles, first, lse, dlse, delta, dq, scale, num_tokens,
+    q, k, v, o, do, do_tiles, first, lse, dlse, delta, dq, scale, num_queries, num_tokens,
     HQ: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     DLSE: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -61,10 +62,10 @@ def query_gradients(
     left_side: gl.constexpr = gl.DotOperandLayout(0, by_size, 2)
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [256 // K, K // 8], [num_warps, 1], [1, 0])
     read: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [num_warps, 1], [1, 0])
-    program = gl.program_id(0)
-    head, start = program % HQ, (gl.cdiv(num_tokens, M) - 1 - program // HQ) * M
+    program, ahead = gl.program_id(0), num_tokens - num_queries
+    head, start = program % HQ, (gl.cdiv(num_queries, M) - 1 - program // HQ) * M
     key_head, base = head // (HQ // HK), scale * LOG2E
-    left, num_left, right, num_tiles = key_tiles(first, start, num_tokens, M, N)
+    left, num_left, right, num_tiles = key_tiles(first, start, num_queries, ahead, M, N)
     q_slot = gl.allocate_shared_memory(q.dtype, [M, K], q.layout)
     do_slot = gl.allocate_shared_memory(q.dtype, [M, V], do_tiles.layout)
     k_slots = gl.allocate_shared_memory(k.dtype, [STAGES, N, K], k.layout)
@@ -76,20 +77,20 @@ def query_gradients(
         n = left + i * N
         fill(k, v, n, n, key_head, K, V, k_slots.index(i), v_slots.index(i), full.index(i), i < num_tiles)
     token = start + gl.arange(0, M, layout=gl.SliceLayout(1, read))
-    whole = gl.expand_dims(token < num_tokens, 1)
+    whole = gl.expand_dims(token < num_queries, 1)
     place = gl.expand_dims((token.to(gl.int64) * HQ + head) * V, 1)
     place += gl.expand_dims(gl.arange(0, V, layout=gl.SliceLayout(0, read)), 0)
     out, grad = gl.load(o + place, mask=whole, other=0.0), gl.load(do + place, mask=whole, other=0.0)
     shift = gl.sum(out.to(gl.float32) * grad.to(gl.float32), 1)
     if DLSE:
-        shift -= gl.load(dlse + token.to(gl.int64) * HQ + head, mask=token < num_tokens, other=0.0)
-    gl.store(delta + head.to(gl.int64) * num_tokens + token, shift, mask=token < num_tokens)
+        shift -= gl.load(dlse + token.to(gl.int64) * HQ + head, mask=token < num_queries, other=0.0)
+    gl.store(delta + head.to(gl.int64) * num_queries + token, shift, mask=token < num_queries)
     shift = gl.expand_dims(gl.convert_layout(shift, gl.SliceLayout(1, by_key)), 1)
     t = start + gl.arange(0, M, layout=gl.SliceLayout(1, by_key))
     column = gl.arange(0, N, layout=gl.SliceLayout(0, by_key))
-    from_key = gl.load(first + t, mask=t < num_tokens, other=0)
-    top = gl.load(lse + head.to(gl.int64) * num_tokens + t, mask=t < num_tokens, other=float("inf"))
-    top = gl.expand_dims(top, 1)
+    from_key = gl.load(first + t, mask=t < num_queries, other=0)
+    top = gl.load(lse + head.to(gl.int64) * num_queries + t, mask=t < num_queries, other=float("inf"))
+    top, own_key = gl.expand_dims(top, 1), ahead + t
     acc = warpgroup_mma_init(gl.full([M, K], 0.0, gl.float32, layout=by_size))
     zeros = gl.full([M, N], 0.0, gl.float32, layout=by_key)
     mbarrier.wait(q_full.index(0), 0)
@@ -103,7 +104,7 @@ def query_gradients(
         n = left + j * N
         if (j < num_left) | (n >= right):
             key = gl.expand_dims(n + column, 0)
-            weights = gl.where((key >= gl.expand_dims(from_key, 1)) & (key <= gl.expand_dims(t, 1)), weights, 0.0)
+            weights = gl.where((key >= gl.expand_dims(from_key, 1)) & (key <= gl.expand_dims(own_key, 1)), weights, 0.0)
         from_value = warpgroup_mma_wait(0, deps=[value_product])
         from_score = gl.convert_layout((weights * (from_value - shift)).to(k.dtype), left_side)
         acc = warpgroup_mma(from_score, k_slots.index(slot), acc, is_async=True)
@@ -118,7 +119,7 @@ def query_gradients(
     place += gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, stored)), 0)
     gl.store(
         dq + place, gl.convert_layout((acc * scale).to(dq.dtype.element_ty), stored),
-        mask=gl.expand_dims(token < num_tokens, 1),
+        mask=gl.expand_dims(token < num_queries, 1),
     )  # fmt: skip
 
 
@@ -142,12 +143,12 @@ def next_tile(token, head, start, end, M: gl.constexpr):
 
 @gluon.jit
 def key_gradients(
-    q, k, v, do, last, lse, delta, dk, dv, scale, num_tokens, padded_tokens,
+    q, k, v, do, last, lse, delta, dk, dv, scale, num_queries, num_tokens, padded_queries,
     HQ: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     PARTS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """See triton_backward.key_gradients. Weights are computed while do . v is multiplied, gradients of scores while dv
-    is. One loop over the query tiles of all query heads. lse and delta are [HQ, padded_tokens], whole tiles."""
+    is. One loop over the query tiles of all query heads. lse and delta are [HQ, padded_queries], whole tiles."""
     by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, M, 16])
     by_size: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, K, 16])
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, V, 16])
@@ -156,12 +157,14 @@ def key_gradients(
     program = gl.program_id(0)
     head, part, start = program % HK, program // HK % PARTS, program // (HK * PARTS) * N
     final = gl.minimum(start + N, num_tokens) - 1
-    num_left = gl.cdiv(final - start, M)
-    inner = start + num_left * M
+    own = start - (num_tokens - num_queries)  # query of the first key, negative before the first query
+    begin = gl.maximum(own, 0)
+    num_left = gl.cdiv(gl.maximum(final - start + own - begin, 0), M)
+    inner = begin + num_left * M
     num_whole = num_left + gl.maximum(gl.load(last + start) + 1 - inner, 0) // M
-    right = start + num_whole * M
+    right = begin + num_whole * M
     num_tiles = num_whole + gl.cdiv(gl.maximum(gl.load(last + final) + 1 - right, 0), M)
-    behind = start + num_tiles * M
+    behind = begin + num_tiles * M
     group: gl.constexpr = HQ // HK
     head_from = head * group + part * group // PARTS
     num_steps = (head * group + (part + 1) * group // PARTS - head_from) * num_tiles
@@ -174,21 +177,22 @@ def key_gradients(
     k_full, full = ring(1), ring(STAGES)
     gl.thread_barrier()
     fill(k, v, start, start, head, K, V, k_slot, v_slot, k_full.index(0), True)
-    at, query_head = start, head_from  # of the next copy
+    at, query_head = begin, head_from  # of the next copy
     for i in gl.static_range(STAGES - 1):
         fill(q, do, at, at, query_head, K, V, q_slots.index(i), do_slots.index(i), full.index(i), i < num_steps)
-        place = query_head.to(gl.int64) * padded_tokens + at
+        place = query_head.to(gl.int64) * padded_queries + at
         copy_statistics(lse, delta, place, lse_slots.index(i), delta_slots.index(i), i < num_steps, M, num_warps)
-        at, query_head = next_tile(at, query_head, start, behind, M)
+        at, query_head = next_tile(at, query_head, begin, behind, M)
     row = start + gl.arange(0, N, layout=gl.SliceLayout(1, by_query))
     column = gl.arange(0, M, layout=gl.SliceLayout(0, by_query))
     last_query = gl.load(last + row, mask=row < num_tokens, other=-1)
+    own_query = own + gl.arange(0, N, layout=gl.SliceLayout(1, by_query))
     base = scale * LOG2E
     acc_k = warpgroup_mma_init(gl.full([N, K], 0.0, gl.float32, layout=by_size))
     acc_v = warpgroup_mma_init(gl.full([N, V], 0.0, gl.float32, layout=by_value))
     zeros = gl.full([N, M], 0.0, gl.float32, layout=by_query)
     mbarrier.wait(k_full.index(0), 0)
-    slot, phase, now = 0, 0, start
+    slot, phase, now = 0, 0, begin
     for i in range(0, num_steps):
         mbarrier.wait(full.index(slot), phase)
         score_product = warpgroup_mma(k_slot, q_slots.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -202,21 +206,21 @@ def key_gradients(
         if (now < inner) | (now >= right):
             query = gl.expand_dims(now + column, 0)
             weights = gl.where(
-                (query >= gl.expand_dims(row, 1)) & (query <= gl.expand_dims(last_query, 1)), weights, 0.0
+                (query >= gl.expand_dims(own_query, 1)) & (query <= gl.expand_dims(last_query, 1)), weights, 0.0
             )
         seen_weights = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, by_value, 2))
         acc_v = warpgroup_mma(seen_weights, do_slots.index(slot), acc_v, is_async=True)
         shift = delta_slots.index(slot).load(gl.SliceLayout(0, by_query))
         old, wanted = gl.where(slot == 0, STAGES - 1, slot - 1), i + STAGES - 1 < num_steps
         fill(q, do, at, at, query_head, K, V, q_slots.index(old), do_slots.index(old), full.index(old), wanted)
-        place = query_head.to(gl.int64) * padded_tokens + at
+        place = query_head.to(gl.int64) * padded_queries + at
         copy_statistics(lse, delta, place, lse_slots.index(old), delta_slots.index(old), wanted, M, num_warps)
-        at, query_head = next_tile(at, query_head, start, behind, M)
+        at, query_head = next_tile(at, query_head, begin, behind, M)
         from_value = warpgroup_mma_wait(1, deps=[value_product])
         from_score = weights * (from_value - gl.expand_dims(shift, 0))
         from_score = gl.convert_layout(from_score.to(q.dtype), gl.DotOperandLayout(0, by_size, 2))
         acc_k = warpgroup_mma(from_score, q_slots.index(slot), acc_k, is_async=True)
-        now = gl.where(now + M == behind, start, now + M)
+        now = gl.where(now + M == behind, begin, now + M)
         phase = gl.where(slot == STAGES - 1, phase ^ 1, phase)
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
     acc_k, acc_v = warpgroup_mma_wait(0, deps=[acc_k, acc_v])

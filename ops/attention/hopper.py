@@ -44,10 +44,10 @@ class Launch(windowed.Launch):
         sizes = self._sizes("query_gradients")
         queries, keys = sizes["M"], sizes["N"]
         dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
-        gluon_hopper.query_gradients[(self.num_heads * triton.cdiv(self.num_tokens, queries),)](
+        gluon_hopper.query_gradients[(self.num_heads * triton.cdiv(self.num_queries, queries),)](
             _tiles_of(q, queries), _tiles_of(k, keys), _tiles_of(v, keys), o, do,
             _tiles_of(do, queries), first, lse, delta if dlse is None else dlse, delta, dq, self.scale,
-            self.num_tokens, DLSE=dlse is not None, **sizes,
+            self.num_queries, self.num_tokens, DLSE=dlse is not None, **sizes,
         )  # fmt: skip
         return dq, delta
 
@@ -60,12 +60,13 @@ class Launch(windowed.Launch):
         sizes = self._sizes("key_gradients")
         queries, keys = sizes["M"], sizes["N"]
         num_programs, parts, (dk, dv) = self._key_parts(k, v, keys)
-        rest = -self.num_tokens % queries + (queries if keys % queries else 0)  # the last tile may start anywhere
+        aligned = keys % queries == 0 == (self.num_tokens - self.num_queries) % queries  # else a tile starts anywhere
+        rest = -self.num_queries % queries + (0 if aligned else queries)
         lse, delta = (pad(x, (0, rest)) for x in (lse, delta))
         gluon_hopper.key_gradients[(num_programs * parts,)](
             _tiles_of(q, queries), _tiles_of(k, keys), _tiles_of(v, keys),
-            _tiles_of(do, queries), last, lse, delta, dk, dv, self.scale, self.num_tokens, lse.shape[2],
-            PARTS=parts, **sizes,
+            _tiles_of(do, queries), last, lse, delta, dk, dv, self.scale,
+            self.num_queries, self.num_tokens, lse.shape[2], PARTS=parts, **sizes,
         )  # fmt: skip
         return windowed.added(dk, k.dtype), windowed.added(dv, v.dtype)
 

@@ -6,6 +6,7 @@ The kernels' numerics are tested in Triton's interpreter; nothing here was ever 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from importlib.util import find_spec
 
 import torch
@@ -32,12 +33,27 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
 
 
 def _vendor(q, k, v, window, cu_seqlens, scale):
-    """flash_attn counts the keys to the left of the query, without itself."""
+    """flash_attn counts the keys to the left of the query, without itself; fewer queries than keys are the last ones
+    there too, since its 2.1."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     how = dict(softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, 0))
     how["deterministic"] = True
     if cu_seqlens is None:
         return flash_attn_func(q, k, v, **how)
-    longest, edges = max(documents.lengths(cu_seqlens)), cu_seqlens.to(q.device)
-    return flash_attn_varlen_func(q[0], k[0], v[0], edges, edges, longest, longest, **how)[None]
+    start, *sizes = _of_queries(cu_seqlens, q.shape[1], q.device)
+    return flash_attn_varlen_func(q[0], k[0, start:], v[0, start:], *sizes, **how)[None]
+
+
+def _of_queries(cu_seqlens, num_queries: int, device):
+    """(first token, edges of queries, edges of keys, most queries, most keys) of the documents that have queries."""
+
+    def build():
+        edges = documents.bounds(cu_seqlens)
+        ahead = edges[-1] - num_queries
+        edges = edges[bisect_right(edges, ahead) - 1 :]
+        both = [max(edge - ahead, 0) for edge in edges], [edge - edges[0] for edge in edges]
+        most = [max(end - start for start, end in zip(x, x[1:])) for x in both]
+        return edges[0], *(torch.tensor(x, dtype=torch.int32, device=device) for x in both), *most
+
+    return documents.derived(cu_seqlens, ("attention_of_queries", num_queries, device), build)

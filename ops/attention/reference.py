@@ -1,7 +1,8 @@
 """Attention in plain torch, by blocks of queries against the keys that a block can see; the CPU's training backend.
 
 Scores exist for one block at a time, in the backward pass too (they are computed again from the saved log-sum-exp).
-Shapes inside: q [B, H, T, G, D], k [B, H, T, D], v [B, H, T, V] with G query heads of each of H key heads.
+Shapes inside: q [B, H, Q, G, D], k [B, H, T, D], v [B, H, T, V] with G query heads of each of H key heads. The queries,
+of the last Q tokens, count from 0.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
     dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     num_heads = k.shape[2]
-    first = documents.first_visible(cu_seqlens, window, num_tokens=q.shape[1], device=q.device)
+    first = documents.first_visible(cu_seqlens, window, num_tokens=k.shape[1], device=q.device)[
+        k.shape[1] - q.shape[1] :
+    ]
     q = (q.to(exact) * scale).unflatten(2, (num_heads, -1)).transpose(1, 2).contiguous()
     k, v = (x.to(exact).transpose(1, 2).contiguous() for x in (k, v))
     if sink_k is None:
@@ -31,13 +34,13 @@ def attention(q, k, v, *, window=None, cu_seqlens=None, sink_k=None, sink_v=None
 
 
 class _Blocks(torch.autograd.Function):
-    """(o [B, H, T, G, V], lse [B, H, T, G]). first int64 [T]: first key that each query sees, non-decreasing."""
+    """(o [B, H, Q, G, V], lse [B, H, Q, G]). first int64 [Q]: first key that each query sees, non-decreasing."""
 
     @staticmethod
     def forward(ctx, q, k, v, sink_k, sink_v, first):
         o = q.new_empty(*q.shape[:4], v.shape[-1])
         lse = q.new_empty(q.shape[:4])
-        for rows, keys, hidden in _blocks(first):
+        for rows, keys, hidden in _blocks(first, k.shape[2]):
             k_seen, v_seen = _with_sinks(sink_k, k, keys), _with_sinks(sink_v, v, keys)
             scores = _scores(q[:, :, rows], k_seen, hidden)
             lse_rows = scores.logsumexp(-1, keepdim=True)
@@ -53,7 +56,7 @@ class _Blocks(torch.autograd.Function):
         grad_sink_k, grad_sink_v = torch.zeros_like(sink_k), torch.zeros_like(sink_v)
         shift = (grad_o * o).sum(-1) - grad_lse
         num_sinks = sink_k.shape[1]
-        for rows, keys, hidden in _blocks(first):
+        for rows, keys, hidden in _blocks(first, k.shape[2]):
             q_rows, k_seen, v_seen = q[:, :, rows], _with_sinks(sink_k, k, keys), _with_sinks(sink_v, v, keys)
             weights = _scores(q_rows, k_seen, hidden).sub_(lse[:, :, rows].flatten(2, 3)[..., None]).exp_()
             grad_rows = grad_o[:, :, rows].flatten(2, 3)
@@ -68,16 +71,16 @@ class _Blocks(torch.autograd.Function):
         return grad_q, grad_k, grad_v, grad_sink_k, grad_sink_v, None
 
 
-def _blocks(first):
+def _blocks(first, num_tokens):
     """(query rows, keys that any of them sees, bool [rows, 1, keys]: hidden from that row) of each block."""
-    num_tokens = len(first)
+    num_queries, ahead = len(first), num_tokens - len(first)
     starts = first[::BLOCK_TOKENS].tolist()
-    for start, left in zip(range(0, num_tokens, BLOCK_TOKENS), starts):
-        end = min(start + BLOCK_TOKENS, num_tokens)
-        keys = torch.arange(left, end, device=first.device)
-        queries = torch.arange(start, end, device=first.device)[:, None]
-        hidden = (keys > queries) | (keys < first[start:end, None])
-        yield slice(start, end), slice(left, end), hidden[:, None]
+    for start, left in zip(range(0, num_queries, BLOCK_TOKENS), starts):
+        end = min(start + BLOCK_TOKENS, num_queries)
+        keys = torch.arange(left, ahead + end, device=first.device)
+        own = torch.arange(ahead + start, ahead + end, device=first.device)[:, None]
+        hidden = (keys > own) | (keys < first[start:end, None])
+        yield slice(start, end), slice(left, ahead + end), hidden[:, None]
 
 
 def _with_sinks(sinks, x, keys):

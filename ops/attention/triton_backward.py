@@ -1,8 +1,9 @@
 """Kernels of attention, backward: dq by query tiles, then dk and dv by key tiles; see triton_forward for the legend.
 
 Weights are computed again from the saved log-sum-exp. With delta = rowsum(do * o) - dlse, the gradient of a score is
-weight * (do . v - delta). A key is seen by the queries key .. last[key], last non-decreasing; one program sums over all
-query heads of its key head, so no two programs add to one place: the same bits every time.
+weight * (do . v - delta). A key is seen by the queries key - ahead (or 0) .. last[key], last [T] non-decreasing and -1
+where no query sees the key; one program sums over all query heads of its key head, so no two programs add to one place:
+the same bits every time.
 """
 
 import triton
@@ -25,25 +26,25 @@ def query_step(query, grad, key, value, seen, lse, delta, acc, scale, MASKED: tl
 
 @triton.jit
 def query_gradients(
-    q, k, v, sink_k, sink_v, o, do, first, lse, dlse, delta, dq, scale, num_tokens, num_sinks,
+    q, k, v, sink_k, sink_v, o, do, first, lse, dlse, delta, dq, scale, num_queries, num_tokens, num_sinks,
     stride_q, stride_k, stride_v,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, SINKS: tl.constexpr, DLSE: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, T, HQ, K], and delta fp32 [B, HQ, T] for the key kernels; dlse [B, T, HQ]. Grid as outputs."""
-    program, num_blocks = tl.program_id(0), tl.cdiv(num_tokens, M)
+    """dq [B, Q, HQ, K], and delta fp32 [B, HQ, Q] for the key kernels; dlse [B, Q, HQ]. Grid as outputs."""
+    program, num_blocks, ahead = tl.program_id(0), tl.cdiv(num_queries, M), num_tokens - num_queries
     head, row = program % HQ, program // HQ // num_blocks
     start = (num_blocks - 1 - program // HQ % num_blocks) * M
     t, ik, iv = start + tl.arange(0, M), tl.arange(0, BK), tl.arange(0, BV)
-    inside = t < num_tokens
+    inside = t < num_queries
     from_key = tl.load(first + t, mask=inside, other=0)
-    left, inner, right, num_left, num_edges = visible_range(first, start, num_tokens, M, N)
+    left, inner, right, num_left, num_edges = visible_range(first, start, num_queries, ahead, M, N)
     key_head, base = head // (HQ // HK), scale * LOG2E
-    token = (row * num_tokens + t).to(tl.int64) * HQ + head
-    statistic = (row * HQ + head).to(tl.int64) * num_tokens + t
-    query = tile_of(q, row, start, num_tokens, head, stride_q, K, M, BK, TMA)
-    grad = tile_of(do, row, start, num_tokens, head, HQ * V, V, M, BV, TMA)
+    token = (row * num_queries + t).to(tl.int64) * HQ + head
+    statistic = (row * HQ + head).to(tl.int64) * num_queries + t
+    query = tile_of(q, row, start, num_queries, head, stride_q, K, M, BK, TMA)
+    grad = tile_of(do, row, start, num_queries, head, HQ * V, V, M, BV, TMA)
     out = tl.load(o + token[:, None] * V + iv[None], mask=inside[:, None] & (iv < V)[None], other=0.0)
     shift = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     if DLSE:
@@ -62,7 +63,7 @@ def query_gradients(
         key = tile_of(k, row, n, num_tokens, key_head, stride_k, K, N, BK, TMA)
         value = tile_of(v, row, n, num_tokens, key_head, stride_v, V, N, BV, TMA)
         place = n + tl.arange(0, N)
-        seen = (place[None] >= from_key[:, None]) & (place[None] <= t[:, None])
+        seen = (place[None] >= from_key[:, None]) & (place[None] <= ahead + t[:, None])
         acc = query_step(query, grad, key, value, seen, top, shift, acc, base, True, PRECISION)
     for n in range(inner, right, N):
         key = tile_of(k, row, n, num_tokens, key_head, stride_k, K, N, BK, TMA)
@@ -74,22 +75,22 @@ def query_gradients(
 
 @triton.jit
 def key_step(
-    q, do, lse, delta, key, value, row, head, start, key_start, last_query, dk, dv, scale, num_tokens, stride_q,
+    q, do, lse, delta, key, value, row, head, start, key_start, last_query, dk, dv, scale, num_queries, stride_q,
     HQ: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the queries start .. start + M of one head add to dk / scale [N, BK] and dv [N, BV].
 
-    With MASKED, key n of key_start + arange(N) is seen by queries n .. last_query[n]. Without CHECKED, no query stands
-    behind the row's end. Weights are transposed, [N, M].
+    With MASKED, key n is seen by queries key_start + n .. last_query[n]. Without CHECKED, no query stands behind the
+    row's end. Weights are transposed, [N, M].
     """
     t = tl.arange(0, M)
-    query = tile_of(q, row, start, num_tokens, head, stride_q, K, M, BK, TMA)
-    grad = tile_of(do, row, start, num_tokens, head, HQ * V, V, M, BV, TMA)
-    statistic = (row * HQ + head).to(tl.int64) * num_tokens + start
+    query = tile_of(q, row, start, num_queries, head, stride_q, K, M, BK, TMA)
+    grad = tile_of(do, row, start, num_queries, head, HQ * V, V, M, BV, TMA)
+    statistic = (row * HQ + head).to(tl.int64) * num_queries + start
     if CHECKED:
-        top = tl.load(lse + statistic + t, mask=t < num_tokens - start, other=float("inf"))
-        shift = tl.load(delta + statistic + t, mask=t < num_tokens - start, other=0.0)
+        top = tl.load(lse + statistic + t, mask=t < num_queries - start, other=float("inf"))
+        shift = tl.load(delta + statistic + t, mask=t < num_queries - start, other=0.0)
     else:
         top = tl.load(lse + statistic + t)
         shift = tl.load(delta + statistic + t)
@@ -97,8 +98,8 @@ def key_step(
     from_value = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
     weights = tl.exp2(scores * scale - top[None])
     if MASKED:
-        n = key_start - start + tl.arange(0, N)
-        weights = tl.where((t[None] >= n[:, None]) & (t[None] <= (last_query - start)[:, None]), weights, 0.0)
+        t, n = start + t, key_start + tl.arange(0, N)
+        weights = tl.where((t[None] >= n[:, None]) & (t[None] <= last_query[:, None]), weights, 0.0)
     dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
     from_score = weights * (from_value - shift[None])
     dk = tl.dot(from_score.to(query.dtype), query, dk, input_precision=PRECISION)
@@ -107,13 +108,14 @@ def key_step(
 
 @triton.jit
 def key_gradients(
-    q, k, v, do, last, lse, delta, dk, dv, scale, num_tokens, stride_q, stride_k, stride_v,
+    q, k, v, do, last, lse, delta, dk, dv, scale, num_queries, num_tokens, stride_q, stride_k, stride_v,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk [PARTS, B, T, HK, K] and dv [PARTS, B, T, HK, V]: the query heads of a key head shared out to PARTS programs.
 
-    Grid (HK * PARTS * T / N * B), early keys first: with a window the late ones have less to do.
+    Grid (HK * PARTS * T / N * B), early keys first: with a window the late ones have less to do. Keys that no query
+    sees get zeros.
     """
     program, num_blocks = tl.program_id(0), tl.cdiv(num_tokens, N)
     head, part = program % HK, program // HK % PARTS
@@ -126,8 +128,10 @@ def key_gradients(
     last_query = tl.load(last + n, mask=inside, other=-1)
     final = tl.minimum(start + N, num_tokens) - 1
     # Query tiles: at the diagonal, then whole ones that see every key, then the rest up to the last query.
-    num_left = tl.cdiv(final - start, M)
-    inner = start + num_left * M
+    ahead = num_tokens - num_queries
+    begin = tl.maximum(start - ahead, 0)
+    num_left = tl.cdiv(tl.maximum(final - ahead - begin, 0), M)
+    inner = begin + num_left * M
     num_inner = tl.maximum(tl.load(last + start) + 1 - inner, 0) // M
     right = inner + num_inner * M
     num_edges = num_left + tl.cdiv(tl.maximum(tl.load(last + final) + 1 - right, 0), M)
@@ -139,15 +143,15 @@ def key_gradients(
     acc_v = tl.zeros((N, BV), tl.float32)
     for i in range(0, num_heads * num_edges):
         edge = i % num_edges
-        at = tl.where(edge < num_left, start + edge * M, right + (edge - num_left) * M)
+        at = tl.where(edge < num_left, inner, right) + (edge - num_left) * M
         acc_k, acc_v = key_step(
-            q, do, lse, delta, key, value, row, head_from + i // num_edges, at, start, last_query, acc_k, acc_v, base,
-            num_tokens, stride_q, HQ, K, V, BK, BV, M, N, True, True, TMA, PRECISION,
+            q, do, lse, delta, key, value, row, head_from + i // num_edges, at, start - ahead, last_query, acc_k, acc_v,
+            base, num_queries, stride_q, HQ, K, V, BK, BV, M, N, True, True, TMA, PRECISION,
         )  # fmt: skip
     for i in range(0, num_heads * num_inner):
         acc_k, acc_v = key_step(
-            q, do, lse, delta, key, value, row, head_from + i // num_inner, inner + i % num_inner * M, start, None,
-            acc_k, acc_v, base, num_tokens, stride_q, HQ, K, V, BK, BV, M, N, False, False, TMA, PRECISION,
+            q, do, lse, delta, key, value, row, head_from + i // num_inner, inner + i % num_inner * M, 0, None,
+            acc_k, acc_v, base, num_queries, stride_q, HQ, K, V, BK, BV, M, N, False, False, TMA, PRECISION,
         )  # fmt: skip
     num_rows = tl.num_programs(0) // (HK * PARTS * num_blocks)
     token = (((part * num_rows + row) * num_tokens + n).to(tl.int64) * HK + head)[:, None]
@@ -158,7 +162,7 @@ def key_gradients(
 
 @triton.jit
 def sink_gradients(
-    q, sink_k, sink_v, do, lse, delta, dk, dv, scale, num_rows, num_tokens, num_sinks, stride_q,
+    q, sink_k, sink_v, do, lse, delta, dk, dv, scale, num_rows, num_queries, num_sinks, stride_q,
     HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +172,7 @@ def sink_gradients(
     n, ik, iv = start + tl.arange(0, N), tl.arange(0, BK), tl.arange(0, BV)
     key = tile_of(sink_k, 0, start, num_sinks, head, HK * K, K, N, BK, False)
     value = tile_of(sink_v, 0, start, num_sinks, head, HK * V, V, N, BV, False)
-    num_blocks, group = tl.cdiv(num_tokens, M), HQ // HK
+    num_blocks, group = tl.cdiv(num_queries, M), HQ // HK
     tiles = num_rows * group * num_blocks
     share = tl.cdiv(tiles, num_parts)
     base = scale * LOG2E
@@ -178,7 +182,7 @@ def sink_gradients(
         of_heads = i // num_blocks
         acc_k, acc_v = key_step(
             q, do, lse, delta, key, value, of_heads // group, head * group + of_heads % group, i % num_blocks * M,
-            start, None, acc_k, acc_v, base, num_tokens, stride_q, HQ, K, V, BK, BV, M, N, False, True, TMA, PRECISION,
+            0, None, acc_k, acc_v, base, num_queries, stride_q, HQ, K, V, BK, BV, M, N, False, True, TMA, PRECISION,
         )  # fmt: skip
     place = ((part * num_sinks + n) * HK + head)[:, None]
     inside = (n < num_sinks)[:, None]

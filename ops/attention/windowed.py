@@ -40,20 +40,20 @@ def attention(
     q, k, v, *, window, cu_seqlens, sink_k, sink_v, scale, return_lse, tiles: Mapping[str, Mapping], launch=None,
     tma: bool = False,
 ):  # fmt: skip
-    """See ops.attention. q must have a token. launch: a kind of Launch, for devices with kernels of their own. tma:
+    """See ops.attention. q must have a query. launch: a kind of Launch, for devices with kernels of their own. tma:
     whether the device copies tiles by tensor descriptors."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:  # the running maximum is taken before scaling
         q, scale = q * scale, 1.0
     if sink_k is not None:
         sink_k, sink_v = (x.to(k.dtype).contiguous() for x in (sink_k, sink_v))
-    seen = visible(cu_seqlens, window, q.shape[1], q.device)
+    seen = visible(cu_seqlens, window, num_queries=q.shape[1], num_tokens=k.shape[1], device=q.device)
     o, lse = _Attention.apply(q, k, v, sink_k, sink_v, *seen, scale, return_lse, tiles, launch or Launch, tma)
     return (o, lse) if return_lse else o
 
 
 class _Attention(torch.autograd.Function):
-    """(o [B, T, Hq, V], lse [B, T, Hq] or None)."""
+    """(o [B, Q, Hq, V], lse [B, Q, Hq] or None) of Q queries."""
 
     @staticmethod
     def forward(ctx, q, k, v, sink_k, sink_v, first, last, scale, return_lse, tiles, kind, tma):
@@ -96,8 +96,8 @@ class Launch:
     """The kernels on one set of shapes."""
 
     def __init__(self, q, k, v, sink_k, scale: float, tiles: Mapping[str, Mapping], tma: bool):
-        self.num_rows, self.num_tokens, self.num_heads, self.key_size = q.shape
-        self.num_key_heads, self.value_size = v.shape[2:]
+        self.num_rows, self.num_queries, self.num_heads, self.key_size = q.shape
+        self.num_tokens, self.num_key_heads, self.value_size = v.shape[1:]
         self.scale, self.tiles, self.suffix = scale, tiles, "_fp32" if q.dtype == torch.float32 else ""
         self.num_sinks = 0 if sink_k is None else len(sink_k)
         padded = [max(16, triton.next_power_of_2(size)) for size in (self.key_size, self.value_size)]
@@ -134,29 +134,29 @@ class Launch:
         ]
 
     def outputs(self, q, k, v, sink_k, sink_v, first) -> tuple[Tensor, Tensor]:
-        """o in q's dtype and the base-2 log-sum-exp fp32 [B, Hq, T]."""
+        """o in q's dtype and the base-2 log-sum-exp fp32 [B, Hq, Q]."""
         o = q.new_empty(*q.shape[:3], self.value_size)
-        lse = q.new_empty(self.num_rows, self.num_heads, self.num_tokens, dtype=torch.float32)
+        lse = q.new_empty(self.num_rows, self.num_heads, self.num_queries, dtype=torch.float32)
         tile, options = self._tile(forward.outputs)
         queries, keys = self._described(tile["M"], q), self._described(tile["N"], k, v)
-        grid = (self.num_rows * self.num_heads * triton.cdiv(self.num_tokens, tile["M"]),)
+        grid = (self.num_rows * self.num_heads * triton.cdiv(self.num_queries, tile["M"]),)
         forward.outputs[grid](
-            *queries, *keys, *self._sinks(sink_k, sink_v, q), first, o, lse, self.scale, self.num_tokens,
-            self.num_sinks, q.stride(1), k.stride(1), v.stride(1),
+            *queries, *keys, *self._sinks(sink_k, sink_v, q), first, o, lse, self.scale, self.num_queries,
+            self.num_tokens, self.num_sinks, q.stride(1), k.stride(1), v.stride(1),
             **self.sizes, **tile, SINKS=sink_k is not None, TMA=self.tma, **options,
         )  # fmt: skip
         return o, lse
 
     def query_gradients(self, q, k, v, sink_k, sink_v, o, do, first, lse, dlse) -> tuple[Tensor, Tensor]:
-        """dq, and delta fp32 [B, Hq, T]."""
+        """dq, and delta fp32 [B, Hq, Q]."""
         dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
         tile, options = self._tile(backward.query_gradients)
         queries, keys = self._described(tile["M"], q, do), self._described(tile["N"], k, v)
-        grid = (self.num_rows * self.num_heads * triton.cdiv(self.num_tokens, tile["M"]),)
+        grid = (self.num_rows * self.num_heads * triton.cdiv(self.num_queries, tile["M"]),)
         backward.query_gradients[grid](
             queries[0], *keys, *self._sinks(sink_k, sink_v, q), o, queries[1], first, lse,
-            delta if dlse is None else dlse, delta, dq, self.scale, self.num_tokens, self.num_sinks,
-            q.stride(1), k.stride(1), v.stride(1),
+            delta if dlse is None else dlse, delta, dq, self.scale, self.num_queries, self.num_tokens,
+            self.num_sinks, q.stride(1), k.stride(1), v.stride(1),
             **self.sizes, **tile, SINKS=sink_k is not None, DLSE=dlse is not None, TMA=self.tma, **options,
         )  # fmt: skip
         return dq, delta
@@ -167,8 +167,9 @@ class Launch:
         num_programs, parts, (dk, dv) = self._key_parts(k, v, tile["N"])
         queries, keys = self._described(tile["M"], q, do), self._described(tile["N"], k, v)
         backward.key_gradients[(num_programs * parts,)](
-            queries[0], *keys, queries[1], last, lse, delta, dk, dv, self.scale, self.num_tokens,
-            q.stride(1), k.stride(1), v.stride(1), **self.sizes, **tile, PARTS=parts, TMA=self.tma, **options,
+            queries[0], *keys, queries[1], last, lse, delta, dk, dv, self.scale, self.num_queries,
+            self.num_tokens, q.stride(1), k.stride(1), v.stride(1), **self.sizes, **tile, PARTS=parts, TMA=self.tma,
+            **options,
         )  # fmt: skip
         return added(dk, k.dtype), added(dv, v.dtype)
 
@@ -187,7 +188,7 @@ class Launch:
         dk, dv = (q.new_empty(num_parts, *x.shape, dtype=torch.float32) for x in (sink_k, sink_v))
         queries = self._described(tile["M"], q, do)
         backward.sink_gradients[(num_parts, self.num_key_heads, triton.cdiv(self.num_sinks, tile["N"]))](
-            queries[0], sink_k, sink_v, queries[1], lse, delta, dk, dv, self.scale, self.num_rows, self.num_tokens,
+            queries[0], sink_k, sink_v, queries[1], lse, delta, dk, dv, self.scale, self.num_rows, self.num_queries,
             self.num_sinks, q.stride(1), **self.sizes, **tile, TMA=self.tma, **options,
         )  # fmt: skip
         return added(dk, sink_k.dtype), added(dv, sink_v.dtype)

@@ -4,9 +4,10 @@ Documents are cut into chunks that never cross their boundaries. Forward: (1) ea
 of the state that enters it (the WY representation, with one inverse of a triangular matrix); (2) the state from chunk
 to chunk through each document; (3) outputs. Backward: (1) each chunk's part of the gradient of its errors; (2) the
 gradient of the state from chunk to chunk, from the end; (3) gradients of all inputs. The serial kernels share out value
-heads and value columns, the others chunks and heads. Kept for backward, in the inputs' dtype: inverses, errors, and the
-states that enter chunks. Heads that share a key or a query are summed inside one program: no atomics, the same bits
-every time.
+heads and value columns, the others chunks and heads. The serial ones hold states transposed, so that on Hopper each
+product takes one operand from registers and the other from shared memory, filled ahead by copies through descriptors.
+Kept for backward, in the inputs' dtype: inverses, errors, and the states that enter chunks. Heads that share a key or a
+query are summed inside one program: no atomics, the same bits every time.
 
 Source: Gated Delta Networks (Yang et al., 2024); Parallelizing Linear Transformers with the Delta Rule (2024).
 """
@@ -14,6 +15,7 @@ Source: Gated Delta Networks (Yang et al., 2024); Parallelizing Linear Transform
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,6 +39,15 @@ _PRECISIONS = {
     torch.float32: dict(DOT=tl.float32, PRECISION="tf32x3"),
 }
 _NORM_ROWS = 32
+_BOXES = {
+    "carried": (1, "C", "BK"),
+    "local": (1, "BV", "C"),
+    "grads": (1, "BV", "BK"),
+    **dict.fromkeys(("q", "k"), ("C", 1, "BK")),
+    "do": ("C", 1, "BV"),
+}
+"""Blocks of descriptors, in three dimensions: by chunk and head, or tokens by head. In the backward pass they took
+three quarters of the time of pointers on an H200; in the forward one, pointers were faster."""
 
 
 class Implementation:
@@ -72,7 +83,7 @@ class Implementation:
         q, k, v = (x.to(q.dtype).contiguous() for x in (q, k, v))
         log_decay, beta = log_decay.contiguous(), beta.contiguous()
         entries = tiles("gated_delta_rule", self.backend)
-        launch = _Launch(q, k, v, chunk_table(k, cu_seqlens, entries["chunks"]["C"]), scale, entries)
+        launch = _Launch(self.backend, q, k, v, chunk_table(k, cu_seqlens, entries["chunks"]["C"]), scale, entries)
         keep = _differentiable(q, k, v, log_decay, beta, initial_state)
         if _few_tokens(q, cu_seqlens) and not keep:
             o, final = launch.steps(q, k, v, log_decay, beta, initial_state)
@@ -90,18 +101,27 @@ def _differentiable(*tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+class _Numbers(NamedTuple):
+    """A number of each token, fp32, and of each chunk: see triton_forward."""
+
+    sums: Tensor
+    weights: Tensor
+    leaves: Tensor
+    totals: Tensor
+
+
 class _GatedDeltaRule(torch.autograd.Function):
     """(o, final states [N, HV, K, V]) of contiguous inputs."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, beta, initial_state, launch, keep):
         ctx.set_materialize_grads(False)
-        sums, weights, inverses, known, errors = launch.writes(k, v, log_decay, beta, keep)
-        states, final = launch.states(k, sums, weights, known, errors, initial_state)
+        numbers, inverses, known, errors = launch.writes(k, v, log_decay, beta, keep)
+        states, final = launch.states(k, numbers, known, errors, initial_state)
         del known
-        o = launch.outputs(q, k, sums, weights, errors, states)
+        o = launch.outputs(q, k, numbers, errors, states)
         if keep:
-            ctx.save_for_backward(q, k, sums, weights, inverses, errors, states)
+            ctx.save_for_backward(q, k, *numbers, inverses, errors, states)
             ctx.launch, ctx.dtypes = launch, (log_decay.dtype, beta.dtype)
             ctx.state_dtype = None if initial_state is None else initial_state.dtype
         return o, final
@@ -109,22 +129,36 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        q, k, sums, weights, inverses, errors, states = ctx.saved_tensors
-        launch = ctx.launch
+        q, k, *numbers, inverses, errors, states = ctx.saved_tensors
+        launch, numbers = ctx.launch, _Numbers(*numbers)
         do = launch.no_output_gradient(q) if do is None else do.contiguous()
-        carried, dv = launch.reads(q, k, sums, weights, inverses, do)
-        grads, dinitial = launch.state_gradients(q, k, sums, do, carried, dv, dfinal)
-        del carried
-        dq, dk, *parts = launch.gradients(q, k, sums, weights, do, errors, dv, states, grads)
+        enters, carried, local = launch.reads(q, k, numbers, inverses, do)
+        grads, dv, dinitial = launch.state_gradients(q, k, numbers.totals, enters, do, carried, local, dfinal)
+        del carried, local
+        dq, dk, *parts = launch.gradients(q, k, numbers, do, errors, dv, states, grads)
         dlog_decay, dbeta = launch.decay_gradients(*parts, dv.shape[:3], *ctx.dtypes)
         dinitial = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
         return dq, dk, dv, dlog_decay, dbeta, dinitial, None, None
 
 
+def _boxable(q: Tensor, *sizes: int) -> bool:
+    """Whether kernels can have blocks copied by Hopper's unit for that, through descriptors."""
+    copies = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
+    return copies and q.dtype.itemsize == 2 and all(size % 8 == 0 for size in sizes)
+
+
+def _box(name: str, x: Tensor, sizes: Mapping[str, int]):
+    """The descriptor of a kernel's argument."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape = [sizes.get(size, size) for size in _BOXES[name]]
+    return TensorDescriptor.from_tensor(x.view(-1, *x.shape[-2:]), shape)
+
+
 class _Launch:
     """The kernels on one set of shapes and chunks."""
 
-    def __init__(self, q, k, v, chunks: ChunkTable, scale: float, entries: Mapping[str, Mapping]):
+    def __init__(self, backend: str, q, k, v, chunks: ChunkTable, scale: float, entries: Mapping[str, Mapping]):
         self.chunks, self.scale, self.entries, self.dtype = chunks, scale, entries, q.dtype
         self.num_tokens = k.shape[0] * k.shape[1]
         self.key_size, self.value_size = k.shape[3], v.shape[3]
@@ -134,19 +168,30 @@ class _Launch:
         self.length = length = entries["chunks"]["C"]
         self.sizes = dict(self.heads, H=self.num_heads, K=self.key_size, V=self.value_size, C=length)
         self.sizes |= _PRECISIONS[q.dtype]
+        self.boxable = backend == "cuda" and _boxable(q, self.key_size, self.value_size)
         self.sizes |= dict(SOLVE=tl.float32 if q.dtype == torch.float32 else tl.float16, LEVELS=length.bit_length() - 1)
 
-    def _run(self, kernel, count: int, *tensors, shared_out: bool, staged: bool = True, **sizes) -> None:
+    def _run(self, kernel, count: int, *, shared_out: bool, staged: bool = True, **tensors) -> None:
         """Launch `count` programs, or with shared_out count times the number of parts of the value columns. staged:
-        whether shared memory holds the tile's number of stages."""
+        whether shared memory holds the tile's number of stages. tensors: the kernel's other arguments."""
         tile = self._tile(kernel)
-        blocks = dict(BK=min(self.whole[0], tile.get("KEYS", LARGEST_HEAD)), BV=min(self.whole[1], tile["PART"]))
+        if not staged:
+            tile = {**tile, "num_stages": 1}
+        blocks = {"BK": min(self.whole[0], tile.get("KEYS", LARGEST_HEAD))}
+        blocks["BV"] = min(self.whole[1], tile.get("PART", LARGEST_HEAD))
         if shared_out:
             count *= triton.cdiv(self.value_size, blocks["BV"])
-        sizes |= {name: size for name, size in {**self.sizes, **blocks}.items() if name in kernel.arg_names}
+        sizes = {name: size for name, size in {**self.sizes, **blocks}.items() if name in kernel.arg_names}
+        if "BOXED" in kernel.arg_names:
+            boxed = {name: x for name, x in tensors.items() if name in _BOXES}
+            sizes["BOXED"] = (
+                tile["num_stages"] > 1 and self.boxable and all(x.data_ptr() % 16 == 0 for x in boxed.values())
+            )
+            if sizes["BOXED"]:
+                tensors |= {name: _box(name, x, {**self.sizes, **blocks}) for name, x in boxed.items()}
         if count:
             options = {key: value for key, value in tile.items() if not key.isupper()}
-            kernel[(count,)](*tensors, **sizes, **options if staged else {**options, "num_stages": 1})
+            kernel[(count,)](**tensors, **sizes, **options)
 
     def _tile(self, kernel) -> dict:
         """A kernel's entry; fp32 takes twice the shared memory of what entries are made for."""
@@ -156,93 +201,115 @@ class _Launch:
         halves = {key: max(16, value // 2) for key, value in entry.items() if key in ("PART", "KEYS")}
         return {**entry, **halves, "num_stages": 1}
 
-    def _states(self, like: Tensor, num: int, dtype) -> Tensor:
-        return like.new_empty(num, self.heads["HV"], self.key_size, self.value_size, dtype=dtype)
+    def _blocks(self, like: Tensor, *shape: int, dtype=None) -> Tensor:
+        """Memory for what kernels keep by chunk and value head, [M * HV, *shape]."""
+        return like.new_empty(self.chunks.num_chunks * self.heads["HV"], *shape, dtype=dtype)
+
+    def _states(self, like: Tensor) -> Tensor:
+        """fp32 states [N, HV, K, V], a document's each."""
+        shape = (self.chunks.num_documents, self.heads["HV"], self.key_size, self.value_size)
+        return like.new_empty(shape, dtype=torch.float32)
 
     def no_output_gradient(self, q) -> Tensor:
         """Zeros [B, T, H, V], for a loss that reads final states alone."""
         return q.new_zeros(*q.shape[:2], self.num_heads, self.value_size)
 
-    def writes(self, k, v, log_decay, beta, keep: bool) -> tuple[Tensor, ...]:
-        """sums, weights [HV, B * T], inverses [B, T, HV, C], known [B, T, HV, K], missing [B, T, HV, V]."""
+    def writes(self, k, v, log_decay, beta, keep: bool) -> tuple[_Numbers, Tensor, Tensor, Tensor]:
+        """numbers, inverses [M * HV, C, C], known [M * HV, C, K], missing [M * HV, V, C]."""
         sums, weights = (v.new_empty(v.shape[2], self.num_tokens, dtype=torch.float32) for _ in range(2))
-        known, missing = k.new_empty(*v.shape[:3], self.key_size), torch.empty_like(v)
-        inverses = k.new_empty(*v.shape[:3], self.length) if keep else sums
-        count = self.chunks.num_chunks * self.heads["HV"]
-        tensors = (k, v, log_decay, beta, self.chunks.table, sums, weights, inverses, known, missing)
-        self._run(forward.chunk_writes, count, *tensors, self.num_tokens, shared_out=False, KEEP=keep)
-        return sums, weights, inverses, known, missing
+        leaves, totals = (self._blocks(k, *shape, dtype=torch.float32) for shape in ((self.length,), ()))
+        known, missing = self._blocks(k, self.length, self.key_size), self._blocks(k, self.value_size, self.length)
+        inverses = self._blocks(k, self.length, self.length) if keep else sums
+        self._run(
+            forward.chunk_writes, self.chunks.num_chunks * self.heads["HV"], shared_out=False, KEEP=keep,
+            k=k, v=v, log_decay=log_decay, beta=beta, chunks=self.chunks.table, sums=sums, weights=weights,
+            leaves=leaves, totals=totals, inverses=inverses, known=known, missing=missing, num_tokens=self.num_tokens,
+        )  # fmt: skip
+        return _Numbers(sums, weights, leaves, totals), inverses, known, missing
 
-    def states(self, k, sums, weights, known, missing, initial_state) -> tuple[Tensor, Tensor]:
-        """States that enter chunks [M, HV, K, V], and fp32 final ones [N, HV, K, V]; `missing` becomes errors."""
-        states = self._states(k, self.chunks.num_chunks, k.dtype)
-        final = self._states(k, self.chunks.num_documents, torch.float32)
+    def states(self, k, numbers: _Numbers, known, missing, initial_state) -> tuple[Tensor, Tensor]:
+        """States that enter chunks [M * HV, V, K], and fp32 final ones [N, HV, K, V]; `missing` becomes errors."""
+        states, final = self._blocks(k, self.value_size, self.key_size), self._states(k)
         given = initial_state is not None
-        initial = initial_state.contiguous() if given else final
-        count = self.chunks.num_documents * self.heads["HV"]
-        tensors = (k, sums, weights, known, missing, self.chunks.bounds, self.chunks.edges, initial, states, final)
-        self._run(forward.pass_states, count, *tensors, self.num_tokens, shared_out=True, GIVEN=given)
+        self._run(
+            forward.pass_states, self.chunks.num_documents * self.heads["HV"], shared_out=True, GIVEN=given,
+            k=k, leaves=numbers.leaves, totals=numbers.totals, known=known, missing=missing, errors=missing,
+            bounds=self.chunks.bounds, edges=self.chunks.edges,
+            initial=initial_state.contiguous() if given else final, states=states, final=final,
+        )  # fmt: skip
         return states, final
 
-    def outputs(self, q, k, sums, weights, errors, states) -> Tensor:
+    def outputs(self, q, k, numbers: _Numbers, errors, states) -> Tensor:
         """o [B, T, H, V]."""
         o = q.new_empty(*q.shape[:2], self.num_heads, self.value_size)
-        count = self.chunks.num_chunks * self.num_heads
-        tensors = (q, k, sums, weights, errors, states, self.chunks.table, o, self.num_tokens, self.scale)
-        self._run(forward.outputs, count, *tensors, shared_out=True)
+        self._run(
+            forward.outputs, self.chunks.num_chunks * self.num_heads, shared_out=True, q=q, k=k, sums=numbers.sums,
+            weights=numbers.weights, errors=errors, states=states, chunks=self.chunks.table, o=o,
+            num_tokens=self.num_tokens, scale=self.scale,
+        )  # fmt: skip
         return o
 
     def steps(self, q, k, v, log_decay, beta, initial_state) -> tuple[Tensor, Tensor]:
         """o [B, T, H, V] and final states, token by token."""
-        o = q.new_empty(*q.shape[:2], self.num_heads, self.value_size)
-        final = self._states(k, self.chunks.num_documents, torch.float32)
+        o, final = q.new_empty(*q.shape[:2], self.num_heads, self.value_size), self._states(k)
         given = initial_state is not None
-        initial = initial_state.contiguous() if given else final
-        count = self.chunks.num_documents * self.heads["HV"]
-        tensors = (q, k, v, log_decay, beta, self.chunks.bounds, initial, o, final, self.scale)
-        self._run(forward.steps, count, *tensors, shared_out=True, GIVEN=given)
+        self._run(
+            forward.steps, self.chunks.num_documents * self.heads["HV"], shared_out=True, GIVEN=given, q=q, k=k, v=v,
+            log_decay=log_decay, beta=beta, bounds=self.chunks.bounds,
+            initial=initial_state.contiguous() if given else final, o=o, final=final, scale=self.scale,
+        )  # fmt: skip
         return o, final
 
-    def reads(self, q, k, sums, weights, inverses, do) -> tuple[Tensor, Tensor]:
-        """carried [B, T, HV, K] and local [B, T, HV, V]: dv = local + carried @ (gradient of the leaving state)."""
-        shape = (*k.shape[:2], self.heads["HV"])
-        carried, local = k.new_empty(*shape, self.key_size), k.new_empty(*shape, self.value_size)
-        count = self.chunks.num_chunks * self.heads["HV"]
-        tensors = (q, k, sums, weights, inverses, do, self.chunks.table, carried, local, self.num_tokens, self.scale)
-        self._run(backward.chunk_reads, count, *tensors, shared_out=False)
-        return carried, local
+    def reads(self, q, k, numbers: _Numbers, inverses, do) -> tuple[Tensor, Tensor, Tensor]:
+        """enters [M * HV, C], carried [M * HV, C, K] and local [M * HV, V, C]: see triton_backward.chunk_reads."""
+        enters = torch.empty_like(numbers.leaves)
+        carried, local = self._blocks(k, self.length, self.key_size), self._blocks(k, self.value_size, self.length)
+        self._run(
+            backward.chunk_reads, self.chunks.num_chunks * self.heads["HV"], shared_out=False, q=q, k=k,
+            sums=numbers.sums, weights=numbers.weights, leaves=numbers.leaves, inverses=inverses, do=do,
+            chunks=self.chunks.table, enters=enters, carried=carried, local=local, num_tokens=self.num_tokens,
+            scale=self.scale,
+        )  # fmt: skip
+        return enters, carried, local
 
-    def state_gradients(self, q, k, sums, do, carried, local, dfinal) -> tuple[Tensor, Tensor]:
-        """Gradients of leaving states [M, HV, K, V] and fp32 of initial ones; `local` becomes dv."""
-        grads = self._states(k, self.chunks.num_chunks, k.dtype)
-        dinitial = self._states(k, self.chunks.num_documents, torch.float32)
+    def state_gradients(self, q, k, totals, enters, do, carried, local, dfinal) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of leaving states [M * HV, V, K], dv [B, T, HV, V], and fp32 gradients of initial states."""
+        grads, dinitial = self._blocks(k, self.value_size, self.key_size), self._states(k)
+        dv = k.new_empty(*k.shape[:2], self.heads["HV"], self.value_size)
         given = dfinal is not None
-        dfinal = dfinal.contiguous() if given else dinitial
-        count = self.chunks.num_documents * self.heads["HV"]
-        tensors = (q, k, sums, do, carried, local, self.chunks.bounds, self.chunks.edges, dfinal)
-        tensors += (grads, dinitial, self.num_tokens, self.scale)
-        staged = self.num_heads == self.heads["HV"]  # else each stage holds the queries of a group
-        self._run(backward.pass_gradients, count, *tensors, shared_out=True, staged=staged, GIVEN=given)
-        return grads, dinitial
+        self._run(
+            backward.pass_gradients, self.chunks.num_documents * self.heads["HV"], shared_out=True, GIVEN=given,
+            staged=self.num_heads == self.heads["HV"],  # else each stage holds the queries of a group
+            q=q, k=k, totals=totals, enters=enters, do=do, carried=carried, local=local, bounds=self.chunks.bounds,
+            edges=self.chunks.edges, dfinal=dfinal.contiguous() if given else dinitial, grads=grads, dv=dv,
+            dinitial=dinitial, scale=self.scale,
+        )  # fmt: skip
+        return grads, dv, dinitial
 
-    def gradients(self, q, k, sums, weights, do, errors, dv, states, grads) -> tuple[Tensor, ...]:
+    def gradients(self, q, k, numbers: _Numbers, do, errors, dv, states, grads) -> tuple[Tensor, ...]:
         """dq, dk, and the parts of the gradients of beta and log_decay: see triton_backward.gradients."""
-        parts = self._key_parts()
+        parts, num_heads = self._key_parts(), self.heads["HV"]
         dq, dk = torch.empty_like(q), torch.empty_like(k)
-        dweights, dsums = (sums.new_empty(parts, len(sums) + self.num_heads, self.num_tokens) for _ in range(2))
-        dtotals = sums.new_empty(parts, len(sums), self.chunks.num_chunks)
-        tensors = (q, k, sums, weights, do, errors, dv, states, grads, self.chunks.table)
-        tensors += (dq, dk, dweights, dsums, dtotals, self.num_tokens, self.scale)
-        count = self.chunks.num_chunks * self.heads["HK"] * parts
-        self._run(backward.gradients, count, *tensors, shared_out=False)
+        dweights, dsums = (
+            dv.new_empty(parts, num_heads + self.num_heads, self.num_tokens, dtype=torch.float32) for _ in range(2)
+        )
+        dtotals = dweights.new_empty(parts, num_heads, self.chunks.num_chunks)
+        self._run(
+            backward.gradients, self.chunks.num_chunks * self.heads["HK"] * parts, shared_out=False, q=q, k=k,
+            sums=numbers.sums, weights=numbers.weights, do=do, errors=errors, derrors=dv, states=states, grads=grads,
+            chunks=self.chunks.table, dq=dq, dk=dk, dweights=dweights, dsums=dsums, dtotals=dtotals,
+            num_tokens=self.num_tokens, scale=self.scale,
+        )  # fmt: skip
         return dq, dk, dweights, dsums, dtotals
 
     def decay_gradients(self, dweights, dsums, dtotals, shape, decay_dtype, beta_dtype) -> tuple[Tensor, Tensor]:
         """dlog_decay, dbeta [B, T, HV]."""
         dlog_decay, dbeta = (dsums.new_empty(shape, dtype=dtype) for dtype in (decay_dtype, beta_dtype))
-        tensors = (dweights, dsums, dtotals, self.chunks.table, dbeta, dlog_decay, self.num_tokens)
-        count = self.chunks.num_chunks * self.heads["HV"]
-        self._run(backward.decay_gradients, count, *tensors, shared_out=False, PARTS=len(dtotals))
+        self._run(
+            backward.decay_gradients, self.chunks.num_chunks * self.heads["HV"], shared_out=False, PARTS=len(dtotals),
+            dweights=dweights, dsums=dsums, dtotals=dtotals, chunks=self.chunks.table, dbeta=dbeta, dlog=dlog_decay,
+            num_tokens=self.num_tokens,
+        )  # fmt: skip
         return dlog_decay, dbeta
 
     def _key_parts(self) -> int:

@@ -8,93 +8,91 @@ none of the inverse is needed. de is linear in the gradient G of the leaving sta
 import triton
 import triton.language as tl
 
-from ops.gated_delta_rule.triton_forward import matrix, rows
+from ops.gated_delta_rule.triton_forward import block, chunk_rows, put_block, rows, transposed, within
 
 
 @triton.jit
 def chunk_reads(
-    q, k, sums, weights, inverses, do, chunks, carried, local, num_tokens, scale,
+    q, k, sums, weights, leaves, inverses, do, chunks, enters, carried, local, num_tokens, scale,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What de is made of: with P = scale * tril(D (q k^T)), local [T, HV, V] = (I + L)^-T (beta P^T do), and carried
-    [T, HV, K] = (I + L)^-T (beta exp(total - b) k). Grid (M * HV).
+    """What de is made of: with P = scale * tril(D (q k^T)), local [M, HV, V, C] = ((I + L)^-T (beta P^T do))^T, and
+    carried [M, HV, C, K] = (I + L)^-T (beta exp(total - b) k). Grid (M * HV). fp32 enters [M, HV, C] are exp(b), zero
+    past a document's end.
     """
     m, h = tl.program_id(0) // HV, tl.program_id(0) % HV
     start, end = tl.load(chunks + m * 2), tl.load(chunks + m * 2 + 1)
-    ik, ic = tl.arange(0, BK), tl.arange(0, C)
+    ik, iv, ic = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
     inside = (start + ic) < end
-    keys = inside[:, None] & (ik < K)[None]
-    numbers = tl.cast(h, tl.int64) * num_tokens
-    key = tl.load(rows(k, start, h // (HV // HK), HK, K, ic, ik), mask=keys, other=0.0)
-    b = tl.load(sums + numbers + start + ic, mask=inside, other=0.0)
-    weight = tl.load(weights + numbers + start + ic, mask=inside, other=0.0)
-    total = tl.load(sums + numbers + end - 1)
-    inverse = tl.load(rows(inverses, start, h, HV, C, ic, ic), mask=inside[:, None], other=0.0)
-    scaled = (tl.trans(inverse) * (tl.exp(total - b) * weight)[None]).to(DOT)
-    carry = tl.dot(scaled, key, input_precision=PRECISION)
-    tl.store(rows(carried, start, h, HV, K, ic, ik), carry.to(DOT), mask=keys)
-    later = (ic[:, None] <= ic[None]) & inside[None]
-    decay = tl.exp(tl.where(later, b[None] - b[:, None], -float("inf"))) * (weight * scale)[:, None]
+    number = tl.cast(h, tl.int64) * num_tokens + start + ic
+    n = tl.program_id(0)
+    key = chunk_rows(k, start, end, h // (HV // HK), 0, HK, K, ic, ik, False)
+    b = tl.load(sums + number, mask=inside, other=0.0)
+    weight = tl.load(weights + number, mask=inside, other=0.0)
+    leave = tl.load(leaves + n * C + ic)
+    inverse = block(inverses, n, 0, 0, ic, ic, C, C, False)
+    causal = (ic[:, None] >= ic[None]) & inside[:, None]
+    decay = tl.exp(tl.where(causal, b[:, None] - b[None], -float("inf"))) * (weight * scale)[None]
     for first in range(0, V, BV):
-        iv = first + tl.arange(0, BV)
-        values = inside[:, None] & (iv < V)[None]
-        derror = tl.zeros((C, BV), tl.float32)
+        derror = tl.zeros((BV, C), tl.float32)
         for g in tl.static_range(H // HV):
             i = h * (H // HV) + g
-            query = tl.load(rows(q, start, i // (H // HQ), HQ, K, ic, ik), mask=keys, other=0.0)
-            dout = tl.load(rows(do, start, i, H, V, ic, iv), mask=values, other=0.0)
-            scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * decay
-            derror += tl.dot(scores.to(DOT), dout, input_precision=PRECISION)
-        derror = tl.dot(tl.trans(inverse), derror.to(DOT), input_precision=PRECISION)
-        tl.store(rows(local, start, h, HV, V, ic, iv), derror.to(DOT), mask=values)
+            query = chunk_rows(q, start, end, i // (H // HQ), 0, HQ, K, ic, ik, False)
+            dout = chunk_rows(do, start, end, i, first, H, V, ic, iv, False)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * decay
+            derror += tl.dot(tl.trans(dout), scores.to(DOT), input_precision=PRECISION)
+        derror = tl.dot(derror.to(DOT), inverse, input_precision=PRECISION)
+        put_block(local, n, first, iv, ic, derror.to(DOT), V, C, False)
+    scaled = (tl.trans(inverse) * leave[None]).to(DOT)
+    carry = tl.dot(scaled, key, input_precision=PRECISION)
+    put_block(carried, n, 0, ic, ik, carry.to(DOT), C, K, False)
+    tl.store(enters + n * C + ic, tl.where(inside, tl.exp(b), 0.0))
 
 
 @triton.jit
 def pass_gradients(
-    q, k, sums, do, carried, local, bounds, edges, dfinal, grads, dinitial, num_tokens, scale,
+    q, k, totals, enters, do, carried, local, bounds, edges, dfinal, grads, dv, dinitial, scale,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GIVEN: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GIVEN: tl.constexpr, BOXED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The state's gradient from each document's end to its start: grads [M, HV, K, V] of the states that leave its
-    chunks, and de in place of `local`. Grid (N * HV * V / BV).
+    """The state's gradient from each document's end to its start: grads [M, HV, V, K] of the states that leave its
+    chunks, and de as dv [T, HV, V]. Grid (N * HV * V / BV). Transposed as in `pass_states`.
     """
     PARTS: tl.constexpr = (V + BV - 1) // BV
     part, h, n = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS % HV, tl.program_id(0) // PARTS // HV
     first, last, lo = tl.load(bounds + n), tl.load(bounds + n + 1), tl.load(edges + n)
-    ik, iv, ic = tl.arange(0, BK), part * BV + tl.arange(0, BV), tl.arange(0, C)
-    whole = (ik < K)[:, None] & (iv < V)[None]
-    grad = tl.zeros((BK, BV), tl.float32)
+    ik, iv, ic = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
+    row = part * BV
+    whole = (ik < K)[None] & (row + iv < V)[:, None]
+    grad = tl.zeros((BV, BK), tl.float32)
     if GIVEN:
-        grad = tl.load(matrix(dfinal, n, h, HV, K, V, ik, iv), mask=whole, other=0.0).to(tl.float32)
-    numbers = tl.cast(h, tl.int64) * num_tokens
+        grad = tl.load(transposed(dfinal, n, h, HV, K, V, ik, row + iv), mask=whole, other=0.0).to(tl.float32)
     num_chunks = tl.cdiv(last - first, C)
+    upcoming = tl.load(totals + (lo + num_chunks - 1) * HV + h, mask=num_chunks > 0, other=0.0)
     for step in range(0, num_chunks):
         c = num_chunks - 1 - step
-        start = first + c * C
-        inside = (start + ic) < last
+        number, start = (lo + c) * HV + h, first + c * C
+        total = upcoming
+        upcoming = tl.load(totals + number - HV, mask=c > 0, other=0.0)
+        carry = block(carried, number, 0, 0, ic, ik, C, K, BOXED)
+        derror = block(local, number, row, 0, iv, ic, V, C, BOXED).to(tl.float32)
+        key = chunk_rows(k, start, last, h // (HV // HK), 0, HK, K, ic, ik, BOXED)
+        enter = tl.load(enters + number * C + ic)
         rounded = grad.to(DOT)
-        tl.store(matrix(grads, lo + c, h, HV, K, V, ik, iv), rounded, mask=whole)
-        keys = inside[:, None] & (ik < K)[None]
-        values = inside[:, None] & (iv < V)[None]
-        carry = tl.load(rows(carried, start, h, HV, K, ic, ik), mask=keys, other=0.0)
-        derror = tl.load(rows(local, start, h, HV, V, ic, iv), mask=values, other=0.0).to(tl.float32)
-        key = tl.load(rows(k, start, h // (HV // HK), HK, K, ic, ik), mask=keys, other=0.0)
-        total = tl.load(sums + numbers + tl.minimum(start + C, last) - 1)
-        enter = tl.exp(tl.load(sums + numbers + start + ic, mask=inside, other=0.0))
-        grad *= tl.exp(total)
+        put_block(grads, number, row, iv, ik, rounded, V, K, BOXED)
+        grad *= total
         for g in tl.static_range(H // HV):
             i = h * (H // HV) + g
-            query = tl.load(rows(q, start, i // (H // HQ), HQ, K, ic, ik), mask=keys, other=0.0)
-            dout = tl.load(rows(do, start, i, H, V, ic, iv), mask=values, other=0.0)
-            dout = (dout * (enter * scale)[:, None]).to(DOT)
-            grad += tl.dot(tl.trans(query), dout, input_precision=PRECISION)
-        derror += tl.dot(carry, rounded, input_precision=PRECISION)
-        tl.store(rows(local, start, h, HV, V, ic, iv), derror.to(DOT), mask=values)
-        recalled = (derror * -enter[:, None]).to(DOT)
-        grad += tl.dot(tl.trans(key), recalled, input_precision=PRECISION)
-    tl.store(matrix(dinitial, n, h, HV, K, V, ik, iv), grad, mask=whole)
+            query = chunk_rows(q, start, last, i // (H // HQ), 0, HQ, K, ic, ik, BOXED)
+            dout = tl.trans(chunk_rows(do, start, last, i, row, H, V, ic, iv, BOXED))
+            grad += tl.dot((dout * (enter * scale)[None]).to(DOT), query, input_precision=PRECISION)
+        derror += tl.dot(rounded, tl.trans(carry), input_precision=PRECISION)
+        values = within(start + ic, row + iv, last, V)
+        tl.store(rows(dv, start, h, HV, V, ic, row + iv), tl.trans(derror.to(DOT)), mask=values)
+        grad += tl.dot((derror * -enter[None]).to(DOT), key, input_precision=PRECISION)
+    tl.store(transposed(dinitial, n, h, HV, K, V, ik, row + iv), grad, mask=whole)
 
 
 @triton.jit
@@ -115,9 +113,10 @@ def gradients(
     part, hk, m = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS % HK, tl.program_id(0) // PARTS // HK
     num_chunks = tl.num_programs(0) // PARTS // HK
     start, end = tl.load(chunks + m * 2), tl.load(chunks + m * 2 + 1)
-    ik, ic = part * BK + tl.arange(0, BK), tl.arange(0, C)
+    ik, iv, ic = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
+    column = part * BK
     inside = (start + ic) < end
-    keys = inside[:, None] & (ik < K)[None]
+    keys = within(start + ic, column + ik, end, K)
     dkey = tl.zeros((C, BK), tl.float32)
     for h in range(hk * (HV // HK), (hk + 1) * (HV // HK)):
         number = tl.cast(h, tl.int64) * num_tokens + start
@@ -125,17 +124,14 @@ def gradients(
         b = tl.load(sums + number + ic, mask=inside, other=0.0)
         weight = tl.load(weights + number + ic, mask=inside, other=0.0)
         through = tl.zeros((C, BK), tl.float32)
-        kept = tl.zeros((BK,), tl.float32)
+        kept = tl.zeros((BV,), tl.float32)
         for first in range(0, V, BV):
-            iv = first + tl.arange(0, BV)
-            whole = (ik < K)[:, None] & (iv < V)[None]
-            values = inside[:, None] & (iv < V)[None]
-            state = tl.load(matrix(states, m, h, HV, K, V, ik, iv), mask=whole, other=0.0)
-            grad = tl.load(matrix(grads, m, h, HV, K, V, ik, iv), mask=whole, other=0.0)
-            error = tl.load(rows(errors, start, h, HV, V, ic, iv), mask=values, other=0.0)
-            through += tl.dot(error, tl.trans(grad), input_precision=PRECISION)
+            state = block(states, m * HV + h, first, column, iv, ik, V, K, False)
+            grad = block(grads, m * HV + h, first, column, iv, ik, V, K, False)
+            error = block(errors, m * HV + h, first, 0, iv, ic, V, C, False)
+            through += tl.dot(tl.trans(error), grad, input_precision=PRECISION)
             kept += tl.sum(state.to(tl.float32) * grad.to(tl.float32), 1)
-        key = tl.load(rows(k, start, hk, HK, K, ic, ik), mask=keys, other=0.0)
+        key = chunk_rows(k, start, end, hk, column, HK, K, ic, ik, False)
         dweight = tl.sum(through * key.to(tl.float32), 1) * tl.exp(total - b)
         dtotal = tl.sum(kept) * tl.exp(total) + tl.sum(dweight * weight)
         tl.store(dtotals + (part * HV + h) * num_chunks + m, dtotal)
@@ -143,22 +139,17 @@ def gradients(
         through = tl.zeros((C, BK), tl.float32)
         dlower = tl.zeros((C, C), tl.float32)
         for first in range(0, V, BV):
-            iv = first + tl.arange(0, BV)
-            whole = (ik < K)[:, None] & (iv < V)[None]
-            values = inside[:, None] & (iv < V)[None]
-            state = tl.load(matrix(states, m, h, HV, K, V, ik, iv), mask=whole, other=0.0)
-            error = tl.load(rows(errors, start, h, HV, V, ic, iv), mask=values, other=0.0)
-            derror = tl.load(rows(derrors, start, h, HV, V, ic, iv), mask=values, other=0.0)
-            through += tl.dot(derror, tl.trans(state), input_precision=PRECISION)
-            dlower += tl.dot(derror, tl.trans(error), input_precision=PRECISION)
+            state = block(states, m * HV + h, first, column, iv, ik, V, K, False)
+            error = block(errors, m * HV + h, first, 0, iv, ic, V, C, False)
+            derror = chunk_rows(derrors, start, end, h, first, HV, V, ic, iv, False)
+            through += tl.dot(derror, state, input_precision=PRECISION)
+            dlower += tl.dot(derror, error, input_precision=PRECISION)
         through *= -tl.exp(b)[:, None]
         db = tl.sum(through * key.to(tl.float32), 1)
         dkey += through
         products = tl.zeros((C, C), tl.float32)
         for first in range(0, K, BK):
-            some = first + tl.arange(0, BK)
-            mask = inside[:, None] & (some < K)[None]
-            other = tl.load(rows(k, start, hk, HK, K, ic, some), mask=mask, other=0.0)
+            other = chunk_rows(k, start, end, hk, first, HK, K, ic, ik, False)
             products += tl.dot(other, tl.trans(other), input_precision=PRECISION)
         before = (ic[:, None] > ic[None]) & inside[:, None]
         dlower *= -tl.exp(tl.where(before, b[:, None] - b[None], -float("inf")))
@@ -182,24 +173,19 @@ def gradients(
             through = tl.zeros((C, BK), tl.float32)
             dscores = tl.zeros((C, C), tl.float32)
             for first in range(0, V, BV):
-                iv = first + tl.arange(0, BV)
-                whole = (ik < K)[:, None] & (iv < V)[None]
-                values = inside[:, None] & (iv < V)[None]
-                state = tl.load(matrix(states, m, h, HV, K, V, ik, iv), mask=whole, other=0.0)
-                error = tl.load(rows(errors, start, h, HV, V, ic, iv), mask=values, other=0.0)
-                dout = tl.load(rows(do, start, i, H, V, ic, iv), mask=values, other=0.0)
-                through += tl.dot(dout, tl.trans(state), input_precision=PRECISION)
-                dscores += tl.dot(dout, tl.trans(error), input_precision=PRECISION)
-            query = tl.load(rows(q, start, hq, HQ, K, ic, ik), mask=keys, other=0.0)
+                state = block(states, m * HV + h, first, column, iv, ik, V, K, False)
+                error = block(errors, m * HV + h, first, 0, iv, ic, V, C, False)
+                dout = chunk_rows(do, start, end, i, first, H, V, ic, iv, False)
+                through += tl.dot(dout, state, input_precision=PRECISION)
+                dscores += tl.dot(dout, error, input_precision=PRECISION)
+            query = chunk_rows(q, start, end, hq, column, HQ, K, ic, ik, False)
             through *= (tl.exp(b) * scale)[:, None]
             db = tl.sum(through * query.to(tl.float32), 1)
             dquery += through
             scores = tl.zeros((C, C), tl.float32)
             for first in range(0, K, BK):
-                some = first + tl.arange(0, BK)
-                mask = inside[:, None] & (some < K)[None]
-                left = tl.load(rows(q, start, hq, HQ, K, ic, some), mask=mask, other=0.0)
-                right = tl.load(rows(k, start, hk, HK, K, ic, some), mask=mask, other=0.0)
+                left = chunk_rows(q, start, end, hq, first, HQ, K, ic, ik, False)
+                right = chunk_rows(k, start, end, hk, first, HK, K, ic, ik, False)
                 scores += tl.dot(left, tl.trans(right), input_precision=PRECISION)
             causal = (ic[:, None] >= ic[None]) & inside[:, None]
             dscores *= tl.exp(tl.where(causal, b[:, None] - b[None], -float("inf"))) * scale
@@ -212,14 +198,14 @@ def gradients(
                 dweight += columns + itself
                 db += tl.sum(scores * weight[None], 1) - columns * weight
             rounded = (dscores * weight[None]).to(DOT)
-            key = tl.load(rows(k, start, hk, HK, K, ic, ik), mask=keys, other=0.0)
+            key = chunk_rows(k, start, end, hk, column, HK, K, ic, ik, False)
             dkey += tl.dot(tl.trans(rounded), query, input_precision=PRECISION)
             dquery += tl.dot(rounded, key, input_precision=PRECISION)
             slot = tl.cast(part * (HV + H) + HV + i, tl.int64) * num_tokens + start + ic
             tl.store(dweights + slot, dweight, mask=inside)
             tl.store(dsums + slot, db, mask=inside)
-        tl.store(rows(dq, start, hq, HQ, K, ic, ik), dquery.to(dq.dtype.element_ty), mask=keys)
-    tl.store(rows(dk, start, hk, HK, K, ic, ik), dkey.to(dk.dtype.element_ty), mask=keys)
+        tl.store(rows(dq, start, hq, HQ, K, ic, column + ik), dquery.to(dq.dtype.element_ty), mask=keys)
+    tl.store(rows(dk, start, hk, HK, K, ic, column + ik), dkey.to(dk.dtype.element_ty), mask=keys)
 
 
 @triton.jit

@@ -81,7 +81,10 @@ def gla_output(
     scale: Optional[float] = None,
     cu_seqlens: Optional[Tensor] = None,
 ) -> Tensor:
-    """o [1, T, Hq, V] of one shard, given the state [Hkv, K, V] (fp32) that enters its document 0; see gla_state."""
+    """o [1, T, Hq, V] of one shard, given the state [Hkv, K, V] (fp32) that enters its document 0; see gla_state.
+
+    Equal to gla without the state and then ops.gla_carry, for which the state may arrive later.
+    """
     _check(k, v, log_decay, cu_seqlens, q=q, single=True)
     _check_state("state_in", state_in, (k.shape[2], k.shape[3], v.shape[3]))
     return implementation("gla", "gla_output", q)(q, k, v, log_decay, state_in, scale=scale, cu_seqlens=cu_seqlens)

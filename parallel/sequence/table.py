@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ops
 from parallel.layout import SequenceAlgorithm
-from parallel.sequence import halo, lasp2
+from parallel.sequence import halo, lasp2, states, zeco
 from parallel.sequence.ulysses import Ulysses, heads_problem
 
 Mixing = Callable[..., Tensor]
@@ -43,7 +43,11 @@ def mixing(
 def pair_problem(
     symbol: str, algorithm: SequenceAlgorithm, *, sp: int, num_kv_heads: int, window: int | None, seq_len: int
 ) -> str | None:
-    """Why a mixer cannot use an algorithm on this sp (begins with `layout.`), or None."""
+    """Why a mixer cannot use an algorithm on this sp (begins with `layout.`), or None. auto: of all it may choose."""
+    sizes = dict(sp=sp, num_kv_heads=num_kv_heads, window=window, seq_len=seq_len)
+    if algorithm is SequenceAlgorithm.auto:
+        problems = [pair_problem(symbol, other, **sizes) for other in candidates(symbol)]
+        return None if None in problems else problems[0]
     choice, key = TABLE[symbol][algorithm], f"layout.sp_algorithm.{symbol}={algorithm.name}"
     if isinstance(choice, str):
         return f"{key}: {choice}"
@@ -52,6 +56,11 @@ def pair_problem(
     if sp > 1 and algorithm is SequenceAlgorithm.halo and window > seq_len:
         return f"{key}: the window of {window} tokens is longer than seq_len={seq_len}; choose ulysses"
     return None
+
+
+def candidates(symbol: str) -> list[SequenceAlgorithm]:
+    """The algorithms that carry a mixer at all."""
+    return [algorithm for algorithm, choice in TABLE[symbol].items() if not isinstance(choice, str)]
 
 
 def _gla_by_heads(*, num_heads: int, num_kv_heads: int, window: None, group) -> Mixing:
@@ -63,8 +72,8 @@ def _gla_by_heads(*, num_heads: int, num_kv_heads: int, window: None, group) -> 
     return gla
 
 
-def _gla_by_states(*, num_heads: int, num_kv_heads: int, window: None, group) -> Mixing:
-    return partial(lasp2.gla, group=group)
+def _gla_by_states(exchange: states.Exchange, *, num_heads: int, num_kv_heads: int, window: None, group) -> Mixing:
+    return partial(states.gla, group=group, exchange=exchange, overlap=states.spans_hosts(group))
 
 
 def _attention_by_heads(*, num_heads: int, num_kv_heads: int, window: int | None, group) -> Mixing:
@@ -86,16 +95,19 @@ TABLE: dict[str, dict[SequenceAlgorithm, Callable[..., Mixing] | str]] = {
     "F": {
         SequenceAlgorithm.ulysses: _attention_by_heads,
         SequenceAlgorithm.lasp2: _NO_STATE.format("ulysses"),
+        SequenceAlgorithm.zeco: _NO_STATE.format("ulysses"),
         SequenceAlgorithm.halo: "full attention sees the whole document, which no halo holds; choose ulysses",
     },
     "S": {
         SequenceAlgorithm.ulysses: _attention_by_heads,
         SequenceAlgorithm.lasp2: _NO_STATE.format("halo or ulysses"),
+        SequenceAlgorithm.zeco: _NO_STATE.format("halo or ulysses"),
         SequenceAlgorithm.halo: _attention_by_halo,
     },
     "L": {
         SequenceAlgorithm.ulysses: _gla_by_heads,
-        SequenceAlgorithm.lasp2: _gla_by_states,
-        SequenceAlgorithm.halo: "linear attention sees the whole document, no window of it; choose lasp2 or ulysses",
+        SequenceAlgorithm.lasp2: partial(_gla_by_states, lasp2.exchange),
+        SequenceAlgorithm.zeco: partial(_gla_by_states, zeco.exchange),
+        SequenceAlgorithm.halo: "linear attention sees the whole document, no window of it; choose lasp2 or zeco",
     },
 }

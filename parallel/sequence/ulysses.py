@@ -14,7 +14,8 @@ from torch import Tensor
 
 from parallel.collectives import all_to_all
 
-_PAD = -1
+PAD = -1
+"""In a plan of heads: one of zeros."""
 _NAME = "ulysses all-to-all"
 
 
@@ -26,8 +27,8 @@ def head_plan(*, num_heads: int, num_kv_heads: int, sp: int) -> tuple[list[int],
     group = num_heads // num_kv_heads
     if sp <= num_kv_heads:
         padded = -(-num_kv_heads // sp) * sp
-        kv = [head if head < num_kv_heads else _PAD for head in range(padded)]
-        q = [head if head < num_heads else _PAD for head in range(padded * group)]
+        kv = [head if head < num_kv_heads else PAD for head in range(padded)]
+        q = [head if head < num_heads else PAD for head in range(padded * group)]
         return q, kv
     problem = heads_problem(num_kv_heads=num_kv_heads, sp=sp)
     if problem:
@@ -35,7 +36,7 @@ def head_plan(*, num_heads: int, num_kv_heads: int, sp: int) -> tuple[list[int],
     copies = sp // num_kv_heads
     padded_group = -(-group // copies) * copies
     kv = [head for head in range(num_kv_heads) for _ in range(copies)]
-    q = [head * group + i if i < group else _PAD for head in range(num_kv_heads) for i in range(padded_group)]
+    q = [head * group + i if i < group else PAD for head in range(num_kv_heads) for i in range(padded_group)]
     return q, kv
 
 
@@ -61,19 +62,26 @@ class Ulysses:
         """Whole sequence, this rank's heads: q [1,T/sp,Hq,D] -> [1,T,Hq',D], each kv [1,T/sp,Hkv,D] -> [1,T,Hkv',D]."""
         if self.group.size() == 1:
             return (q, *kv)
-        q = self._send(q, self.q_heads)
-        return (q, *(self._send(x, self.kv_heads) for x in kv))
+        q = to_heads(q, self.q_heads, self.group)
+        return (q, *(to_heads(x, self.kv_heads, self.group) for x in kv))
 
     def scatter(self, o: Tensor) -> Tensor:
         """The way back for the output. o [1,T,Hq',V] -> [1,T/sp,Hq,V]."""
         if self.group.size() == 1:
             return o
-        o = all_to_all(o, group=self.group, split_dim=1, concat_dim=2, name=_NAME)
-        slots = [self.q_heads.index(head) for head in range(self.num_heads)]
-        return o if slots == list(range(o.shape[2])) else o[:, :, slots]
+        return to_tokens(o, self.q_heads, self.num_heads, self.group)
 
-    def _send(self, x: Tensor, heads: list[int]) -> Tensor:
-        if heads != list(range(x.shape[2])):
-            zeros = x.new_zeros(*x.shape[:2], 1, *x.shape[3:])
-            x = torch.cat([x, zeros], dim=2)[:, :, heads]
-        return all_to_all(x, group=self.group, split_dim=2, concat_dim=1, name=_NAME)
+
+def to_heads(x: Tensor, heads: list[int], group) -> Tensor:
+    """x [1,T/sp,H,...] -> [1,T,len(heads)/sp,...]: this rank's part of `heads`, of the whole sequence."""
+    if heads != list(range(x.shape[2])):
+        zeros = x.new_zeros(*x.shape[:2], 1, *x.shape[3:])
+        x = torch.cat([x, zeros], dim=2)[:, :, heads]
+    return all_to_all(x, group=group, split_dim=2, concat_dim=1, name=_NAME)
+
+
+def to_tokens(o: Tensor, heads: list[int], num_heads: int, group) -> Tensor:
+    """The way back of `to_heads`: o [1,T,len(heads)/sp,V] -> [1,T/sp,num_heads,V]."""
+    o = all_to_all(o, group=group, split_dim=1, concat_dim=2, name=_NAME)
+    slots = [heads.index(head) for head in range(num_heads)]
+    return o if slots == list(range(o.shape[2])) else o[:, :, slots]

@@ -1,6 +1,6 @@
 """FlexAttention as a peer of ops.attention: causal, sliding window, packed documents, sinks before the keys.
 
-Every mask here is "the sinks, and keys first[t] .. t of query t", so its block mask follows from `first` alone, without
+Every mask here is "the sinks, and keys first[t] .. t of token t", so its block mask follows from `first` alone, without
 a matrix of all pairs of tokens.
 """
 
@@ -23,10 +23,10 @@ def flex_version(window: Optional[int]) -> Version:
     """The peer; the mask is made beforehand, as one mask serves all layers of a step."""
 
     def prepare(inputs: Inputs) -> Inputs:
-        num_tokens, device = inputs["q"].shape[1], inputs["q"].device
+        num_tokens, device = inputs["k"].shape[1], inputs["k"].device
         first = documents.first_visible(inputs.get("cu_seqlens"), window, num_tokens=num_tokens, device=device)
         num_sinks = len(inputs["sink_k"]) if "sink_k" in inputs else 0
-        return {**inputs, "mask": block_mask(first, num_sinks)}
+        return {**inputs, "mask": block_mask(first, num_sinks, num_tokens - inputs["q"].shape[1])}
 
     return Version("FlexAttention", _load, prepare)
 
@@ -46,14 +46,15 @@ def _load() -> Callable[[Inputs], tuple[Tensor, ...]]:
     return call
 
 
-def block_mask(first: Tensor, num_sinks: int = 0) -> BlockMask:
-    """The mask of first int64 [T], non-decreasing, over num_sinks sinks and then T keys.
+def block_mask(first: Tensor, num_sinks: int = 0, ahead: int = 0) -> BlockMask:
+    """The mask of first int64 [T], non-decreasing, over num_sinks sinks and then T keys, for the queries of all tokens
+    but the first `ahead`.
 
     The keys that a block of queries sees are one range, from its first query's first key to its last query; the keys
     that all of its queries see run from its last query's first key to its first query.
     """
     num_tokens, device = len(first), first.device
-    top = torch.arange(0, num_tokens, BLOCK_TOKENS, device=device)
+    top = torch.arange(ahead, num_tokens, BLOCK_TOKENS, device=device)
     bottom = (top + BLOCK_TOKENS - 1).clamp(max=num_tokens - 1)
     top, bottom = top[:, None], bottom[:, None]
     left = torch.arange(0, num_tokens + num_sinks, BLOCK_TOKENS, device=device) - num_sinks
@@ -64,17 +65,17 @@ def block_mask(first: Tensor, num_sinks: int = 0) -> BlockMask:
 
     def with_sinks(row, head, query, key):
         token = key - num_sinks
-        return (token < 0) | ((token <= query) & (token >= first[query]))
+        return (token < 0) | ((token <= ahead + query) & (token >= first[ahead + query]))
 
     def without_sinks(row, head, query, key):
-        return (key <= query) & (key >= first[query])
+        return (key <= ahead + query) & (key >= first[ahead + query])
 
     return BlockMask.from_kv_blocks(
         *_ordered(seen & ~whole),
         *_ordered(whole),
         BLOCK_SIZE=BLOCK_TOKENS,
         mask_mod=with_sinks if num_sinks else without_sinks,
-        seq_lengths=(num_tokens, num_tokens + num_sinks),
+        seq_lengths=(num_tokens - ahead, num_tokens + num_sinks),
     )
 
 

@@ -89,8 +89,12 @@ def _linear_attention(model: ModelConfig) -> list[Case]:
 def _softmax_attention(model: ModelConfig) -> list[Case]:
     heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_dim
 
-    def inputs(draw: Draw, num_tokens: int, *, documents: bool, num_sinks: int) -> dict[str, Tensor]:
+    def inputs(
+        draw: Draw, num_tokens: int, *, documents: bool, num_sinks: int, halo: bool = False
+    ) -> dict[str, Tensor]:
         found = dict(zip("qkv", _qkv(draw, num_tokens, heads, kv_heads, size)))
+        if halo:
+            found["q"] = _decided(found["q"][:, halo_tokens(num_tokens) :].clone())
         if documents:
             found["cu_seqlens"] = draw.constant(document_edges(num_tokens), torch.int32)
         if num_sinks:
@@ -101,15 +105,18 @@ def _softmax_attention(model: ModelConfig) -> list[Case]:
         options = {name: x[name] for name in ("cu_seqlens", "sink_k", "sink_v") if name in x}
         return (functions["attention"](x["q"], x["k"], x["v"], window=window, **options),)
 
-    def case(name: str, window: Optional[int], *, documents: bool = False, num_sinks: int = 0) -> Case:
+    def case(
+        name: str, window: Optional[int], *, documents: bool = False, num_sinks: int = 0, halo: bool = False
+    ) -> Case:
         def flops(num_tokens: int) -> float:
             edges = document_edges(num_tokens) if documents else [0, num_tokens]
-            return 4.0 * size * heads * (visible_pairs(edges, window) + num_sinks * num_tokens)
+            without = visible_pairs([0, halo_tokens(num_tokens)], window) if halo else 0
+            return 4.0 * size * heads * (visible_pairs(edges, window) - without + num_sinks * num_tokens)
 
         return Case(
             "attention",
             name,
-            partial(inputs, documents=documents, num_sinks=num_sinks),
+            partial(inputs, documents=documents, num_sinks=num_sinks, halo=halo),
             partial(call, window=window),
             flops=flops,
             peers=ops_peers.attention_peers(window, documents=documents, sinks=bool(num_sinks)),
@@ -136,6 +143,7 @@ def _softmax_attention(model: ModelConfig) -> list[Case]:
         case(f"window {window}", window),
         case(f"window {window}, documents", window, documents=True),
         case(f"window {window}, {NUM_SINKS} sinks", window, num_sinks=NUM_SINKS),
+        case(f"window {window}, halo", window, halo=True),
         moba,
     ]
 
@@ -271,6 +279,11 @@ def _spikes(model: ModelConfig) -> list[Case]:
 def document_edges(num_tokens: int) -> list[int]:
     """cu_seqlens of the packed cases."""
     return [int(part * num_tokens) for part in EDGES]
+
+
+def halo_tokens(num_tokens: int) -> int:
+    """Tokens at the front of a row that have keys and no queries, in the halo case."""
+    return num_tokens // 4
 
 
 def visible_pairs(edges: list[int], window: Optional[int]) -> int:

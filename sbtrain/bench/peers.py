@@ -31,39 +31,35 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Work:
-    """One step: the model and a batch of documents of one length. tokens, labels: int64 [documents, seq_len], CPU."""
+    """One step: the model, and for every data-parallel rank micro_batch documents of seq_len random tokens."""
 
     model: ModelConfig
     precision: Precision
     recompute: Recompute
-    tokens: Tensor
-    labels: Tensor
+    micro_batch: int
+    seq_len: int
+    layout: Layout = Layout()
 
-    @property
-    def seq_len(self) -> int:
-        """Tokens of a document."""
-        return self.tokens.shape[1]
-
-    @classmethod
-    def random(cls, model: ModelConfig, *, precision: Precision, recompute: Recompute, micro_batch: int, seq_len: int):
-        """Documents of random tokens; the last token of each predicts nothing."""
-        tokens = torch.randint(model.vocab_size, (micro_batch, seq_len), generator=torch.Generator().manual_seed(0))
+    def batch(self, dp_rank: int = 0) -> tuple[Tensor, Tensor]:
+        """Tokens and labels int64 [documents, seq_len] on the CPU; the last token of each predicts nothing."""
+        shape, generator = (self.micro_batch, self.seq_len), torch.Generator().manual_seed(dp_rank)
+        tokens = torch.randint(self.model.vocab_size, shape, generator=generator)
         labels = tokens.roll(-1, 1)
         labels[:, -1] = IGNORE
-        return cls(model, precision, recompute, tokens, labels)
+        return tokens, labels
 
-    def row(self) -> Row:
+    def row(self, dp_rank: int = 0) -> Row:
         """The batch as the engine takes it: one row of packed documents."""
-        num_documents, seq_len = self.tokens.shape
-        edges = torch.arange(num_documents + 1, dtype=torch.int32) * seq_len
-        return Row(self.tokens.flatten(), self.labels.flatten(), edges)
+        tokens, labels = self.batch(dp_rank)
+        edges = torch.arange(self.micro_batch + 1, dtype=torch.int32) * self.seq_len
+        return Row(tokens.flatten(), labels.flatten(), edges)
 
 
 class EnginePeer:
-    """What training runs on one rank, the loader excluded."""
+    """What training runs on the ranks of this world, the loader excluded. Collective in all that it does."""
 
     def __init__(self, work: Work):
-        self.mesh, self.engine = Mesh.build(Layout()), None
+        self.mesh, self.engine = Mesh.build(work.layout), None
         try:
             model = build_model(
                 work.model, self.mesh, precision=work.precision, recompute=work.recompute, seq_len=work.seq_len
@@ -76,7 +72,7 @@ class EnginePeer:
         except BaseException:
             self.close()
             raise
-        self.rows = [work.row()]
+        self.rows, self.sp_choices = [work.row(self.mesh.dp_rank)], model.sp_choices
 
     def step(self, mark: Mark):
         """See the module."""
@@ -97,7 +93,7 @@ class EnginePeer:
 
 
 class HandPeer:
-    """The same parts without a framework."""
+    """The same parts without a framework, on one rank."""
 
     def __init__(self, work: Work):
         place = device()
@@ -115,7 +111,7 @@ class HandPeer:
             self.model.compile_layers()
             self.kernel_choice = lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
         self.optimizer = MasterAdamW(list(self.model.parameters()), optim=OptimConfig(), lr=LEARNING_RATE)
-        self.tokens, self.labels = work.tokens.to(place), work.labels.to(place)
+        self.tokens, self.labels = (x.to(place) for x in work.batch())
 
     def step(self, mark: Mark):
         """See the module."""

@@ -45,11 +45,13 @@ def summarize(found: list[trace.Kernel], *, num_steps: int, flops: dict[str, flo
     """Shares by category, the largest kernels and the idle share, as values and as text."""
     step_ms, busy_ms = (us / 1e3 / num_steps for us in (trace.span_us(found), trace.busy_us(found)))
     idle = 1 - busy_ms / step_ms
+    exposed = {name: trace.exposed_us(found, name) / 1e3 / num_steps for name in ("sp", "collectives")}
     categories = {name: us / 1e3 / num_steps for name, us in trace.by_category(found).items()}
     shares = [
         (name, f"{ms:.2f}", f"{ms / step_ms:.1%}", f"{flops[name] / ms / 1e9:.0f}" if flops.get(name) else "-")
         for name, ms in categories.items()
     ]
+    shares += [(f"{name}, exposed", f"{ms:.2f}", f"{ms / step_ms:.1%}", "-") for name, ms in exposed.items() if ms]
     shares.append(("idle", f"{step_ms - busy_ms:.2f}", f"{idle:.1%}", "-"))
     tops = [
         {"kernel": name, "owner": owner, "category": category, "runs": runs / num_steps, "ms": us / 1e3 / num_steps}
@@ -69,6 +71,7 @@ def summarize(found: list[trace.Kernel], *, num_steps: int, flops: dict[str, flo
         "step_ms": step_ms,
         "idle_share": idle,
         "categories_ms": categories,
+        "exposed_ms": exposed,
         "kernels": tops,
         "text": text,
     }

@@ -21,6 +21,9 @@ _KERNELS = (
     ("gla", re.compile(r"gla|chunk_(fwd|bwd)_kernel|cumsum", re.I)),
     ("loss", re.compile(r"cross_entropy|softmax|nll_loss", re.I)),
 )
+_COMMUNICATION = re.compile(r"nccl|mccl", re.I)
+_SEQUENCE = re.compile(r"_Leave|_Enter|_Fetch|_AllToAll")
+"""The autograd functions that call sequence parallelism's collectives (parallel/)."""
 _OWNERS = (
     ("optimizer", re.compile(r"bench: optimizer")),
     ("attention", re.compile(r"scaled_dot_product|flex_attention", re.I)),
@@ -52,7 +55,10 @@ class Kernel:
 
     @property
     def category(self) -> str:
-        """gemm, attention, gla, loss, norm, swiglu, rope, embedding, optimizer, ... or other."""
+        """gemm, attention, gla, loss, norm, swiglu, rope, embedding, optimizer, ... or other; of collectives, `sp` for
+        those of sequence parallelism and `collectives` for the others."""
+        if _COMMUNICATION.search(self.name):
+            return "sp" if _SEQUENCE.search(" ".join(self.owners)) else "collectives"
         if _GEMM.search(self.name):
             return "gemm"
         owners = " ".join(self.owners)
@@ -75,12 +81,32 @@ def kernels(events: list[dict]) -> list[Kernel]:
 
 def busy_us(found: list[Kernel]) -> float:
     """Time during which at least one kernel ran; kernels by start."""
-    total, end = 0.0, float("-inf")
+    return sum(stop - start for start, stop in _merged(found))
+
+
+def exposed_us(found: list[Kernel], category: str) -> float:
+    """Time during which a collective of this category runs and nothing that computes; kernels by start."""
+    wanted = _merged([kernel for kernel in found if kernel.category == category])
+    computing = _merged([kernel for kernel in found if kernel.category not in ("sp", "collectives")])
+    hidden = sum(
+        max(0.0, min(stop, other_stop) - max(start, other_start))
+        for start, stop in wanted
+        for other_start, other_stop in computing
+        if other_start < stop and start < other_stop
+    )
+    return sum(stop - start for start, stop in wanted) - hidden
+
+
+def _merged(found: list[Kernel]) -> list[tuple[float, float]]:
+    """(start, end) of the stretches during which one of the kernels runs at least."""
+    stretches: list[tuple[float, float]] = []
     for kernel in found:
         stop = kernel.start_us + kernel.duration_us
-        total += max(0.0, stop - max(kernel.start_us, end))
-        end = max(end, stop)
-    return total
+        if stretches and kernel.start_us <= stretches[-1][1]:
+            stretches[-1] = stretches[-1][0], max(stop, stretches[-1][1])
+        else:
+            stretches.append((kernel.start_us, stop))
+    return stretches
 
 
 def span_us(found: list[Kernel]) -> float:

@@ -1,4 +1,5 @@
-"""bench train: the engine's training step beside the same parts assembled by hand, one after the other in one process.
+"""bench train: the engine's training step beside the same parts assembled by hand, one after the other in one process;
+under torchrun, the engine's step on layouts of sequence parallelism.
 
 Peers run in the order given, and all of them again in every round, so that a drift of the machine shows as a difference
 between rounds and not between peers. They start from the same weights and run the same batch: their first losses and
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import ops
+from parallel.layout import Layout
 from parallel.mesh import device, start_distributed
 from sbtrain.bench.hand_kernels import kernel_names
+from sbtrain.bench.layouts import check_world, sequence_layout_of
 from sbtrain.bench.options import demand_positive
 from sbtrain.bench.peers import PEERS, Work
 from sbtrain.bench.profile import profile_steps
@@ -37,7 +41,9 @@ class TrainOptions:
     """Keys of `bench.py train`.
 
     model: `tiny` or a recipe whose shape is taken (7b: Qwen2.5-7B). layers: depth. patterns: layer patterns, run one
-    after the other. seq_len: tokens of a document; micro_batch: documents a step. steps: timed ones, after warmup.
+    after the other. seq_len: tokens of a document on each of its ranks; micro_batch: documents a row. sp: over how many
+    ranks a document is cut, with seq_len tokens on each: N, or N:lasp2, N:zeco, N:ulysses for the way of its linear
+    attention; several are run one after the other, each on all ranks of torchrun. steps: timed ones, after warmup.
     rounds: how often all peers run. profile: where the time of each peer goes, in the first round.
     peak_tflops: of the device; 0 takes it by the device's name. out: folder of bench_train.json and profiles.
     """
@@ -47,6 +53,7 @@ class TrainOptions:
     patterns: tuple[str, ...] = ("LS",)
     seq_len: int = 8192
     micro_batch: int = 1
+    sp: tuple[str, ...] = ("1",)
     precision: Precision = Precision.bf16
     recompute: Recompute = Recompute.none
     steps: int = 10
@@ -68,6 +75,8 @@ def bench_train(options: TrainOptions, command: str) -> int:
         raise ValueError(f"peers={unknown[0]} is not known; choose from: {', '.join(PEERS)}")
     models = [model_config(options.model, num_layers=options.layers, pattern=name) for name in options.patterns]
     start_distributed()
+    layouts = {name: sequence_layout_of(name) for name in options.sp}
+    check_world(layouts, options.peers)
     report = {
         "benchmark": "train",
         "command": command,
@@ -80,33 +89,39 @@ def bench_train(options: TrainOptions, command: str) -> int:
         "results": [],
         "comparisons": [],
     }
-    save(options.out, FILE, report)
-    print(_title(report))
+    _keep(options, report)
+    _say(_title(report))
     for model in models:
-        _bench_model(model, options, report)
-    path = save(options.out, FILE, report)
-    print(f"\n{summary(report)}\n\n{path}")
+        for name, layout in layouts.items():
+            _bench_model(model, name, layout, options, report)
+    path = _keep(options, report)
+    _say(f"\n{summary(report)}\n\n{path}")
     return 0 if all(comparison["agree"] for comparison in report["comparisons"]) else 1
 
 
-def _bench_model(model: ModelConfig, options: TrainOptions, report: dict) -> None:
-    """All rounds of one pattern; the report is saved after every peer."""
-    work = Work.random(
-        model,
-        precision=options.precision,
-        recompute=options.recompute,
-        micro_batch=options.micro_batch,
-        seq_len=options.seq_len,
-    )
+def _keep(options: TrainOptions, report: dict) -> Path | None:
+    """Save the report, on rank 0."""
+    return save(options.out, FILE, report) if dist.get_rank() == 0 else None
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def _bench_model(model: ModelConfig, sp: str, layout: Layout, options: TrainOptions, report: dict) -> None:
+    """All rounds of one pattern on one layout; the report is saved after every peer."""
+    seq_len = options.seq_len * layout.sp
+    work = Work(model, options.precision, options.recompute, options.micro_batch, seq_len, layout)
     for number in range(1, options.rounds + 1):
         by_peer = {}
         for name in options.peers:
-            result = {"pattern": model.pattern, "round": number, "peer": name}
+            result = {"pattern": model.pattern, "round": number, "peer": name, "sp": sp}
             result.update(_measure(name, work, options, peak=report["peak_tflops"], profiled=number == 1))
             by_peer[name] = result
             report["results"].append(result)
-            save(options.out, FILE, report)
-            print(_line(result), flush=True)
+            _keep(options, report)
+            _say(_line(result))
         if not {"engine", "hand"} - by_peer.keys():
             comparison = compare(by_peer["engine"], by_peer["hand"], options.precision)
             if comparison is not None:
@@ -143,6 +158,7 @@ def _timed(name: str, work: Work, options: TrainOptions, *, peak: float, profile
         "parts_ms": {part: spread(times)["median"] for part, times in timing.parts_ms.items()},
         **speed(work, spread(timing.steps_ms)["median"], peak),
         "peak_memory_bytes": memory,
+        "sp_choices": getattr(peer, "sp_choices", {}),
         "losses": [loss for loss, _ in results],
         "grad_norms": [norm for _, norm in results],
         "whole_s": seconds,
@@ -151,8 +167,8 @@ def _timed(name: str, work: Work, options: TrainOptions, *, peak: float, profile
 
 
 def speed(work: Work, step_ms: float, peak: float) -> dict:
-    """tokens_per_s, tflops and mfu (None without a peak) of a step of this length, by sbtrain.model.flops."""
-    tokens_per_s = work.tokens.numel() / step_ms * 1e3
+    """tokens_per_s, tflops and mfu (None without a peak) of each rank, by sbtrain.model.flops."""
+    tokens_per_s = work.micro_batch * work.seq_len / work.layout.sp / step_ms * 1e3
     tflops = tokens_per_s * training_flops_per_token(work.model, work.seq_len) / 1e12
     return {"tokens_per_s": tokens_per_s, "tflops": tflops, "mfu": tflops / peak if peak else None}
 
@@ -172,16 +188,23 @@ def compare(engine: dict, hand: dict, precision: Precision) -> dict | None:
 
 def _profiled(name: str, peer, work: Work, options: TrainOptions) -> dict:
     parts = flops_per_token(work.model, work.seq_len)
-    steps = TRAINING_FORWARDS * work.tokens.numel()
+    steps = TRAINING_FORWARDS * work.micro_batch * work.seq_len / work.layout.sp
     flops = {
         "gemm": steps * sum(parts[part] for part in ("projections", "gate", "mlp", "lm_head")),
         "attention": steps * (parts["full_attention"] + parts["sliding_window"]),
         "gla": steps * parts["gated_linear_attention"],
     }
-    out = Path(options.out) / f"profile_{work.model.pattern.replace(' ', '')}_{name}"
-    found = profile_steps(
-        lambda: peer.step(lambda part: None), num_steps=NUM_PROFILED_STEPS, device=device(), flops=flops, out=out
-    )
+    sp = "" if dist.get_world_size() == 1 else f"_sp{work.layout.sp}_{work.layout.sp_algorithm.L.name}"
+    out = Path(options.out) / f"profile_{work.model.pattern.replace(' ', '')}_{name}{sp}"
+
+    def step():
+        peer.step(lambda part: None)
+
+    if dist.get_rank() > 0:  # takes part; rank 0 looks
+        for _ in range(NUM_PROFILED_STEPS):
+            step()
+        return {}
+    found = profile_steps(step, num_steps=NUM_PROFILED_STEPS, device=device(), flops=flops, out=out)
     print(f"\nprofile of {name}, {work.model.pattern} (also in {out}.txt)\n{found.pop('text')}\n", flush=True)
     return found
 
@@ -192,14 +215,15 @@ def _title(report: dict) -> str:
     backends = ", ".join(f"{op} {row['backend']}" for op, row in report["ops"].items() if op != "platform")
     hand = ", ".join(f"{job}: {kernel}" for job, kernel in report["hand"].items())
     return (
-        f"{options['model']} with {options['layers']} layers, {options['micro_batch']} x {options['seq_len']} tokens, "
-        f"{options['precision']}, recompute {options['recompute']}, on {facts['device']}\n"
+        f"{options['model']} with {options['layers']} layers, {options['micro_batch']} x {options['seq_len']} tokens a "
+        f"rank, {options['precision']}, recompute {options['recompute']}, "
+        f"on {dist.get_world_size()} x {facts['device']}\n"
         f"torch {facts['torch']}, {packages}\nengine's ops: {backends}\nhand: {hand}"
     )
 
 
 def _line(result: dict) -> str:
-    start = f"{result['pattern']} round {result['round']} {result['peer']}"
+    start = f"{result['pattern']} round {result['round']} {result['peer']} sp {result['sp']}"
     if "error" in result:
         return f"{start}: {result['error']}"
     held = f", {result['memory_before_bytes'] / 2**30:.1f} GiB in use before" if result["memory_before_bytes"] else ""
@@ -211,7 +235,7 @@ def summary(report: dict) -> str:
     """The results as a table, and how the peers compare."""
     rows = [_row(result) for result in report["results"]]
     times = ("ms/step", "min", "max", "fwd+bwd", "optimizer")
-    header = ("pattern round peer", *times, "tokens/s", "TFLOP/s", "MFU", "GiB", "loss")
+    header = ("pattern round peer sp", *times, "tokens/s", "TFLOP/s", "MFU", "GiB", "loss")
     return "\n".join([aligned(header, rows), "", *map(_verdict, report["comparisons"])]).rstrip()
 
 
@@ -224,7 +248,7 @@ def _verdict(item: dict) -> str:
 
 
 def _row(result: dict) -> tuple[str, ...]:
-    name = f"{result['pattern']} {result['round']} {result['peer']}"
+    name = f"{result['pattern']} {result['round']} {result['peer']} {result['sp']}"
     if "error" in result:
         return (name, *("-",) * 9, "out of memory")
     memory = result["peak_memory_bytes"]

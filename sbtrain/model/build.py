@@ -10,6 +10,7 @@ from parallel.cpu import on_meta
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.pipeline import split_layers
+from parallel.sequence.choose import choose
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
 from sbtrain.model.flops import flops_per_token, layer_flops
@@ -60,19 +61,35 @@ def stage_layers(model: ModelConfig, pp: int, *, seq_len: int) -> list[range]:
 def build_model(
     model: ModelConfig, mesh: Mesh, *, precision: Precision, recompute: Recompute = Recompute.none, seq_len: int
 ) -> HybridModel:
-    """This rank's stage of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill)."""
+    """This rank's stage of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill).
+
+    Collective: ranks time their links where layout.sp_algorithm is auto; model.sp_choices says what it chose and why.
+    """
     config = transformer_config(model, mesh.layout, precision)
     kinds = parse_pattern(model.pattern, model.num_layers)
     layers = stage_layers(model, mesh.layout.pp, seq_len=seq_len)[mesh.pp_rank]
-    return HybridModel(
+    sp_algorithm, reasons = choose(
+        mesh.layout.sp_algorithm,
+        {symbol for kind in kinds for symbol in kind.mixers},
+        num_heads=model.num_heads // mesh.layout.tp,
+        num_kv_heads=model.num_kv_heads // mesh.layout.tp,
+        head_dim=model.head_dim,
+        window=model.window,
+        seq_len=seq_len,
+        group=mesh.groups.cp,
+        device=mesh.device,
+    )
+    built = HybridModel(
         config,
         model,
         kinds,
         layers=layers,
         groups=mesh.groups,
         recompute=recompute,
-        sp_algorithm=mesh.layout.sp_algorithm,
+        sp_algorithm=sp_algorithm,
     )
+    built.sp_choices = reasons
+    return built
 
 
 def global_parameters(model: HybridModel) -> dict[str, Tensor]:

@@ -68,19 +68,16 @@ class SoftmaxAttention(mcore.MegatronModule):
     def _attend_with(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if cache.key is not None:
             k, v = torch.cat([cache.key, k], dim=1), torch.cat([cache.value, v], dim=1)
-        num_old, num_new = k.shape[1] - q.shape[1], q.shape[1]
         kept = k.shape[1] if self.window is None else self.window - 1
         cache.key, cache.value = (
             k[:, k.shape[1] - kept :] if kept < k.shape[1] else k,
             v[:, -kept:] if kept else v[:, :0],
         )
-        if num_new == 1:
+        if q.shape[1] == 1:
             return _decode(q, k, v)
         # views would keep the whole chunk alive, q/k/v projection included
         cache.key, cache.value = cache.key.clone(), cache.value.clone()
-        # the op wants as many queries as keys; queries of the cached keys are not needed, zeros stand for them
-        q = torch.cat([q.new_zeros(1, num_old, *q.shape[2:]), q], dim=1)
-        return ops.attention(q, k, v, window=self.window)[:, num_old:]
+        return ops.attention(q, k, v, window=self.window)
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -242,17 +242,18 @@ def test_preparations_of_liger():
     assert torch.allclose(turned, rope(inputs["q"], inputs["positions"], inputs["inv_freq"]), atol=1e-5)
 
 
+@pytest.mark.parametrize("ahead", [0, 77, 299])
 @pytest.mark.parametrize("num_sinks", [0, 5])
 @pytest.mark.parametrize("edges, window", [([0, 300], 70), ([0, 1, 1, 130, 300], None), ([0, 128, 300], 40)])
-def test_flex_mask_is_the_mask(edges, window, num_sinks):
+def test_flex_mask_is_the_mask(edges, window, num_sinks, ahead):
     """Blocks and the rule inside them, against the matrix of all pairs."""
     first = documents.first_visible(torch.tensor(edges, dtype=torch.int32), window, num_tokens=300, device=CPU)
-    mask = block_mask(first, num_sinks)
-    query, key = torch.arange(300)[:, None], torch.arange(300 + num_sinks) - num_sinks
-    exact = (key < 0) | ((key <= query) & (key >= first[:, None]))
+    mask = block_mask(first, num_sinks, ahead)
+    query, key = torch.arange(ahead, 300)[:, None], torch.arange(300 + num_sinks) - num_sinks
+    exact = (key < 0) | ((key <= query) & (key >= first[ahead:, None]))
     blocks = mask.to_dense()[0, 0].bool().repeat_interleave(BLOCK_TOKENS, 0).repeat_interleave(BLOCK_TOKENS, 1)
-    inside = mask.mask_mod(0, 0, query, key + num_sinks)
-    assert torch.equal(inside & blocks[:300, : 300 + num_sinks], exact)
+    inside = mask.mask_mod(0, 0, query - ahead, key + num_sinks)
+    assert torch.equal(inside & blocks[: 300 - ahead, : 300 + num_sinks], exact)
 
 
 def test_attention_has_the_peers_that_know_its_mask():

@@ -53,6 +53,13 @@ def test_flops_agree_with_the_model_count():
     assert useful_flops(CASES["rms_norm"], num_tokens, "both") == 0
 
 
+def test_a_halo_has_no_queries():
+    halo, x = CASES[f"{WINDOW}, halo"], inputs_of(f"{WINDOW}, halo", 40)
+    assert (x["q"].shape[1], x["k"].shape[1]) == (30, 40) and x["q"].is_leaf
+    seen = sum(min(t + 1, TINY.window) for t in range(10, 40))
+    assert useful_flops(halo, 40, "forward") == 4 * 8 * 4 * seen
+
+
 def test_sinks_are_seen_by_every_query():
     sinks, plain = (useful_flops(CASES[name], 40, "forward") for name in (f"{WINDOW}, 128 sinks", WINDOW))
     assert sinks - plain == 4 * 8 * 4 * 128 * 40  # 4 x head size x query heads x sinks x queries

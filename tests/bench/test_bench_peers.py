@@ -28,7 +28,7 @@ def run(peer: str, work: Work, *, num_steps: int = 3):
 
 
 def work(model, precision=Precision.fp32, recompute=Recompute.none) -> Work:
-    return Work.random(model, precision=precision, recompute=recompute, micro_batch=2, seq_len=37)
+    return Work(model, precision, recompute, micro_batch=2, seq_len=37)
 
 
 @pytest.mark.parametrize(

@@ -92,3 +92,21 @@ def test_time_is_counted_once_and_gaps_are_idle():
 )
 def test_categories(name, owners, category):
     assert trace.Kernel(name, 0, 1, owners).category == category
+
+
+def test_collectives_are_told_apart_and_exposed_where_nothing_computes():
+    gather = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    found = [
+        trace.Kernel("nvjet", 0, 10, ("aten::mm",)),
+        trace.Kernel(gather, 5, 10, ("_Leave", "nccl:_all_gather_base")),  # 5 beside the product, 5 alone
+        trace.Kernel("ncclDevKernel_SendRecv", 12, 6, ("autograd::engine::evaluate_function: _FetchBackward",)),
+        trace.Kernel(gather, 30, 4, ("bench: optimizer",)),
+        trace.Kernel("nvjet", 33, 10, ("aten::mm",)),
+        trace.Kernel("nvjet", 40, 10, ("aten::mm",)),
+    ]
+    assert [kernel.category for kernel in found] == ["gemm", "sp", "sp", "collectives", "gemm", "gemm"]
+    assert trace.exposed_us(found, "sp") == 8  # from 10 to 18, the two of them once
+    assert trace.exposed_us(found, "collectives") == 3
+    summary = summarize(found, num_steps=2, flops={})
+    assert summary["exposed_ms"] == pytest.approx({"sp": 0.004, "collectives": 0.0015})
+    assert "sp, exposed" in summary["text"] and "collectives, exposed" in summary["text"]

@@ -30,6 +30,7 @@ def changed(value, path: str, new):
 
 
 S = "stages.ctx_8k"
+HEADS = SequenceAlgorithms(*[SequenceAlgorithm.ulysses] * 3)
 REFUSALS = [
     ({"model.hidden_size": 0}, ["model.hidden_size=0"]),
     ({"model.window": 0}, ["model.window=0"]),
@@ -80,13 +81,19 @@ REFUSALS = [
     ({f"{S}.layout.ep": 2}, [f"{S}.layout.ep=2", "mixture-of-experts"]),
     ({f"{S}.layout.tp_sequence_parallel": True}, [f"{S}.layout.tp_sequence_parallel=true needs"]),
     ({f"{S}.layout.sp": 3}, [f"{S}.layout.sp=3", "seq_len=8192"]),
-    ({f"{S}.layout.sp": 6, f"{S}.seq_len": 6144, f"{S}.global_batch_tokens": 6144}, ["layout.sp=6", "multiple of 4"]),
     (
-        {f"{S}.layout": Layout(tp=2, sp=3), f"{S}.seq_len": 6144, f"{S}.global_batch_tokens": 6144},
+        {f"{S}.layout": Layout(sp=6, sp_algorithm=HEADS), f"{S}.seq_len": 6144, f"{S}.global_batch_tokens": 6144},
+        ["layout.sp=6", "multiple of 4"],
+    ),
+    (
+        {f"{S}.layout": Layout(tp=2, sp=3, sp_algorithm=HEADS), f"{S}.seq_len": 6144, f"{S}.global_batch_tokens": 6144},
         ["layout.sp=3", "the 2 key/value heads", "multiple of 2"],
     ),
     ({f"{S}.layout.sp_algorithm.S": SequenceAlgorithm.lasp2}, [f"{S}.layout.sp_algorithm.S=lasp2", "choose halo or"]),
-    ({f"{S}.layout.sp_algorithm.L": SequenceAlgorithm.halo}, [f"{S}.layout.sp_algorithm.L=halo", "choose lasp2 or"]),
+    (
+        {f"{S}.layout.sp_algorithm.L": SequenceAlgorithm.halo},
+        [f"{S}.layout.sp_algorithm.L=halo", "lasp2 or zeco"],
+    ),
     (
         {f"{S}.layout.sp": 2, "model.window": 8193, f"{S}.layout.sp_algorithm.S": SequenceAlgorithm.halo},
         [f"{S}.layout.sp_algorithm.S=halo", "window of 8193 tokens is longer than seq_len=8192", "choose ulysses"],
@@ -131,13 +138,17 @@ def test_a_corpus_is_listed_once(demo):
 )  # fmt: skip
 def test_ulysses_rule_of_4_kv_heads(recipe, sp, tp, legal):
     stage = replace(recipe.stages["ctx_8k"], seq_len=120, global_batch_tokens=120)
-    assert (layout_problem(recipe.model, stage, Layout(sp=sp, tp=tp)) is None) == legal
+    assert (layout_problem(recipe.model, stage, Layout(sp=sp, tp=tp, sp_algorithm=HEADS)) is None) == legal
 
 
 def test_states_and_halos_need_no_rule_of_heads(recipe):
     stage = replace(recipe.stages["ctx_8k"], seq_len=8196, global_batch_tokens=8196)
     algorithms = SequenceAlgorithms(S=SequenceAlgorithm.halo, L=SequenceAlgorithm.lasp2)
     assert layout_problem(recipe.model, stage, Layout(sp=6, sp_algorithm=algorithms)) is None
+    assert layout_problem(recipe.model, stage, Layout(sp=6)) is None, "auto finds what is possible"
+    wide = replace(recipe.model, window=8197)
+    assert "multiple of 4" in layout_problem(wide, stage, Layout(sp=6)), "neither by heads nor by a halo"
+    assert layout_problem(wide, stage, Layout(sp=4)) is None
     half = replace(algorithms, S=SequenceAlgorithm.ulysses)
     assert "multiple of 4" in layout_problem(recipe.model, stage, Layout(sp=6, sp_algorithm=half))
     full = replace(recipe.model, pattern="LF")

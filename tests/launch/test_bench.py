@@ -20,9 +20,10 @@ LIMITS = {
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def bench(*arguments: str):
-    """Run the command as a user does."""
-    command = [sys.executable, str(ROOT / "launch" / "bench.py"), *arguments]
+def bench(*arguments: str, num_ranks: int = 0):
+    """Run the command as a user does, under torchrun with num_ranks."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks else []
+    command = [sys.executable, *start, str(ROOT / "launch" / "bench.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -67,6 +68,45 @@ def test_train_measures_both_peers_and_writes_what_it_saw(tmp_path):
     assert report["ops"]["gla"]["backend"] == "reference" and "pattern=LS" in report["command"]
     assert (tmp_path / "profile_LS_engine.txt").stat().st_size and (tmp_path / "profile_LS_hand.trace.json").exists()
     assert "of the hand-assembled speed" in done.stdout and "engine's ops: attention reference" in done.stdout
+
+
+def test_two_ranks_train_on_layouts_of_sequence_parallelism_and_measure_their_links(tmp_path):
+    """Equal tokens a rank: the losses of sp 2 are of one row, whatever carries its states."""
+    arguments = ["model=tiny", "layers=2", "seq_len=32", "pattern=LS", "precision=fp32", "steps=2", "warmup=1"]
+    arguments += ["peers=engine", "rounds=1", "sp=1,2,2:zeco,2:ulysses", "profile=true", f"out={tmp_path}"]
+    done = bench("train", *arguments, num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_train.json").read_text())
+    rows = {row["sp"]: row for row in report["results"]}
+    assert list(rows) == ["1", "2", "2:zeco", "2:ulysses"] and done.stdout.count("round 1 engine sp") == 4
+    for row in rows.values():
+        assert row["tokens_per_s"] == pytest.approx(32 / row["step_ms"]["median"] * 1e3)
+        for key in ("losses", "grad_norms"):
+            expected = rows["2"][key] if row["sp"] != "1" else row[key]
+            assert row[key] == pytest.approx(expected, rel=1e-5)
+    assert set(rows["2"]["sp_choices"]) == {"S", "L"} and rows["2:zeco"]["sp_choices"] == {}
+    assert (tmp_path / "profile_LS_engine_sp2_zeco.txt").stat().st_size
+
+    done = bench("links", "model=tiny", "kib=1,64,4096", "sp=2,8", "shard_tokens=64", f"out={tmp_path}", num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_links.json").read_text())
+    assert report["num_ranks"] == 2 and all(row["seconds"] > 0 for row in report["ring"])
+    assert report["link"]["bytes_per_s"] > 0 and set(report["exchanges_ms"]) == {"lasp2", "zeco"}
+    assert [row["sp"] for row in report["model"]] == [2, 8] and "A MODEL, not measured" in done.stdout
+    assert report["model"][1]["zeco_ms"] > report["model"][0]["zeco_ms"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "model=tiny", "sp=2"), "sp=2 does not divide the 1 ranks"),
+        (("links", "model=tiny"), "links are between ranks: start it with torchrun"),
+        (("links", "model=tiny", "network=8"), "network=8 must be microseconds and GB/s"),
+    ],
+)
+def test_ranks_that_are_not_there(arguments, said):
+    done = bench(*arguments)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_prefill_measures_every_length_of_every_pattern(tmp_path):

@@ -22,6 +22,7 @@ def attention_differences(
     *,
     backend: str,
     num_tokens: int,
+    num_queries: int | None = None,
     window: int | None = None,
     edges: tuple[int, ...] | None = None,
     num_sinks: int = 0,
@@ -35,12 +36,13 @@ def attention_differences(
     num_programs: int | None = None,
     strided: bool = False,
 ) -> list[float]:
-    """Relative distance to the float64 reference: outputs, then gradients of q, k, v and the sinks."""
+    """Relative distance to the float64 reference: outputs, then gradients of q, k, v and the sinks. The queries are
+    num_queries of num_tokens; the reference always has them all, its outputs are cut."""
     import torch
 
     from ops.attention import reference, windowed
 
-    tiles = scaled(backend, most, num_programs)
+    tiles, num_queries = scaled(backend, most, num_programs), num_queries or num_tokens
     shapes = [(rows, num_tokens, heads[0], sizes[0])] + [(rows, num_tokens, heads[1], size) for size in sizes]
     shapes += [(num_sinks, heads[1], size) for size in sizes if num_sinks]
     inputs = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
@@ -56,10 +58,10 @@ def attention_differences(
             q, k, v = (part.view(x.shape) for part, x in zip(parts, inputs))
         sinks = dict(zip(("sink_k", "sink_v"), leaves[3:] if num_sinks else (None, None)))
         how = dict(window=window, cu_seqlens=documents, scale=scale, return_lse=return_lse, **sinks)
-        outputs = run(
-            q, k, v, **how, **({"tiles": tiles, "tma": backend == "cuda"} if run is windowed.attention else {})
-        )
-        outputs = list(outputs) if return_lse else [outputs]
+        if run is windowed.attention:
+            q, how = q[:, -num_queries:], {**how, "tiles": tiles, "tma": backend == "cuda"}
+        outputs = run(q, k, v, **how)
+        outputs = [x[:, -num_queries:] for x in (outputs if return_lse else [outputs])]
         generator = torch.Generator().manual_seed(7)
         loss = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in outputs)
         results.append([*outputs, *torch.autograd.grad(loss, leaves)])
@@ -83,7 +85,7 @@ def equal_twice(rank: int, *, num_tokens: int, num_programs: int) -> list[bool]:
     return [torch.equal(*pair) for pair in zip(*runs)]
 
 
-def vendor_calls(rank: int, *, edges: tuple[int, ...] | None) -> list:
+def vendor_calls(rank: int, *, edges: tuple[int, ...] | None, num_queries: int = 8) -> list:
     """What ops/attention/maca.py asks of flash_attn: (positional sizes, options)."""
     import sys
     from importlib.machinery import ModuleSpec
@@ -105,7 +107,7 @@ def vendor_calls(rank: int, *, edges: tuple[int, ...] | None) -> list:
     documents = None if edges is None else torch.tensor(edges, dtype=torch.int32)
     sys.modules["flash_attn"] = fake
     try:
-        o = maca.attention(q, k, v, window=3, cu_seqlens=documents)
+        o = maca.attention(q[:, -num_queries:], k, v, window=3, cu_seqlens=documents)
     finally:
         del sys.modules["flash_attn"]
     return [list(o.shape), *calls]

@@ -43,6 +43,27 @@ def test_ragged_documents(window, num_sinks):
     assert_same(gradients(actual, tensors), gradients(expected, tensors), 1e-12, "gradients")
 
 
+@pytest.mark.parametrize("edges", [None, (0, 0, 1, 2, 63, 63, 64, 129, 200, 200), (0, 100, 200)])
+@pytest.mark.parametrize("window, num_sinks", [(None, 0), (1, 0), (20, 0), (20, 2)])
+@pytest.mark.parametrize("num_queries", [1, 63, 100, 199, 200])
+def test_fewer_queries_than_keys_are_the_last(num_queries, window, num_sinks, edges):
+    tensors = inputs(200, num_sinks=num_sinks)
+    documents = None if edges is None else cu(*edges)
+    whole = run(tensors, op_oracles.attention, window=window, cu_seqlens=documents)
+    expected = [x[:, -num_queries:] for x in whole]
+    last = [tensors[0][:, -num_queries:], *tensors[1:]]
+    actual = run(last, ops.attention, window=window, cu_seqlens=documents, return_lse=True)
+    assert_same(actual, expected, 1e-12, "outputs")
+    assert_same(gradients(actual, tensors), gradients(expected, tensors), 1e-12, "gradients")
+
+
+def test_keys_that_no_query_sees_get_no_gradient():
+    q, k, v = inputs(200)
+    o = ops.attention(q[:, 150:], k, v, window=20, cu_seqlens=cu(0, 100, 140, 200))
+    for x in torch.autograd.grad(o.sum(), (k, v)):
+        assert not x[:, :140].any() and x[:, 140:].all()
+
+
 def test_rows_are_documents_and_lse_is_optional():
     tensors = [torch.randn(3, 150, heads, 8) for heads in (4, 2, 2)]
     actual = ops.attention(*tensors, window=33)
@@ -59,29 +80,37 @@ def test_fp32_is_close_to_float64():
     assert_same(gradients(actual, rounded), gradients(expected, exact), 1e-5, "gradients")
 
 
+def band(cu_seqlens, window, *, num_tokens=70, num_queries=70):
+    return visible(cu_seqlens, window, num_queries=num_queries, num_tokens=num_tokens, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("num_queries", [70, 69, 40, 1])
 @pytest.mark.parametrize(
     "edges, window",
     [((0, 70), None), ((0, 70), 1), ((0, 70), 13), ((0, 1, 1, 13, 26, 64, 70), None), ((0, 0, 30, 70, 70), 13)],
 )
-def test_band_of_visible_keys(edges, window):
-    first, last = visible(cu(*edges), window, 70, torch.device("cpu"))
+def test_band_of_visible_keys(edges, window, num_queries):
+    first, last = band(cu(*edges), window, num_queries=num_queries)
     expected = torch.zeros(70, 70, dtype=torch.bool)
     for start, end in zip(edges, edges[1:]):
         for t in range(start, end):
             expected[t, start if window is None else max(start, t - window + 1) : t + 1] = True
-    query, key = torch.arange(70)[:, None], torch.arange(70)[None]
-    assert torch.equal((key >= first[:, None]) & (key <= query), expected)
-    assert torch.equal((query >= key) & (query <= last[None]), expected)
+    ahead = 70 - num_queries
+    query, key = torch.arange(num_queries)[:, None], torch.arange(70)[None]
+    assert torch.equal((key >= first[:, None]) & (key <= ahead + query), expected[ahead:])
+    assert torch.equal((query >= key - ahead) & (query <= last[None]), expected[ahead:])
+    assert (last.diff() >= 0).all() and last[0] >= -1
     assert first.dtype == last.dtype == torch.int32
 
 
 def test_band_is_made_once_per_cu_seqlens():
-    row, device = cu(0, 30, 200), torch.device("cpu")
-    band = visible(row, 16, 200, device)
-    assert visible(row, 16, 200, device) is band
-    assert visible(row, 17, 200, device) is not band
+    row, lengths = cu(0, 30, 200), dict(num_tokens=200, num_queries=200)
+    found = band(row, 16, **lengths)
+    assert band(row, 16, **lengths) is found
+    assert band(row, 17, **lengths) is not found
+    assert band(row, 16, num_tokens=200, num_queries=100) is not found
     row[1] = 31
-    assert visible(row, 16, 200, device) is not band
+    assert band(row, 16, **lengths) is not found
 
 
 def test_wrong_arguments_are_refused_in_one_line():
@@ -90,6 +119,12 @@ def test_wrong_arguments_are_refused_in_one_line():
         ops.attention(q, k, v, window=0)
     with pytest.raises(ValueError, match="heads a multiple"):
         ops.attention(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match="heads a multiple"):
+        ops.attention(torch.cat([q, q]), k, v)
+    with pytest.raises(ValueError, match="no more tokens than k and v, .* got 6 for 5"):
+        ops.attention(q, k[:, :5], v[:, :5])
+    with pytest.raises(ValueError, match="cu_seqlens must rise"):
+        ops.attention(q[:, 2:], k, v, cu_seqlens=cu(0, 2, 4))
     with pytest.raises(ValueError, match="sink_k and sink_v go together"):
         ops.attention(q, k, v, sink_k=k[0])
     with pytest.raises(ValueError, match="cu_seqlens must rise"):

@@ -15,7 +15,7 @@ KINDS = {
     **dict.fromkeys(FLOATS, "*bf16"),
     **dict.fromkeys(("lse", "dlse", "delta"), "*fp32"),
     **dict.fromkeys(("first", "last"), "*i32"),
-    **dict.fromkeys(("num_rows", "num_tokens", "num_sinks", "stride_q", "stride_k", "stride_v"), "i32"),
+    **dict.fromkeys(("num_rows", "num_queries", "num_tokens", "num_sinks", "stride_q", "stride_k", "stride_v"), "i32"),
     "scale": "fp32",
 }
 

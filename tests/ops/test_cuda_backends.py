@@ -157,6 +157,58 @@ def test_attention_sinks_rows_and_lse(num_sinks):
     compare("attention", call, tensors, torch.bfloat16)
 
 
+def last_queries(num_queries, *, return_lse=False, **options):
+    """A call with the last queries; the reference has them all, and its outputs are cut."""
+
+    def call(module, q, k, v, *sinks):
+        seen = q if q.dtype == torch.float64 else q[:, -num_queries:]
+        outputs = module.attention(
+            seen, k, v, return_lse=return_lse, **options, **dict(zip(("sink_k", "sink_v"), sinks))
+        )
+        return [x[:, -num_queries:] for x in (outputs if return_lse else [outputs])]
+
+    return call
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 5e-3), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("edges", [None, RAGGED])
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("num_queries", [1, 63, 100, 512, 999, 1000])
+def test_attention_of_the_last_queries(num_queries, window, edges, dtype, tolerance):
+    """With 1, 63 and 100 queries most documents of RAGGED end before the first."""
+    documents = None if edges is None else cu(*edges)
+    call = last_queries(num_queries, window=window, cu_seqlens=documents)
+    compare("attention", call, attention_inputs(1000), dtype, tolerance)
+
+
+@pytest.mark.parametrize("heads, size", [((9, 3), 64), ((28, 4), 128), ((4, 2), 256)])
+@pytest.mark.parametrize("num_tokens, num_queries, window", [(1000, 300, 200), (4096, 3072, 1025), (4000, 1, 3999)])
+def test_attention_of_the_last_queries_by_heads(num_tokens, num_queries, window, heads, size):
+    tensors = attention_inputs(num_tokens, heads=heads, size=size)
+    compare("attention", last_queries(num_queries, window=window), tensors, torch.bfloat16)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 128, 5])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("num_queries", [1, 63, 499])
+def test_attention_of_the_last_queries_with_sinks_and_lse(num_queries, rows, num_sinks):
+    tensors = attention_inputs(500, rows=rows, num_sinks=num_sinks)
+    compare("attention", last_queries(num_queries, window=100, return_lse=True), tensors, torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 1000])
+def test_attention_of_the_last_queries_gives_the_same_bits(window):
+    q, k, v = (x.cuda().bfloat16().requires_grad_() for x in attention_inputs(4096))
+    runs = []
+    for _ in range(3):
+        poison()
+        o = ops.attention(q[:, 1100:], k, v, window=window)
+        runs.append([o, *torch.autograd.grad(o.float().square().sum(), (q, k, v))])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+    if window is not None:
+        assert not any(x[:, : 1100 - window + 1].any() for x in runs[0][2:])
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize("shape", [(1, 8191, 3584), (2, 65, 576), (1000, 28, 128), (40000, 64)])
 def test_rms_norm(shape, dtype):

@@ -144,9 +144,10 @@ def test_backward_gives_the_same_bits(interpreter):
 
 
 POINTERS = {
-    **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "states", "grads", "inverses"), "*bf16"),
+    **dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv", "states", "grads", "inverses"), "*bf16"),
     **dict.fromkeys(("known", "missing", "errors", "derrors", "carried", "local"), "*bf16"),
-    **dict.fromkeys(("log_decay", "beta", "sums", "weights", "initial", "final", "dfinal", "dinitial"), "*fp32"),
+    **dict.fromkeys(("log_decay", "beta", "sums", "weights", "leaves", "totals", "enters"), "*fp32"),
+    **dict.fromkeys(("initial", "final", "dfinal", "dinitial"), "*fp32"),
     **dict.fromkeys(("dbeta", "dlog", "dweights", "dsums", "dtotals"), "*fp32"),
     **dict.fromkeys(("chunks", "bounds", "edges"), "*i32"),
 }
@@ -166,11 +167,11 @@ def test_metax_tiles_fit_64_kb_of_shared_memory(target):
 
     entries = dict(tuning.read(tuning.tune_file("gated_delta_rule", "maca"), BACKEND)[tuning.DEFAULT])
     length = entries.pop("chunks")["C"]
-    sizes = dict(H=32, HQ=16, HK=16, HV=32, K=128, V=128, BK=128, C=length, PARTS=1, KEEP=True, GIVEN=True)
+    sizes = dict(H=32, HQ=16, HK=16, HV=32, K=128, V=128, BK=128, C=length, PARTS=1, KEEP=True, GIVEN=True, BOXED=False)
     sizes |= dict(LEVELS=length.bit_length() - 1, DOT=tl.bfloat16, SOLVE=tl.float16, PRECISION="ieee")
     for name, tile in entries.items():
         kernel = getattr(triton_forward, name, None) or getattr(triton_backward, name)
-        fixed = {key: size for key, size in dict(sizes, BV=tile["PART"]).items() if key in kernel.arg_names}
+        fixed = {key: size for key, size in dict(sizes, BV=tile.get("PART", 128)).items() if key in kernel.arg_names}
         kinds = {**POINTERS, "scale": "fp32", "num_tokens": "i32", **dict.fromkeys(fixed, "constexpr")}
         source = ASTSource(fn=kernel, signature={key: kinds[key] for key in kernel.arg_names}, constexprs=fixed)
         options = dict(num_warps=tile["num_warps"], num_stages=tile["num_stages"])

@@ -52,6 +52,24 @@ def test_shapes(interpreter, case):
 
 
 @BACKENDS
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(num_queries=1, window=20, num_sinks=5),
+        dict(num_queries=63, edges=RAGGED, window=20, num_sinks=5),
+        dict(num_queries=98, edges=RAGGED, window=20, num_programs=1),
+        dict(num_queries=129, edges=RAGGED),
+        dict(num_queries=70, rows=2),
+    ],
+    ids=str,
+)
+def test_fewer_queries_than_keys(interpreter, backend, case):
+    case = dict(num_tokens=130, heads=(2, 1), most=32, **case)
+    (values,) = interpreter(attention_differences, backend=backend, **case)
+    assert within(values, 1e-5), values
+
+
+@BACKENDS
 def test_in_fp16(interpreter, backend):
     case = dict(num_tokens=130, edges=RAGGED, window=40, num_sinks=5, dtype="float16")
     (values,) = interpreter(attention_differences, backend=backend, **case)
@@ -74,4 +92,12 @@ def test_maca_asks_the_vendor_first(interpreter):
     (values,) = interpreter(vendor_calls, edges=None)
     assert values == [heads[0], [heads, options]]
     (values,) = interpreter(vendor_calls, edges=(0, 0, 3, 8))
-    assert values == [heads[0], [[*(shape[1:] for shape in heads), [4], [4], 5, 5], options]]
+    assert values == [heads[0], [[*(shape[1:] for shape in heads), [3], [3], 5, 5], options]]
+
+
+@pytest.mark.parametrize("num_queries, edges, most", [(6, (0, 3, 8), (5, 5)), (3, (0, 5), (3, 5)), (5, (0, 5), (5, 5))])
+def test_maca_asks_the_vendor_for_documents_that_have_queries(interpreter, num_queries, edges, most):
+    (values,) = interpreter(vendor_calls, edges=(0, 0, 3, 8), num_queries=num_queries)
+    first = 8 - edges[-1]
+    (_, (sizes, _)) = values
+    assert sizes == [[num_queries, 4, 16], *[[8 - first, 2, 16]] * 2, [len(edges)], [len(edges)], *most]

@@ -39,20 +39,26 @@ def layouts(num_ranks: int, *, shard_tokens: int, num_random: int = 10) -> list[
 
 @contextmanager
 def counted(calls: list):
-    """Append (collective, elements received from other ranks) to calls for every collective of this process."""
+    """Append (collective, elements received from other ranks) to calls for every collective of this process, and
+    ("sent", elements) for what it sends to one rank."""
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    gather, exchange = getattr(dist, name), dist.all_to_all_single
+    gather, exchange, batch = getattr(dist, name), dist.all_to_all_single, dist.batch_isend_irecv
 
-    def all_gather(output, x, group=None):
+    def all_gather(output, x, group=None, async_op=False):
         calls.append(("all_gather", output.numel() - x.numel()))
-        return gather(output, x, group=group)
+        return gather(output, x, group=group, async_op=async_op)
+
+    def batch_isend_irecv(transfers):
+        calls.extend(("sent", transfer.tensor.numel()) for transfer in transfers if transfer.op is dist.isend)
+        return batch(transfers)
 
     def all_to_all_single(output, x, received=None, sent=None, group=None):
         own = 1 / group.size() if received is None else received[group.rank()] / max(1, sum(received))
         calls.append(("all_to_all", round(output.numel() * (1 - own))))
         return exchange(output, x, received, sent, group=group)
 
-    with patch.multiple(dist, **{name: all_gather, "all_to_all_single": all_to_all_single}):
+    ours = {name: all_gather, "all_to_all_single": all_to_all_single, "batch_isend_irecv": batch_isend_irecv}
+    with patch.multiple(dist, **ours):
         yield
 
 

@@ -11,24 +11,31 @@ from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from sbtrain.config.schema import Recompute
 from sharding import local_shard
 
+HEADS = SequenceAlgorithms(*[SequenceAlgorithm.ulysses] * 3)
 STATES = SequenceAlgorithms(S=SequenceAlgorithm.halo, L=SequenceAlgorithm.lasp2)
+SCAN = SequenceAlgorithms(S=SequenceAlgorithm.halo, L=SequenceAlgorithm.zeco)
 LAYOUTS = {
     "tp2": (2, Layout(tp=2)),
     "pp2": (2, Layout(pp=2)),
-    "sp2": (2, Layout(sp=2)),
+    "sp2": (2, Layout(sp=2, sp_algorithm=HEADS)),
     "dp2": (2, Layout()),
     "tp2_seq": (2, Layout(tp=2, tp_sequence_parallel=True)),
-    "tp2_sp2": (4, Layout(tp=2, sp=2)),
-    "tp2_seq_sp2": (4, Layout(tp=2, sp=2, tp_sequence_parallel=True)),
-    "pp2_sp2": (4, Layout(pp=2, sp=2)),
+    "tp2_sp2": (4, Layout(tp=2, sp=2, sp_algorithm=HEADS)),
+    "tp2_seq_sp2": (4, Layout(tp=2, sp=2, tp_sequence_parallel=True, sp_algorithm=HEADS)),
+    "pp2_sp2": (4, Layout(pp=2, sp=2, sp_algorithm=HEADS)),
     "tp2_pp2": (4, Layout(tp=2, pp=2)),
     "dp2_tp2": (4, Layout(tp=2)),
-    "sp4": (4, Layout(sp=4)),
+    "sp4": (4, Layout(sp=4, sp_algorithm=HEADS)),
     "pp4": (4, Layout(pp=4)),
     "sp2_states": (2, Layout(sp=2, sp_algorithm=STATES)),
     "sp4_states": (4, Layout(sp=4, sp_algorithm=STATES)),
     "tp2_seq_sp2_states": (4, Layout(tp=2, sp=2, tp_sequence_parallel=True, sp_algorithm=STATES)),
     "pp2_sp2_states": (4, Layout(pp=2, sp=2, sp_algorithm=STATES)),
+    "sp2_zeco": (2, Layout(sp=2, sp_algorithm=SCAN)),
+    "sp4_zeco": (4, Layout(sp=4, sp_algorithm=SCAN)),
+    "tp2_sp2_zeco": (4, Layout(tp=2, sp=2, sp_algorithm=SCAN)),
+    "pp2_sp2_zeco": (4, Layout(pp=2, sp=2, sp_algorithm=SCAN)),
+    "pp2_sp2_auto": (4, Layout(pp=2, sp=2)),
 }
 
 

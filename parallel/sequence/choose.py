@@ -1,0 +1,108 @@
+"""sp_algorithm=auto: the algorithm of each kind of mixer that costs least on these ranks, and why.
+
+S takes what receives fewer elements a layer; the sizes alone decide. L takes lasp2 or zeco, whichever hands on a state
+of the model's size sooner, timed on the group's own links; both give the same bits, so that a run may go on with the
+other. Ulysses is not timed for L: it moves every token's vectors, and one state is worth those of a few dozen tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from parallel.layout import SequenceAlgorithm, SequenceAlgorithms
+from parallel.sequence import lasp2, zeco
+from parallel.sequence.states import Exchange
+from parallel.sequence.table import candidates, pair_problem
+from parallel.sequence.ulysses import head_plan
+
+NUM_WARMUP, NUM_TIMED = 3, 9
+CLEARLY = 0.9
+"""zeco's time over lasp2's below which it is taken: less is noise."""
+
+
+def choose(
+    algorithms: SequenceAlgorithms,
+    symbols: set[str],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    seq_len: int,
+    group,
+    device: torch.device,
+) -> tuple[SequenceAlgorithms, dict[str, str]]:
+    """algorithms without auto, and for each mixer of `symbols` that had it what was chosen and why.
+
+    Heads are those of a tp rank, the group is that of the sp ranks. Collective over all ranks where L is to be timed.
+    """
+    auto = [symbol for symbol in sorted(symbols) if getattr(algorithms, symbol) is SequenceAlgorithm.auto]
+    rest = [symbol for symbol in "FSL" if getattr(algorithms, symbol) is SequenceAlgorithm.auto and symbol not in auto]
+    chosen, reasons = dict.fromkeys(rest, SequenceAlgorithm.ulysses), {}
+    heads = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    for symbol in auto:
+        if group.size() == 1 or candidates(symbol) == [SequenceAlgorithm.ulysses]:
+            chosen[symbol], reason = SequenceAlgorithm.ulysses, "the only one"
+        elif symbol == "S":
+            chosen[symbol], reason = _by_volume(**heads, window=window, seq_len=seq_len, sp=group.size())
+        else:
+            chosen[symbol], reason = _by_time((num_kv_heads, head_dim, head_dim), group, device)
+        if group.size() > 1:
+            reasons[symbol] = f"{chosen[symbol].name} ({reason})"
+    return replace(algorithms, **chosen), reasons
+
+
+def _by_volume(*, num_heads: int, num_kv_heads: int, head_dim: int, window: int, seq_len: int, sp: int):
+    """halo or ulysses for S."""
+    sizes = dict(sp=sp, num_kv_heads=num_kv_heads, window=window, seq_len=seq_len)
+    problems = {name: pair_problem("S", SequenceAlgorithm[name], **sizes) for name in ("halo", "ulysses")}
+    possible = [name for name, problem in problems.items() if problem is None]
+    if len(possible) == 1:
+        return SequenceAlgorithm[possible[0]], "the only one that these sizes allow"
+    q_heads, kv_heads = map(len, head_plan(num_heads=num_heads, num_kv_heads=num_kv_heads, sp=sp))
+    received = {
+        "halo": 2 * num_kv_heads * head_dim * (window - 1),
+        "ulysses": 2 * (q_heads + kv_heads) * head_dim * (seq_len // sp) * (sp - 1) // sp,  # q and o, k and v
+    }
+    best, other = sorted(received, key=received.get)
+    return SequenceAlgorithm[best], f"receives {received[best]:,} elements a layer, {other} {received[other]:,}"
+
+
+def _by_time(shape: tuple[int, int, int], group, device: torch.device):
+    """lasp2 or zeco for L."""
+    times = {name: exchange_ms(exchange, shape, group, device) for name, exchange in EXCHANGES.items()}
+    best = "zeco" if times["zeco"] < CLEARLY * times["lasp2"] else "lasp2"
+    figures = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
+    return SequenceAlgorithm[best], f"a state to {group.size()} ranks: {figures}"
+
+
+EXCHANGES: dict[str, Exchange] = {"lasp2": lasp2.exchange, "zeco": zeco.exchange}
+
+
+def exchange_ms(exchange: Exchange, shape: tuple[int, int, int], group, device: torch.device) -> float:
+    """Milliseconds until the last rank of all has the state [Hkv, K, V] that enters it: a median. Collective."""
+    state = torch.zeros(shape, device=device)
+    decay = torch.zeros(shape[:2], device=device)
+
+    def once() -> float:
+        dist.barrier(group=group)
+        _finish(device)
+        start = time.perf_counter()
+        exchange(state, decay, group=group, reverse=False)()
+        _finish(device)
+        return (time.perf_counter() - start) * 1e3
+
+    times = [once() for _ in range(NUM_WARMUP + NUM_TIMED)][NUM_WARMUP:]
+    slowest = torch.tensor(statistics.median(times), device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return float(slowest)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,124 @@
+"""Gated linear attention by states, LASP-2 and ZeCO: n ranks equal 1 rank with documents cut anywhere, and what the
+exchanges carry."""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ops
+from parallel.sequence import lasp2, states, zeco
+from sequence_case import check_close, differentiate, layouts, on_shards
+
+NUM_HEADS, NUM_KV_HEADS, KEY, VALUE = 6, 3, 4, 5
+SHARD_TOKENS = 7
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+EXCHANGES = {
+    "lasp2": lasp2.exchange,
+    "zeco": zeco.exchange,
+    "zeco in 2 blocks": partial(zeco.exchange, num_blocks=2),
+    "zeco in 3 blocks": partial(zeco.exchange, num_blocks=3),  # of 2, 2 and 0 channels
+}
+
+
+def whole_row(num_tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """q, k, v, log_decay, and the output's gradient."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    shapes = ((NUM_HEADS, KEY), (NUM_KV_HEADS, KEY), (NUM_KV_HEADS, VALUE), (NUM_KV_HEADS, KEY), (NUM_HEADS, VALUE))
+    *inputs, log_decay, grad = (
+        torch.randn(1, num_tokens, *shape, generator=generator, dtype=dtype) for shape in shapes
+    )
+    return [*inputs, torch.nn.functional.logsigmoid(log_decay) / 4], grad
+
+
+def on_one_rank(edges: list[int], *inputs: Tensor) -> Tensor:
+    return ops.gla(*inputs, cu_seqlens=torch.tensor(edges, dtype=torch.int32))[0]
+
+
+def volume(exchange: str, rank: int, num_ranks: int) -> list[list[tuple[str, int]]]:
+    """What the docstrings promise of the collectives of a forward and a backward pass."""
+    if exchange == "lasp2":
+        return [[("all_gather", (num_ranks - 1) * NUM_KV_HEADS * (KEY * VALUE + KEY))]] * 2
+    sent = [("sent", NUM_KV_HEADS * KEY * VALUE)]
+    return [sent if rank < num_ranks - 1 else [], sent if rank > 0 else []]
+
+
+def summed(calls: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The blocks of a state together."""
+    total = sum(elements for name, elements in calls if name == "sent")
+    return [call for call in calls if call[0] != "sent"] + ([("sent", total)] if total else [])
+
+
+@pytest.mark.parametrize(
+    "num_ranks, dtype", [(2, torch.float64), (3, torch.float64), (4, torch.float32), (8, torch.float64)]
+)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_n_ranks_equal_one_rank(run_ranks, num_ranks, exchange, overlap, dtype):
+    inputs, grad = whole_row(num_ranks * SHARD_TOKENS, dtype)
+    rows = layouts(num_ranks, shard_tokens=SHARD_TOKENS, num_random=5 if num_ranks < 8 else 2)
+    mix = partial(states.gla, exchange=EXCHANGES[exchange], overlap=overlap)
+    results = run_ranks(num_ranks)(on_shards, mix, inputs, grad, rows)
+    for index, edges in enumerate(rows):
+        expected, _ = differentiate(partial(on_one_rank, edges), inputs, grad)
+        shards = [result[index][0] for result in results]
+        check_close([torch.cat(parts, dim=1) for parts in zip(*shards)], expected, TOLERANCE[dtype], edges)
+        for rank, result in enumerate(results):
+            carried = [summed(calls) for calls in result[index][1]]
+            assert carried == volume(exchange, rank, num_ranks), "the same calls, whatever the documents"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_strong_decay_over_many_ranks_is_finite(run_ranks, exchange, overlap):
+    inputs, grad = whole_row(4 * SHARD_TOKENS, torch.float32)
+    inputs[3] = inputs[3] * 40
+    mix = partial(states.gla, exchange=EXCHANGES[exchange], overlap=overlap)
+    results = run_ranks(4)(on_shards, mix, inputs, grad, [[0, 4 * SHARD_TOKENS]])
+    expected, _ = differentiate(partial(on_one_rank, [0, 4 * SHARD_TOKENS]), inputs, grad)
+    shards = [result[0][0] for result in results]
+    check_close([torch.cat(parts, dim=1) for parts in zip(*shards)], expected, 5e-5, "strong decay")
+
+
+def entering(rank: int, seed: int, reverse: bool) -> list[Tensor]:
+    """The state that enters this rank, by every exchange."""
+    generator = torch.Generator().manual_seed(seed * 100 + rank)
+    state = torch.randn(NUM_KV_HEADS, KEY, VALUE, generator=generator)
+    decay = -torch.rand(NUM_KV_HEADS, KEY, generator=generator) * random.Random(seed).choice([0.01, 1, 100])
+    return [exchange(state, decay, group=dist.group.WORLD, reverse=reverse)() for exchange in EXCHANGES.values()]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_all_exchanges_give_the_same_bits(run_ranks, reverse):
+    """A run may go on with another one."""
+    for seed in range(3):
+        for rank, (first, *others) in enumerate(run_ranks(4)(entering, seed, reverse)):
+            assert bool(first.any()) == (rank < 3 if reverse else rank > 0)
+            assert all(torch.equal(first, other) for other in others)
+
+
+def spanning(rank: int, ranks_a_host: int) -> list[bool]:
+    pair, whole = dist.new_group([0, 1]), dist.group.WORLD
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks_a_host)):
+        found = [states.spans_hosts(group) for group in (pair, whole) if rank in dist.get_process_group_ranks(group)]
+    if rank < 2:
+        dist.destroy_process_group(pair)
+    return found
+
+
+def test_only_groups_over_several_hosts_overlap_by_themselves(run_ranks):
+    assert run_ranks(4)(spanning, 2) == [[False, True], [False, True], [True], [True]]
+    assert run_ranks(4)(spanning, 4) == [[False, False], [False, False], [False], [False]]
+
+
+def test_a_large_state_is_cut_into_blocks():
+    assert zeco.blocks_of(torch.empty(4, 128, 128)) == 1
+    assert zeco.blocks_of(torch.empty(32, 128, 256)) == 16
+    assert zeco.blocks_of(torch.empty(4096, 8, 256)) == 8
