@@ -1,6 +1,7 @@
 """torchrun launch/train.py recipe=NAME [key=value ...]: train a recipe through its stages; dry_run=true describes it.
 
-Exit codes: 0 done, 75 saved and asks to be started again, 2 the recipe cannot run here (one line says why).
+Exit codes: 0 done, 75 saved and asks to be started again, 76 another rank was killed or hangs (one line names it; start
+again), 2 the recipe cannot run here (one line says why).
 """
 
 import os

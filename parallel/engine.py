@@ -13,6 +13,7 @@ from parallel import mcore
 from parallel.gradients import GradientBuffers
 from parallel.mesh import Mesh
 from parallel.optimizer import allocate_state, build_optimizer, own_step_counts, step
+from parallel.place import primitive, section
 from parallel.schedule import LossSum, run_rows
 from parallel.sequence.shard import IGNORE, Row
 
@@ -51,20 +52,23 @@ class Engine:
 
         Every gradient ends as the derivative of the mean over all scored tokens of the global batch.
         """
-        self.chunk.train()
-        self.optimizer.zero_grad()
-        num_tokens = self._count_scored(rows)
-        loss_scale = 1.0 / max(num_tokens, 1)
-        self.chunk.begin_step(loss_scale=loss_scale)
-        total = run_rows(self.chunk, self.mesh, rows, loss_scale=loss_scale).sum(0)
-        dist.all_reduce(total, group=self.mesh.groups.dp_cp)
-        return LossSum(float(total[0]), num_tokens)
+        with section("forward and backward"):
+            self.chunk.train()
+            self.optimizer.zero_grad()
+            num_tokens = self._count_scored(rows)
+            loss_scale = 1.0 / max(num_tokens, 1)
+            self.chunk.begin_step(loss_scale=loss_scale)
+            total = run_rows(self.chunk, self.mesh, rows, loss_scale=loss_scale).sum(0)
+            with primitive("sum of losses"):
+                dist.all_reduce(total, group=self.mesh.groups.dp_cp)
+                return LossSum(float(total[0]), num_tokens)
 
     def _count_scored(self, rows: list[Row]) -> int:
         """Scored tokens of the global batch, known before the forward pass so that no gradient need be rescaled."""
         count = torch.tensor(sum(int((row.labels != IGNORE).sum()) for row in rows), device=self.mesh.device)
-        dist.all_reduce(count, group=self.mesh.groups.dp)
-        return int(count)
+        with primitive("count of scored tokens"):
+            dist.all_reduce(count, group=self.mesh.groups.dp)
+            return int(count)
 
     def gather_gradients(self) -> None:
         """Make param.main_grad whole on every rank after forward_backward, for inspection: ZeRO leaves each a part."""
@@ -76,7 +80,8 @@ class Engine:
 
     def step(self, *, lr: float) -> float:
         """Clip, update the weights with this learning rate, and return the gradient norm before clipping."""
-        return step(self.optimizer, lr=lr, clip_grad=self._clip_grad)
+        with section("optimizer step"):
+            return step(self.optimizer, lr=lr, clip_grad=self._clip_grad)
 
     def sharded_state_dict(self, *, for_loading: bool = False) -> dict:
         """Model and optimizer as megatron's sharded state dict, to be saved or (for_loading) loaded into."""
@@ -98,7 +103,8 @@ class Engine:
 
 def _finalize_gradients(chunks, num_tokens=None, **options) -> None:
     """megatron's reduction over the groups, without its division by num_tokens: the loss carries it already."""
-    mcore.finalize_model_grads(chunks, None, **options)
+    with section("gradient reduction"):
+        mcore.finalize_model_grads(chunks, None, **options)
 
 
 def sharded_weights(model, mesh: Mesh) -> dict:

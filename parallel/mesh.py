@@ -11,6 +11,10 @@ import torch.distributed as dist
 
 from parallel import mcore
 from parallel.layout import Layout
+from parallel.place import section
+
+PATIENCE_S = 1800.0
+"""What torch waits for other ranks in a collective, where the caller does not say."""
 
 
 class Mesh:
@@ -20,8 +24,8 @@ class Mesh:
     stages of different layouts. torch.distributed itself is started on first use and outlives the mesh.
     """
 
-    def __init__(self, layout: Layout):
-        start_distributed()
+    def __init__(self, layout: Layout, *, patience_s: float = PATIENCE_S):
+        start_distributed(patience_s=patience_s)
         world_size = dist.get_world_size()
         self.layout = layout
         self.dp = layout.dp(world_size)
@@ -32,18 +36,21 @@ class Mesh:
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=patience_s / 60,
         )
         self.groups = mcore.ProcessGroupCollection.use_mpu_process_groups()
         self.world_size, self.rank = world_size, dist.get_rank()
         self.device = device()
 
     @classmethod
-    def build(cls, layout: Layout) -> Mesh:
+    def build(cls, layout: Layout, *, patience_s: float = PATIENCE_S) -> Mesh:
         """Create the process groups of a layout over all ranks. Collective: every rank calls it with the same layout.
 
-        Raises ValueError when the layout does not fit the world.
+        patience_s: a collective that has waited so long for another rank fails. Raises ValueError when the layout does
+        not fit the world.
         """
-        return cls(layout)
+        with section("process groups"):
+            return cls(layout, patience_s=patience_s)
 
     def __enter__(self) -> Mesh:
         return self
@@ -111,18 +118,21 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def start_distributed() -> None:
+def start_distributed(*, patience_s: float = PATIENCE_S) -> None:
     """Start torch.distributed from torchrun's variables, or a world of one process without them. Idempotent.
 
-    Raises ValueError where two processes would share a GPU.
+    patience_s: a collective of all ranks that has waited so long for another rank fails. Raises ValueError where two
+    processes would share a GPU.
     """
     if dist.is_initialized():
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(device())
+        # a failed collective raises in the main thread, not an abort from a thread of NCCL's: see parallel.watch
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    timeout = timedelta(minutes=30)
+    timeout = timedelta(seconds=patience_s)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from parallel import mcore
+from parallel.place import primitive
 
 
 def build_optimizer(
@@ -45,7 +46,8 @@ def step(optimizer, *, lr: float, clip_grad: float) -> float:
     """
     set_learning_rate(optimizer, lr)
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    with primitive("gradient norm"):
+        grad_norm = float(optimizer.get_grad_norm())
     too_long = (grad_norm + 1e-6) / clip_grad if clip_grad > 0 else 1.0
     for part in _parts(optimizer):
         if not isinstance(part.optimizer, torch.optim.AdamW):  # apex or TransformerEngine are installed

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from parallel import mcore
 from parallel.mesh import Mesh
+from parallel.place import primitive, section
 from parallel.sequence.shard import IGNORE, Row, shard_row
 
 
@@ -49,7 +50,8 @@ def run_rows(model, mesh: Mesh, rows: list[Row], *, loss_scale: float | None = N
     table = torch.stack(sums) if sums else torch.zeros(len(rows), 2, dtype=torch.float64, device=mesh.device)
     if mesh.layout.pp > 1:
         group = mesh.groups.pp
-        dist.broadcast(table, src=dist.get_process_group_ranks(group)[-1], group=group)
+        with primitive("losses of the last stage"):
+            dist.broadcast(table, src=dist.get_process_group_ranks(group)[-1], group=group)
     return table
 
 
@@ -67,14 +69,16 @@ def evaluate_rows(model, mesh: Mesh, rows: list[Row]) -> list[LossSum]:
     model.train(was_training)
     table = torch.zeros(num_rounds, mesh.dp, 2, dtype=torch.float64, device=mesh.device)
     table[:, mesh.dp_rank] = sums
-    dist.all_reduce(table, group=mesh.groups.dp_cp)
-    return [LossSum(loss, int(num_tokens)) for loss, num_tokens in table.flatten(0, 1)[: len(rows)].tolist()]
+    with primitive("losses of all ranks"):
+        dist.all_reduce(table, group=mesh.groups.dp_cp)
+        return [LossSum(loss, int(num_tokens)) for loss, num_tokens in table.flatten(0, 1)[: len(rows)].tolist()]
 
 
 def _forward_step(rows, model, *, mesh: Mesh, loss_scale: float):
     row = next(rows)
     tokens, labels, documents = shard_row(row.to(mesh.device), rank=mesh.sp_rank, size=mesh.layout.sp)
-    return model(tokens, documents, labels), partial(_token_sums, labels, loss_scale)
+    with section("forward"):
+        return model(tokens, documents, labels), partial(_token_sums, labels, loss_scale)
 
 
 def _token_sums(labels: Tensor, loss_scale: float, losses: Tensor):

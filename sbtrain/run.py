@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from parallel.collectives import together
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh, device, start_distributed
+from parallel.place import primitive, section
+from parallel.watch import RankWatch
 from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.checkpoint.run_dir import Exit, check_folder, check_owner, describe_run, run_folder
+from sbtrain.checkpoint.run_dir import Exit, check_folder, check_owner, describe_run, record_exit, run_folder
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store, check_room, read_state
 from sbtrain.config.rules import check_training, world_problem
@@ -39,8 +42,21 @@ from sbtrain.train.watch import Watch
 def run(recipe: Recipe) -> tuple[Exit, str]:
     """Train every unfinished stage, then export and report. Collective. Returns the exit code and the reason.
 
-    Raises ValueError, before anything is written, for a recipe that cannot run here.
+    Raises ValueError, before anything is written, for a recipe that cannot run here. Where a rank is killed or hangs,
+    the process ends with Exit.RANK_LOST and a line that names the rank.
     """
+    with watched(recipe):
+        return carry(recipe)
+
+
+def watched(recipe: Recipe) -> RankWatch:
+    """What ends this rank, and says why in exit.json, when another one is lost. Starts torch.distributed."""
+    start_distributed(patience_s=recipe.runtime.patience_s)
+    return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, recipe.run_dir))
+
+
+def carry(recipe: Recipe) -> tuple[Exit, str]:
+    """The run itself, from wherever the last one stopped."""
     recipe, ledger, evaluations = prepare(recipe)
     folder = run_folder(recipe)
     store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
@@ -53,7 +69,8 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
             ledger.finish(name, write=first)
-    dist.barrier()
+    with primitive("end of the run"):
+        dist.barrier()
     if first:
         finish(recipe, ledger)
     return Exit.DONE, "all stages are done"
@@ -63,7 +80,7 @@ def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations,
     """One stage on its own layout: build, restore or start, train, judge. Returns False if it had to stop early."""
     stage = recipe.stages[name]
     with ExitStack() as stack:
-        mesh = stack.enter_context(Mesh.build(stage.layout))
+        mesh = stack.enter_context(Mesh.build(stage.layout, patience_s=recipe.runtime.patience_s))
         judge_teacher(recipe, stage, mesh, evaluations, watch)
         engine = stack.enter_context(closing(build_engine(recipe, stage, mesh)))
         state = begin_stage(recipe, name, engine, store, evaluations, watch)
@@ -82,11 +99,12 @@ def convert(recipe: Recipe) -> Path:
     the whole model. Collective. Raises ValueError, before anything is written, if the run has begun already or the
     source cannot be read.
     """
-    start_distributed()
     folder, (name, stage) = run_folder(recipe), next(iter(recipe.stages.items()))
-    ledger = together(lambda: unbegun(recipe))
-    layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
-    with Mesh.build(layout) as mesh:
+    with ExitStack() as stack:
+        stack.enter_context(watched(recipe))
+        ledger = together(lambda: unbegun(recipe))
+        layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
+        mesh = stack.enter_context(Mesh.build(layout, patience_s=recipe.runtime.patience_s))
         model = build_model(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
         together(lambda: fill_start(recipe, model, mesh))
         describe(recipe)
@@ -111,10 +129,10 @@ def unbegun(recipe: Recipe) -> Ledger:
 
 def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
     """Everything that can refuse a recipe: world, owner of the run directory, data, start. Then describe the run."""
-    start_distributed()
     recipe = fit_world(recipe, dist.get_world_size())
     check_training(recipe)
-    ledger, evaluations = together(lambda: inspect(recipe))
+    with section("preparation", patient=True):
+        ledger, evaluations = together(lambda: inspect(recipe))
     _agree_on_ops()
     if dist.get_rank() == 0:
         print("\n".join(ops.lines()), flush=True)
@@ -159,7 +177,8 @@ def _agree_on_ops() -> None:
     """All ranks must run the same backends of the same ops, or their numerics would drift apart. Collective."""
     ours = together(op_table)
     tables = [None] * dist.get_world_size()
-    dist.all_gather_object(tables, ours)
+    with primitive("op tables"):
+        dist.all_gather_object(tables, ours)
     ours = tables[0]["ops"]
     for rank, other in enumerate(tables):
         if other["hash"] != tables[0]["hash"]:
@@ -194,13 +213,14 @@ def open_run_sinks(recipe: Recipe, step: int) -> Sinks:
 
 def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
     """The recipe's model on the stage's layout, its weights still to be set."""
-    model = build_model(
-        recipe.model, mesh, precision=recipe.precision, recompute=stage.recompute, seq_len=stage.seq_len
-    )
-    if mesh.rank == 0:
-        for symbol, choice in model.sp_choices.items():
-            print(f"layout.sp_algorithm.{symbol}=auto: {choice}", flush=True)
-    return Engine(model, mesh, adam=asdict(recipe.optim))
+    with section("model"):
+        model = build_model(
+            recipe.model, mesh, precision=recipe.precision, recompute=stage.recompute, seq_len=stage.seq_len
+        )
+        if mesh.rank == 0:
+            for symbol, choice in model.sp_choices.items():
+                print(f"layout.sp_algorithm.{symbol}=auto: {choice}", flush=True)
+        return Engine(model, mesh, adam=asdict(recipe.optim))
 
 
 def begin_stage(
@@ -226,14 +246,15 @@ def begin_stage(
 
 def fill_start(recipe: Recipe, model, mesh: Mesh) -> None:
     """Set this rank's parameters to the recipe's first weights."""
-    fill(
-        global_parameters(model),
-        model=model.model_config,
-        path=recipe.start.path,
-        seed=recipe.seed,
-        tp_rank=mesh.tp_rank,
-        tp=mesh.layout.tp,
-    )
+    with section("first weights", patient=True):
+        fill(
+            global_parameters(model),
+            model=model.model_config,
+            path=recipe.start.path,
+            seed=recipe.seed,
+            tp_rank=mesh.tp_rank,
+            tp=mesh.layout.tp,
+        )
 
 
 def train_stage(

@@ -26,6 +26,8 @@ from ops import documents
 from parallel.collectives import exchange_rows
 from parallel.sequence.shard import cuts_of, with_bounds
 
+_NAME = "halo all-to-all"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -90,7 +92,7 @@ class _Fetch(torch.autograd.Function):
         ctx.plan, ctx.group, ctx.key_size = plan, group, k.shape[-1]
         sent = torch.cat([torch.cat([k[0, part], v[0, part]], dim=-1) for part in plan.send])
         sizes = [_length(part) for part in plan.send]
-        halo = exchange_rows(sent, send=sizes, receive=plan.receive, group=group)[None]
+        halo = exchange_rows(sent, send=sizes, receive=plan.receive, group=group, name=_NAME)[None]
         halo_k, halo_v = halo.tensor_split([ctx.key_size], dim=-1)
         return torch.cat([halo_k, k], dim=1), torch.cat([halo_v, v], dim=1)
 
@@ -99,7 +101,7 @@ class _Fetch(torch.autograd.Function):
     def backward(ctx, grad_k: Tensor, grad_v: Tensor):
         plan, sizes = ctx.plan, [_length(part) for part in ctx.plan.send]
         halo = torch.cat([grad[0, : plan.num_tokens] for grad in (grad_k, grad_v)], dim=-1)
-        returned = exchange_rows(halo, send=plan.receive, receive=sizes, group=ctx.group)
+        returned = exchange_rows(halo, send=plan.receive, receive=sizes, group=ctx.group, name=_NAME)
         grad_k, grad_v = (grad[:, plan.num_tokens :].clone() for grad in (grad_k, grad_v))
         for part, grad in zip(plan.send, returned.split(sizes)):
             grad_k[0, part] += grad[..., : ctx.key_size]

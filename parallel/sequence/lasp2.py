@@ -24,7 +24,7 @@ def exchange(state: Tensor, decay: Tensor, *, group, reverse: bool) -> Callable[
 
     state fp32 [Hkv, K, V] and decay [Hkv, K] of this rank; reverse: from the last rank to the first. Collective.
     """
-    gathered = all_gather(torch.cat([state, decay[..., None]], dim=-1), group=group)
+    gathered = all_gather(torch.cat([state, decay[..., None]], dim=-1), group=group, name="lasp2 all-gather")
 
     def wait() -> Tensor:
         everyone = gathered()

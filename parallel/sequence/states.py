@@ -68,7 +68,7 @@ def gla(
     if not return_state:
         return o
     leaving = torch.addcmul(state, decay.exp()[..., None], state_in).detach()
-    return o, from_last(leaving[None], group=group)
+    return o, from_last(leaving[None], group=group, name="broadcast of the last state")
 
 
 def spans_hosts(group) -> bool:

@@ -24,4 +24,5 @@ def tail(x: Tensor, num_tokens: int | None, *, keepers: range, group) -> Tensor:
     own = x[0, x.shape[1] - lengths[group.rank()] :]
     send = [len(own) if rank in keepers else 0 for rank in range(group.size())]
     receive = lengths if group.rank() in keepers else [0] * group.size()
-    return exchange_rows(torch.cat([own] * len(keepers)), send=send, receive=receive, group=group)[None]
+    sent = torch.cat([own] * len(keepers))
+    return exchange_rows(sent, send=send, receive=receive, group=group, name="caches all-to-all")[None]

@@ -16,6 +16,7 @@ from parallel.collectives import all_gather, all_to_all
 
 PAD = -1
 """In a plan of heads: one of zeros."""
+_NAME = "ulysses all-to-all"
 
 
 def head_plan(*, num_heads: int, num_kv_heads: int, sp: int) -> tuple[list[int], list[int]]:
@@ -77,7 +78,9 @@ class Ulysses:
         """
         if self.group.size() == 1:
             return state
-        everyone = all_gather(state[0].detach().contiguous(), group=self.group)().flatten(0, 1)
+        everyone = all_gather(state[0].detach().contiguous(), group=self.group, name="ulysses all-gather")().flatten(
+            0, 1
+        )
         return _select(everyone, self.kv_heads, self.num_kv_heads, dim=0)[None]
 
 
@@ -86,12 +89,12 @@ def to_heads(x: Tensor, heads: list[int], group) -> Tensor:
     if heads != list(range(x.shape[2])):
         zeros = x.new_zeros(*x.shape[:2], 1, *x.shape[3:])
         x = torch.cat([x, zeros], dim=2)[:, :, heads]
-    return all_to_all(x, group=group, split_dim=2, concat_dim=1)
+    return all_to_all(x, group=group, split_dim=2, concat_dim=1, name=_NAME)
 
 
 def to_tokens(o: Tensor, heads: list[int], num_heads: int, group) -> Tensor:
     """The way back of `to_heads`: o [1,T,len(heads)/sp,V] -> [1,T/sp,num_heads,V]."""
-    o = all_to_all(o, group=group, split_dim=1, concat_dim=2)
+    o = all_to_all(o, group=group, split_dim=1, concat_dim=2, name=_NAME)
     return _select(o, heads, num_heads, dim=2)
 
 

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.place import primitive
+
 LEAST_BLOCK_BYTES = 1 << 18
 """Below this a block takes longer to be sent off than to be carried: about 10 us of latency times 25 GB/s."""
 
@@ -79,6 +81,7 @@ def _scan(state: Tensor, decay: Tensor, group, reverse: bool, num_blocks: int) -
         if after is not None and number > 0:
             leaving = torch.addcmul(own[number - 1], factors[number - 1], entering[number - 1])
             transfers.append(dist.P2POp(dist.isend, leaving, group=group, group_peer=after))
-        for work in dist.batch_isend_irecv(transfers) if transfers else ():
-            work.wait()
+        with primitive("zeco all-scan"):
+            for work in dist.batch_isend_irecv(transfers) if transfers else ():
+                work.wait()
     return torch.cat(entering, dim=1)

@@ -14,6 +14,7 @@ import torch
 
 import ops
 from parallel import mcore
+from parallel.watch import EXIT_CODE
 from sbtrain.checkpoint.files import write_json
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.config.load import load, save
@@ -26,9 +27,13 @@ class Exit(IntEnum):
     DONE = 0
     BAD_RECIPE = 2
     REQUEUE = 75
+    RANK_LOST = EXIT_CODE
 
 
-FREE = ("name", "run_dir", "cluster", "log", "checkpoint", "evaluation", "ops", "export_dir", "dry_run", "layout_auto")
+FREE = (
+    *("name", "run_dir", "cluster", "runtime", "log", "checkpoint", "evaluation", "ops", "export_dir", "dry_run"),
+    "layout_auto",
+)
 """Keys that may change when a run goes on."""
 FREE_OF_STAGE = ("layout", "recompute", "micro_batch", "schedule")
 """Keys of a stage that may change when a run goes on."""
@@ -135,7 +140,7 @@ def describe_run(recipe: Recipe) -> None:
 
 
 def record_exit(run_dir: str | Path, code: int, reason: str) -> None:
-    """Write exit.json, which outlives torchrun's own exit code, if the run directory exists. Called on rank 0."""
+    """Write exit.json, which outlives torchrun's own exit code, if the run directory exists. Called by one rank."""
     folder = Path(run_dir)
     if not folder.is_dir():
         return

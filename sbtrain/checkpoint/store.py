@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from parallel import mcore
 from parallel.engine import Engine, sharded_weights
 from parallel.mesh import Mesh
+from parallel.place import section
 from sbtrain.checkpoint.files import read_json, sync_folder, write_json
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.state import RunState
@@ -49,6 +50,10 @@ class Store:
         self._write({"model": sharded_weights(model, mesh)}, state)
 
     def _write(self, sharded: dict, state: RunState) -> None:
+        with section("checkpoint save", patient=True):
+            self._write_step(sharded, state)
+
+    def _write_step(self, sharded: dict, state: RunState) -> None:
         name = f"step_{state.step}"
         final, partial = self.folder / name, self.folder / f"{name}.partial"
         write = dist.get_rank() == 0
@@ -84,6 +89,11 @@ class Store:
             sharded = {"model": sharded_weights(engine.model, engine.mesh)}
         else:
             sharded = engine.sharded_state_dict(for_loading=True)
+        with section("checkpoint load", patient=True):
+            self._load(engine, sharded, folder)
+        return RunState(**{key: content[key] for key in RunState.__dataclass_fields__})
+
+    def _load(self, engine: Engine, sharded: dict, folder: Path) -> None:
         try:
             loaded = mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False)
         except torch.OutOfMemoryError:
@@ -94,7 +104,6 @@ class Store:
                 "or choose another run_dir"
             ) from error
         engine.load_state_dict(loaded)
-        return RunState(**{key: content[key] for key in RunState.__dataclass_fields__})
 
     def _make_room(self, sharded: dict, partial: Path, write: bool) -> None:
         needed = [None] * dist.get_world_size()

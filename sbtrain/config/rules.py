@@ -21,6 +21,8 @@ TRAINABLE_MIXERS = ("F", "S", "L")
 OBJECTIVES = (Objective.ce,)
 LARGEST_WORLD = 65536
 """Where the search for a world size that fits ends."""
+LONGEST_TIMEOUT_S = 1_000_000
+"""Days; torch cannot count much further."""
 
 
 def check(recipe: Recipe) -> None:
@@ -213,6 +215,11 @@ def check_counts(recipe: Recipe) -> None:
     for key, (value, smallest) in least.items():
         if value < smallest:
             raise ValueError(f"{key}={value} is too small; give {smallest} or more")
+    if not 1 <= recipe.runtime.timeout_s < LONGEST_TIMEOUT_S:
+        raise ValueError(
+            f"runtime.timeout_s={recipe.runtime.timeout_s} is no timeout; give at least 1 and less than "
+            f"{LONGEST_TIMEOUT_S} seconds"
+        )
     modes = ("offline", "online", "disabled")
     if recipe.log.wandb_mode not in modes:
         raise ValueError(f"log.wandb_mode={recipe.log.wandb_mode} is not a choice; it is one of: {', '.join(modes)}")

@@ -287,6 +287,22 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class RuntimeConfig:
+    """What the ranks of a job expect of one another.
+
+    timeout_s: when a rank was killed or hangs, the others end after this time, in seconds, with exit code 76 and a line
+        that names it. Checkpoints, first weights and the check of the data may take longer.
+    """
+
+    timeout_s: float = 600.0
+
+    @property
+    def patience_s(self) -> float:
+        """What torch waits for another rank in a collective: the last resort, where no rank can be named."""
+        return 3 * self.timeout_s
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """The machine that plans and MFU refer to.
 
@@ -321,6 +337,7 @@ class Recipe:
     log: what is logged, and where.
     evaluation: held-out evaluation during the run.
     cluster: the machine that plans and MFU refer to.
+    runtime: what the ranks of a job expect of one another.
     ops: backend by op name, to force one (`python -m ops` lists them), or "auto or reference": see docs/ops.md.
     export_dir: folder of the Hugging Face export at the end; empty exports nothing.
     dry_run: print the plan of the run and exit; reads no weights.
@@ -340,6 +357,7 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     ops: Dict[str, str] = field(default_factory=dict)
     export_dir: str = ""
     dry_run: bool = False

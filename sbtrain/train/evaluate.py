@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from parallel.mesh import Mesh
+from parallel.place import section
 from parallel.schedule import evaluate_rows
 from sbtrain.checkpoint.files import read_json, write_json
 from sbtrain.config.schema import Recipe
@@ -72,7 +73,8 @@ class Evaluations:
 
         tokens: trained so far. must_stop: asked between rows. Collective; rank 0 writes and prints.
         """
-        sources = self.held_out.bits_per_byte(model, mesh, must_stop=must_stop)
+        with section("evaluation"):
+            sources = self.held_out.bits_per_byte(model, mesh, must_stop=must_stop)
         if sources is None:
             return False
         mean = sum(source["bits_per_byte"] for source in sources.values()) / len(sources)

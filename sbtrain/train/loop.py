@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from parallel.collectives import together
 from parallel.engine import Engine
+from parallel.place import section
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store
 from sbtrain.config.schema import Stage
@@ -31,7 +32,9 @@ def train(
     finished = True
     while state.stage_tokens < stage.tokens:
         lr = learning_rate(stage.schedule, tokens=state.stage_tokens, total_tokens=stage.tokens)
-        loss = engine.forward_backward(together(loader.next_step))
+        with section("data"):
+            rows = together(loader.next_step)
+        loss = engine.forward_backward(rows)
         grad_norm = engine.step(lr=lr)
         state = state.advanced(stage.global_batch_tokens)
         watch.check(state, loss=loss.mean, grad_norm=grad_norm)

@@ -8,6 +8,7 @@ import signal
 import torch
 import torch.distributed as dist
 
+from parallel.place import primitive
 from sbtrain.checkpoint.state import RunState
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -44,8 +45,9 @@ class Watch:
 
     def _any(self, here: bool) -> bool:
         flag = torch.tensor(int(here), device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        with primitive("signals"):
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            return bool(flag)
 
     def save_due(self, state: RunState) -> bool:
         """Whether the interval asks for a checkpoint after this step."""

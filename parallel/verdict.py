@@ -1,0 +1,109 @@
+"""Who is missing: decided from what is known of every rank, without clocks, threads or connections.
+
+A rank is missing if it gives no sign of life, or if it is busy with its own work while others wait in a collective. The
+ranks that wait cannot be to blame, whatever number their collective has: pipeline stages count differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NAMED = 8
+"""Ranks that one line names; of more it gives the number."""
+AGAIN = "start the same command again to go on from the newest checkpoint"
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One rank, as another sees it; times in seconds.
+
+    name, number: its place, see parallel.place. waiting: it can only go on when other ranks, or its device, do.
+    patient: it is at work that may take long. at: its line of Python. device: what its GPU has not finished.
+    stayed_s: how long it has been in that place. frozen_s: how long its main thread has not moved at all. silent_s: how
+    long it has been seen without a new sign of life, at least.
+    """
+
+    name: str = "start"
+    number: int = 0
+    waiting: bool = False
+    patient: bool = False
+    at: str = ""
+    device: str = ""
+    stayed_s: float = 0.0
+    frozen_s: float = 0.0
+    silent_s: float = 0.0
+
+    @property
+    def place(self) -> str:
+        """Name, number and line, for people."""
+        gpu = f", where its GPU has not finished {self.device}" if self.device else ""
+        return f"'{self.name}' (no. {self.number}{', ' + self.at if self.at else ''}){gpu}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds. timeout_s: the longest that ranks wait for one another. silent_s: a longer silence is death.
+
+    broken_s: how long ago this rank lost a connection to another; None if it did not. Something is wrong for sure then,
+    and nothing has to be waited for but the silence of the rank that is gone.
+    """
+
+    timeout_s: float
+    silent_s: float
+    broken_s: float | None = None
+
+
+def decide(sights: Sequence[Sight], who: Sequence[str], *, rank: int, limits: Limits) -> str | None:
+    """One line that names the ranks that are missing and where, or None while nobody must be.
+
+    sights, who: by rank; who is host and process, for people. rank: the one that asks.
+    """
+    mine, broken, timeout_s = sights[rank], limits.broken_s is not None, limits.timeout_s
+    if not broken and mine.stayed_s < timeout_s:
+        return None
+    others = [other for other in range(len(sights)) if other != rank]
+    silent = [other for other in others if sights[other].silent_s >= limits.silent_s]
+    asks = rank if mine.waiting or broken else next((other for other in others if sights[other].waiting), rank)
+    waits = _wait(sights[asks], asks, broken)
+    if silent:
+        first = sights[silent[0]]
+        least = min(sights[other].silent_s for other in silent)
+        gone = f"no sign of life for {least:.0f} s, last seen in {first.place}"
+        return f"{named(silent, who)}: {gone}; {waits}; {AGAIN}"
+    if not broken and any(sight.patient and not sight.waiting for sight in sights):
+        return None
+    busy = [other for other in range(len(sights)) if not sights[other].waiting and sights[other].stayed_s >= timeout_s]
+    held_up = [other for other in range(len(sights)) if sights[other].waiting and sights[other].frozen_s >= timeout_s]
+    if busy and (held_up or broken) and busy != [rank]:
+        first = sights[busy[0]]
+        still = f"still in {first.place} after {first.stayed_s:.0f} s"
+        return f"{named(busy, who)}: {still}; {waits}; {AGAIN}"
+    if broken and limits.broken_s >= timeout_s:
+        return f"{waits}, but every rank gives signs of life: the network failed, or one took too long; {AGAIN}"
+    if min(sight.frozen_s if sight.waiting else 0.0 for sight in sights) >= 2 * timeout_s:
+        return f"{_everyone(sights)}: a device or the network hangs; {AGAIN}"
+    return None
+
+
+def named(ranks: Sequence[int], who: Sequence[str]) -> str:
+    """`rank 3 (host a, process 71)`; many are named by number and the host of the first."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} ({who[ranks[0]]})"
+    listed = ", ".join(str(rank) for rank in ranks[:NAMED])
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return f"ranks {listed}{more} (the first is {who[ranks[0]]})"
+
+
+def _wait(sight: Sight, rank: int, broken: bool) -> str:
+    verb = "lost a connection" if broken else "waits" if sight.waiting else "is"
+    return f"rank {rank} {verb} in {sight.place}"
+
+
+def _everyone(sights: Sequence[Sight]) -> str:
+    """All wait: `all 4 ranks wait in ...`, or who is elsewhere than rank 0."""
+    elsewhere = [rank for rank, sight in enumerate(sights) if sight.name != sights[0].name]
+    text = f"all {len(sights)} ranks wait, none is missing: in {sights[0].place}"
+    if elsewhere:
+        text += f", rank {elsewhere[0]} in {sights[elsewhere[0]].place}"
+    return text
