@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parallel.layout import SequenceAlgorithm, SequenceAlgorithms
 from parallel.sequence import lasp2, zeco
@@ -20,7 +22,9 @@ from parallel.sequence.states import Exchange
 from parallel.sequence.table import candidates, pair_problem
 from parallel.sequence.ulysses import head_plan
 
-NUM_WARMUP, NUM_TIMED = 3, 9
+NUM_WARMUP, NUM_TIMED, NUM_CHAINED = 2, 5, 16
+NUM_HEAD_STARTS = 4
+"""Matrix products in fp32, milliseconds each, that keep a GPU busy while the host launches what is timed."""
 CLEARLY = 0.9
 """zeco's time over lasp2's below which it is taken: less is noise."""
 
@@ -85,24 +89,39 @@ EXCHANGES: dict[str, Exchange] = {"lasp2": lasp2.exchange, "zeco": zeco.exchange
 
 
 def exchange_ms(exchange: Exchange, shape: tuple[int, int, int], group, device: torch.device) -> float:
-    """Milliseconds until the last rank of all has the state [Hkv, K, V] that enters it: a median. Collective."""
-    state = torch.zeros(shape, device=device)
+    """Milliseconds from a state [Hkv, K, V] of every rank to the one that enters it, of the slowest. Collective."""
     decay = torch.zeros(shape[:2], device=device)
+    return chained_ms(
+        lambda state: exchange(state, decay, group=group, reverse=False)(), torch.zeros(shape, device=device), group
+    )
 
-    def once() -> float:
-        dist.barrier(group=group)
-        _finish(device)
-        start = time.perf_counter()
-        exchange(state, decay, group=group, reverse=False)()
-        _finish(device)
-        return (time.perf_counter() - start) * 1e3
 
-    times = [once() for _ in range(NUM_WARMUP + NUM_TIMED)][NUM_WARMUP:]
-    slowest = torch.tensor(statistics.median(times), device=device)
+def chained_ms(call: Callable[[Tensor], Tensor], x: Tensor, group) -> float:
+    """Milliseconds of a collective call, one after the other on its own result, of the slowest rank: a median.
+
+    Collective over all ranks. On a GPU the host runs ahead, as it does in training: what it needs to launch a call does
+    not count unless that takes longer than the call.
+    """
+    times = [_chain_ms(call, x, group) for _ in range(NUM_WARMUP + NUM_TIMED)][NUM_WARMUP:]
+    slowest = torch.tensor(statistics.median(times), device=x.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _chain_ms(call, x: Tensor, group) -> float:
+    dist.barrier(group=group)
+    if x.device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(NUM_CHAINED):
+            x = call(x)
+        return (time.perf_counter() - start) * 1e3 / NUM_CHAINED
+    head_start = torch.zeros(4096, 4096, device=x.device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(NUM_HEAD_STARTS):
+        head_start = head_start @ head_start
+    start.record()
+    for _ in range(NUM_CHAINED):
+        x = call(x)
+    end.record()
+    torch.cuda.synchronize(x.device)
+    return start.elapsed_time(end) / NUM_CHAINED

@@ -78,10 +78,8 @@ class Ulysses:
         """
         if self.group.size() == 1:
             return state
-        everyone = all_gather(state[0].detach().contiguous(), group=self.group, name="ulysses all-gather")().flatten(
-            0, 1
-        )
-        return _select(everyone, self.kv_heads, self.num_kv_heads, dim=0)[None]
+        gathered = all_gather(state[0].detach().contiguous(), group=self.group, name="ulysses all-gather")
+        return _select(gathered().flatten(0, 1), self.kv_heads, self.num_kv_heads, dim=0)[None]
 
 
 def to_heads(x: Tensor, heads: list[int], group) -> Tensor:

@@ -6,26 +6,22 @@ are. The table of larger sp is a model from these figures and says so.
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 
 from parallel.mesh import device, start_distributed
-from parallel.sequence.choose import EXCHANGES, exchange_ms
+from parallel.sequence.choose import EXCHANGES, chained_ms, exchange_ms
 from parallel.sequence.zeco import blocks_of
 from sbtrain.bench.options import demand_positive
 from sbtrain.bench.record import aligned, machine, save, shown
 from sbtrain.bench.scaling import Link, fit, halo_s, lasp2_s, ulysses_s, zeco_s
 from sbtrain.bench.shapes import model_config
-from sbtrain.bench.timing import synchronize
 from sbtrain.config.schema import ModelConfig
 from sbtrain.config.typed import plain
 
 FILE = "bench_links.json"
-NUM_WARMUP, NUM_TIMED = 3, 11
 
 
 @dataclass(frozen=True)
@@ -77,27 +73,20 @@ def bench_links(options: LinkOptions, command: str) -> int:
 
 
 def ring_s(num_bytes: int, place: torch.device) -> float:
-    """Seconds until every rank has a message of the one before it: a median, of the slowest rank. Collective."""
+    """Seconds until every rank has a message of the one before it, of the slowest rank. Collective."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    sent, received = (torch.zeros(num_bytes, dtype=torch.uint8, device=place) for _ in range(2))
-    transfers = [
-        dist.P2POp(dist.isend, sent, (rank + 1) % size),
-        dist.P2POp(dist.irecv, received, (rank - 1) % size),
-    ]
 
-    def once() -> float:
-        dist.barrier()
-        synchronize(place)
-        start = time.perf_counter()
+    def pass_on(sent: torch.Tensor) -> torch.Tensor:
+        received = torch.empty_like(sent)
+        transfers = [
+            dist.P2POp(dist.isend, sent, (rank + 1) % size),
+            dist.P2POp(dist.irecv, received, (rank - 1) % size),
+        ]
         for work in dist.batch_isend_irecv(transfers):
             work.wait()
-        synchronize(place)
-        return time.perf_counter() - start
+        return received
 
-    times = [once() for _ in range(NUM_WARMUP + NUM_TIMED)][NUM_WARMUP:]
-    slowest = torch.tensor(statistics.median(times), dtype=torch.float64, device=place)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest)
+    return chained_ms(pass_on, torch.zeros(num_bytes, dtype=torch.uint8, device=place), dist.group.WORLD) / 1e3
 
 
 def _network(text: str) -> Link | None:
