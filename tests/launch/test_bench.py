@@ -133,7 +133,7 @@ def test_prefill_over_ranks_is_printed_and_saved_once(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench_prefill.json").read_text())
     assert report["command"].startswith("torchrun --nproc_per_node=2 launch/bench.py prefill")
-    assert report["options"]["sp_algorithm"] == {"F": "ulysses", "S": "halo", "L": "ulysses"}
+    assert report["options"]["sp_algorithm"] == {"F": "auto", "S": "halo", "L": "ulysses"}
     assert [(row["pattern"], row["num_tokens"]) for row in report["results"]] == [("LS", 32), ("LS", 64)]
     assert done.stdout.count("sp 2 (F ulysses, S halo, L ulysses)") == 1 == done.stdout.count("bench_prefill.json")
 
