@@ -81,6 +81,7 @@ REFUSALS = [
     ({f"{S}.layout.ep": 2}, [f"{S}.layout.ep=2", "mixture-of-experts"]),
     ({f"{S}.layout.tp_sequence_parallel": True}, [f"{S}.layout.tp_sequence_parallel=true needs"]),
     ({f"{S}.layout.sp": 3}, [f"{S}.layout.sp=3", "seq_len=8192"]),
+    ({f"{S}.layout.sp": 16384}, [f"{S}.layout.sp=16384 does not divide seq_len=8192"]),  # more ranks than tokens
     (
         {f"{S}.layout": Layout(sp=6, sp_algorithm=HEADS), f"{S}.seq_len": 6144, f"{S}.global_batch_tokens": 6144},
         ["layout.sp=6", "multiple of 4"],

@@ -36,12 +36,13 @@ def fetched_tokens(edges: list[int], window: int, num_ranks: int) -> list[list[i
     return fetched
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("window", [1, 2, 5, SHARD_TOKENS + 1, 2 * SHARD_TOKENS + 3])
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    "num_ranks, dtype", [(2, torch.float64), (3, torch.float64), (4, torch.float32), (8, torch.float64)]
+)
 def test_n_ranks_equal_one_rank(run_ranks, num_ranks, window, dtype):
     inputs, grad = whole_row(num_ranks * SHARD_TOKENS, dtype)
-    rows = layouts(num_ranks, shard_tokens=SHARD_TOKENS)
+    rows = layouts(num_ranks, shard_tokens=SHARD_TOKENS, num_random=10 if num_ranks < 8 else 2)
     results = run_ranks(num_ranks)(on_shards, partial(halo.attention, window=window), inputs, grad, rows)
     for index, edges in enumerate(rows):
         cu_seqlens = torch.tensor(edges, dtype=torch.int32)

@@ -36,6 +36,8 @@ LAYOUTS = {
     "tp2_sp2_zeco": (4, Layout(tp=2, sp=2, sp_algorithm=SCAN)),
     "pp2_sp2_zeco": (4, Layout(pp=2, sp=2, sp_algorithm=SCAN)),
     "pp2_sp2_auto": (4, Layout(pp=2, sp=2)),
+    "sp8": (8, Layout(sp=8, sp_algorithm=HEADS)),
+    "sp8_zeco": (8, Layout(sp=8, sp_algorithm=SCAN)),
 }
 
 
