@@ -57,6 +57,19 @@ def _linear_attention(model: ModelConfig) -> list[Case]:
             "beta": _decided(gates[1].sigmoid()),
         }
 
+    def carry_inputs(draw: Draw, num_tokens: int) -> dict[str, Tensor]:
+        found = gla_inputs(draw, num_tokens)
+        state = draw.normal(kv_heads, size, size, dtype=torch.float32)
+        return {
+            "o": draw.normal(1, num_tokens, heads, size),
+            "state_in": state,
+            "q": found["q"],
+            "log_decay": found["log_decay"],
+        }
+
+    def carry_call(functions, x: Inputs) -> tuple[Tensor, ...]:
+        return (functions["gla_carry"](x["o"].clone(), x["q"], x["log_decay"], x["state_in"]),)
+
     def gla_call(functions, x: Inputs) -> tuple[Tensor, ...]:
         return (functions["gla"](x["q"], x["k"], x["v"], x["log_decay"])[0],)
 
@@ -73,6 +86,7 @@ def _linear_attention(model: ModelConfig) -> list[Case]:
             flops=lambda num_tokens: num_tokens * size * size * (3.0 * kv_heads + 2.0 * heads),
             peers=ops_peers.gla_peers(),
         ),
+        Case("gla_carry", "copy included", carry_inputs, carry_call, reread=("q", "log_decay", "state_in")),
         delta(
             f"{heads} q, {kv_heads} kv heads",
             inputs=partial(delta_inputs, heads=heads, key_heads=kv_heads, value_heads=kv_heads),

@@ -135,7 +135,7 @@ def test_prefill_over_ranks_is_printed_and_saved_once(tmp_path):
     assert report["command"].startswith("torchrun --nproc_per_node=2 launch/bench.py prefill")
     assert report["options"]["sp_algorithm"] == {"F": "auto", "S": "halo", "L": "ulysses"}
     assert [(row["pattern"], row["num_tokens"]) for row in report["results"]] == [("LS", 32), ("LS", 64)]
-    assert done.stdout.count("sp 2 (F ulysses, S halo, L ulysses)") == 1 == done.stdout.count("bench_prefill.json")
+    assert done.stdout.count("sp 2 (F auto, S halo, L ulysses)") == 1 == done.stdout.count("bench_prefill.json")
 
 
 def refused(rank: int, arguments: list[str]) -> tuple[int, str]:
@@ -218,7 +218,7 @@ def test_an_interrupted_ops_run_shows_what_it_has(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "nothing is not a benchmark; write one of: train, prefill, ops"),
+        ([], "nothing is not a benchmark; write one of: train, prefill, links, ops"),
         (["training"], "training is not a benchmark"),
         (["train", "sequence=8"], "'sequence=8' is not an option; the keys are: model=, layers=, patterns=, seq_len="),
         (["train", "steps"], "'steps' is not an option"),
@@ -235,9 +235,12 @@ def test_an_interrupted_ops_run_shows_what_it_has(tmp_path, monkeypatch, capsys)
         (["prefill", "sp=0"], "sp=0 must be at least 1"),
         (["prefill", "sp=4"], "sp=4 does not fit 1 process; write sp=1, or start sp processes with torchrun"),
         (["prefill", "model=tiny", "layers=2", "sp_algorithm.L=halo"], "sp_algorithm.L=halo: linear attention sees"),
-        (["prefill", "sp_algorithm.L=lasp"], "sp_algorithm.L=lasp is not a choice; it is one of: ulysses, lasp2, halo"),
+        (
+            ["prefill", "sp_algorithm.L=lasp"],
+            "sp_algorithm.L=lasp is not a choice; it is one of: auto, ulysses, lasp2, zeco, halo",
+        ),
         (["prefill", "sp_algorithm=lasp2"], "'sp_algorithm=lasp2' is not an option; the keys are: model=, layers="),
-        (["ops", "ops=gla,glaa"], "ops=glaa is not known; choose from: gla, gated_delta_rule, attention"),
+        (["ops", "ops=gla,glaa"], "ops=glaa is not known; choose from: gla, gla_carry, gated_delta_rule, attention"),
         (["ops", "backends=rocm"], "backends=rocm is not known; choose from: cuda, maca, reference"),
         (["ops", "passes=backward"], "passes=backward is not known; choose from: forward, both"),
         (["ops", "dtype=fp8"], "dtype=fp8 is not a choice; it is one of: bf16, fp16, fp32"),

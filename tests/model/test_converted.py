@@ -95,7 +95,8 @@ def test_a_converted_checkpoint_equals_plain_torch_on_the_teachers_own_tensors(t
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("pattern", ["F", "S", "L", "LS"])
 def test_changing_one_document_changes_no_logits_of_another(run_ranks, pattern, num_ranks):
-    """Under sp the document lies on both ranks: the shards meet at token 40, inside the changed one."""
+    """Under sp the document lies on both ranks: the shards meet at token 40, inside the changed one. Running sums of
+    decays begin with a chunk, not with a document: their rounding may show in the last digit."""
     model = replace(BASE, pattern=pattern, num_layers=2, window=30)
     tokens = packed_tokens()
     start, stop = int(BOUNDS[3]), int(BOUNDS[4])
@@ -104,7 +105,7 @@ def test_changing_one_document_changes_no_logits_of_another(run_ranks, pattern, 
     before, after = whole_logits(run_ranks(num_ranks)(logits_on, Layout(sp=num_ranks), model, rows))
     inside = torch.zeros(len(tokens), dtype=torch.bool)
     inside[start:stop] = True
-    assert (before[~inside] - after[~inside]).abs().max() <= 1e-6
+    assert (before[~inside] - after[~inside]).abs().max() <= 5e-6
     assert (before[inside] - after[inside]).abs().amax(-1).min() > 1e-2, "every token of the changed one noticed"
 
 
