@@ -215,7 +215,12 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
     """The recipe's model on the stage's layout, its weights still to be set."""
     with section("model"):
         model = build_model(
-            recipe.model, mesh, precision=recipe.precision, recompute=stage.recompute, seq_len=stage.seq_len
+            recipe.model,
+            mesh,
+            precision=recipe.precision,
+            recompute=stage.recompute,
+            seq_len=stage.seq_len,
+            row_tokens=stage.row_tokens,
         )
         if mesh.rank == 0:
             for symbol, choice in model.sp_choices.items():

@@ -38,12 +38,14 @@ def choose(
     head_dim: int,
     window: int,
     seq_len: int,
+    row_tokens: int | None,
     group,
     device: torch.device,
 ) -> tuple[SequenceAlgorithms, dict[str, str]]:
     """algorithms without auto, and for each mixer of `symbols` that had it what was chosen and why.
 
-    Heads are those of a tp rank, the group is that of the sp ranks. Collective over all ranks where L is to be timed.
+    Heads are those of a tp rank, the group is that of the sp ranks. seq_len: of the longest document; row_tokens: of a
+    row, None where that is not known, as of a prompt. Collective over all ranks where L is to be timed.
     """
     auto = [symbol for symbol in sorted(symbols) if getattr(algorithms, symbol) is SequenceAlgorithm.auto]
     rest = [symbol for symbol in "FSL" if getattr(algorithms, symbol) is SequenceAlgorithm.auto and symbol not in auto]
@@ -53,7 +55,9 @@ def choose(
         if group.size() == 1 or candidates(symbol) == [SequenceAlgorithm.ulysses]:
             chosen[symbol], reason = SequenceAlgorithm.ulysses, "the only one"
         elif symbol == "S":
-            chosen[symbol], reason = _by_volume(**heads, window=window, seq_len=seq_len, sp=group.size())
+            chosen[symbol], reason = _by_volume(
+                **heads, window=window, seq_len=seq_len, row_tokens=row_tokens, sp=group.size()
+            )
         else:
             chosen[symbol], reason = _by_time((num_kv_heads, head_dim, head_dim), group, device)
         if group.size() > 1:
@@ -61,17 +65,21 @@ def choose(
     return replace(algorithms, **chosen), reasons
 
 
-def _by_volume(*, num_heads: int, num_kv_heads: int, head_dim: int, window: int, seq_len: int, sp: int):
+def _by_volume(
+    *, num_heads: int, num_kv_heads: int, head_dim: int, window: int, seq_len: int, row_tokens: int | None, sp: int
+) -> tuple[SequenceAlgorithm, str]:
     """halo or ulysses for S."""
     sizes = dict(sp=sp, num_kv_heads=num_kv_heads, window=window, seq_len=seq_len)
     problems = {name: pair_problem("S", SequenceAlgorithm[name], **sizes) for name in ("halo", "ulysses")}
     possible = [name for name, problem in problems.items() if problem is None]
     if len(possible) == 1:
         return SequenceAlgorithm[possible[0]], "the only one that these sizes allow"
+    if row_tokens is None:
+        return SequenceAlgorithm.halo, "what it receives does not grow with the row"
     q_heads, kv_heads = map(len, head_plan(num_heads=num_heads, num_kv_heads=num_kv_heads, sp=sp))
     received = {
         "halo": 2 * num_kv_heads * head_dim * (window - 1),
-        "ulysses": 2 * (q_heads + kv_heads) * head_dim * (seq_len // sp) * (sp - 1) // sp,  # q and o, k and v
+        "ulysses": 2 * (q_heads + kv_heads) * head_dim * (row_tokens // sp) * (sp - 1) // sp,  # q and o, k and v
     }
     best, other = sorted(received, key=received.get)
     return SequenceAlgorithm[best], f"receives {received[best]:,} elements a layer, {other} {received[other]:,}"

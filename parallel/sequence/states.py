@@ -17,6 +17,7 @@ overlap, the default inside a host, it waits and computes all at once (ops.gla_o
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 
 import torch
@@ -72,10 +73,12 @@ def gla(
 
 
 def spans_hosts(group) -> bool:
-    """Whether the group's ranks are on several hosts, by torchrun's LOCAL_WORLD_SIZE."""
+    """Whether the group's ranks are on several hosts, by what torchrun or srun says of the ranks of a host."""
     if group.size() == 1:
         return False
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # "8(x2)"
+    found = re.match(r"\d+", text)
+    local = int(found[0]) if found else dist.get_world_size()
     return len({rank // local for rank in dist.get_process_group_ranks(group)}) > 1
 
 
@@ -84,7 +87,7 @@ class _Passage:
 
     def __init__(self, exchange: Exchange, group):
         self.exchange, self.group = exchange, group
-        self.arrival = self.state = self.decay = self.state_in = None
+        self.arrival = self.decay = self.state_in = None
 
     def send(self, state: Tensor, *, reverse: bool) -> None:
         """Let a state, or reverse a gradient, set out."""

@@ -43,6 +43,8 @@ class LinkOptions:
 def bench_links(options: LinkOptions, command: str) -> int:
     """Measure, print and save. Returns 0. Raises ValueError for bad options and a world of one rank."""
     demand_positive(options, "kib", "shard_tokens", "sp")
+    if len(set(options.kib)) < 2:
+        raise ValueError(f"kib={options.kib[0]} is one size; latency and bandwidth need two, for example kib=4,65536")
     model = model_config(options.model, num_layers=2, pattern="LS")
     given = _network(options.network)
     start_distributed()

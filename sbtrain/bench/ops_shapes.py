@@ -29,7 +29,8 @@ FLASH_BACKWARD = 2.5
 def cases(model: ModelConfig) -> list[Case]:
     """All cases, op by op."""
     return [
-        *_linear_attention(model),
+        *_gated_linear_attention(model),
+        *_gated_delta_rule(model),
         *_softmax_attention(model),
         *_pointwise(model),
         *_products(model),
@@ -37,7 +38,7 @@ def cases(model: ModelConfig) -> list[Case]:
     ]
 
 
-def _linear_attention(model: ModelConfig) -> list[Case]:
+def _gated_linear_attention(model: ModelConfig) -> list[Case]:
     heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_dim
 
     def gla_inputs(draw: Draw, num_tokens: int) -> dict[str, Tensor]:
@@ -45,7 +46,34 @@ def _linear_attention(model: ModelConfig) -> list[Case]:
         gate = draw.normal(1, num_tokens, kv_heads, size, dtype=torch.float32)
         return {"q": q, "k": k, "v": v, "log_decay": _decided(F.logsigmoid(gate) / 16)}
 
-    def delta_inputs(draw: Draw, num_tokens: int, heads: int, key_heads: int, value_heads: int) -> dict[str, Tensor]:
+    def carry_inputs(draw: Draw, num_tokens: int) -> dict[str, Tensor]:
+        found = gla_inputs(draw, num_tokens)
+        found = {"o": draw.normal(1, num_tokens, heads, size), "q": found["q"], "log_decay": found["log_decay"]}
+        return {**found, "state_in": draw.normal(kv_heads, size, size, dtype=torch.float32)}
+
+    def gla_call(functions, x: Inputs) -> tuple[Tensor, ...]:
+        return (functions["gla"](x["q"], x["k"], x["v"], x["log_decay"])[0],)
+
+    def carry_call(functions, x: Inputs) -> tuple[Tensor, ...]:
+        return (functions["gla_carry"](x["o"].clone(), x["q"], x["log_decay"], x["state_in"]),)
+
+    return [
+        Case(
+            "gla",
+            "",
+            gla_inputs,
+            gla_call,
+            flops=lambda num_tokens: num_tokens * size * size * (3.0 * kv_heads + 2.0 * heads),
+            peers=ops_peers.gla_peers(),
+        ),
+        Case("gla_carry", "copy included", carry_inputs, carry_call, reread=("q", "log_decay", "state_in")),
+    ]
+
+
+def _gated_delta_rule(model: ModelConfig) -> list[Case]:
+    heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_dim
+
+    def inputs(draw: Draw, num_tokens: int, heads: int, key_heads: int, value_heads: int) -> dict[str, Tensor]:
         q, k, v = (draw.normal(1, num_tokens, n, size) for n in (heads, key_heads, value_heads))
         gates = [draw.normal(1, num_tokens, value_heads, dtype=torch.float32) for _ in range(2)]
         q, k = (_decided(F.normalize(x.float(), dim=-1).to(x.dtype)) for x in (q, k))
@@ -57,44 +85,19 @@ def _linear_attention(model: ModelConfig) -> list[Case]:
             "beta": _decided(gates[1].sigmoid()),
         }
 
-    def carry_inputs(draw: Draw, num_tokens: int) -> dict[str, Tensor]:
-        found = gla_inputs(draw, num_tokens)
-        state = draw.normal(kv_heads, size, size, dtype=torch.float32)
-        return {
-            "o": draw.normal(1, num_tokens, heads, size),
-            "state_in": state,
-            "q": found["q"],
-            "log_decay": found["log_decay"],
-        }
-
-    def carry_call(functions, x: Inputs) -> tuple[Tensor, ...]:
-        return (functions["gla_carry"](x["o"].clone(), x["q"], x["log_decay"], x["state_in"]),)
-
-    def gla_call(functions, x: Inputs) -> tuple[Tensor, ...]:
-        return (functions["gla"](x["q"], x["k"], x["v"], x["log_decay"])[0],)
-
-    def delta_call(functions, x: Inputs) -> tuple[Tensor, ...]:
+    def call(functions, x: Inputs) -> tuple[Tensor, ...]:
         return (functions["gated_delta_rule"](x["q"], x["k"], x["v"], x["log_decay"], x["beta"])[0],)
 
-    delta = partial(Case, "gated_delta_rule", call=delta_call, peers=ops_peers.gated_delta_rule_peers())
+    case = partial(Case, "gated_delta_rule", call=call, peers=ops_peers.gated_delta_rule_peers())
     return [
-        Case(
-            "gla",
-            "",
-            gla_inputs,
-            gla_call,
-            flops=lambda num_tokens: num_tokens * size * size * (3.0 * kv_heads + 2.0 * heads),
-            peers=ops_peers.gla_peers(),
-        ),
-        Case("gla_carry", "copy included", carry_inputs, carry_call, reread=("q", "log_decay", "state_in")),
-        delta(
+        case(
             f"{heads} q, {kv_heads} kv heads",
-            inputs=partial(delta_inputs, heads=heads, key_heads=kv_heads, value_heads=kv_heads),
+            inputs=partial(inputs, heads=heads, key_heads=kv_heads, value_heads=kv_heads),
             flops=lambda num_tokens: num_tokens * size * size * (5.0 * kv_heads + 2.0 * heads),
         ),
-        delta(
+        case(
             f"{DELTA_HEADS} qk, {DELTA_VALUE_HEADS} v heads",
-            inputs=partial(delta_inputs, heads=DELTA_HEADS, key_heads=DELTA_HEADS, value_heads=DELTA_VALUE_HEADS),
+            inputs=partial(inputs, heads=DELTA_HEADS, key_heads=DELTA_HEADS, value_heads=DELTA_VALUE_HEADS),
             flops=lambda num_tokens: num_tokens * size * size * 7.0 * DELTA_VALUE_HEADS,
         ),
     ]

@@ -62,7 +62,12 @@ class EnginePeer:
         self.mesh, self.engine = Mesh.build(work.layout), None
         try:
             model = build_model(
-                work.model, self.mesh, precision=work.precision, recompute=work.recompute, seq_len=work.seq_len
+                work.model,
+                self.mesh,
+                precision=work.precision,
+                recompute=work.recompute,
+                seq_len=work.seq_len,
+                row_tokens=work.micro_batch * work.seq_len,
             )
             self.engine = Engine(model, self.mesh, adam=asdict(OptimConfig()))
             with torch.no_grad():
@@ -94,6 +99,8 @@ class EnginePeer:
 
 class HandPeer:
     """The same parts without a framework, on one rank."""
+
+    sp_choices: dict[str, str] = {}
 
     def __init__(self, work: Work):
         place = device()

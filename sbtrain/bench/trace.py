@@ -66,6 +66,11 @@ class Kernel:
         tests += [(name, pattern, owners) for name, pattern in _OWNERS]
         return next((name for name, pattern, text in tests if pattern.search(text)), "other")
 
+    @property
+    def communicates(self) -> bool:
+        """Whether it is a collective, or packs or combines what one of sequence parallelism carries."""
+        return self.category in ("sp", "collectives") or bool(_SEQUENCE.search(" ".join(self.owners)))
+
 
 def kernels(events: list[dict]) -> list[Kernel]:
     """All device work of a chrome trace's `traceEvents`, by start."""
@@ -85,9 +90,12 @@ def busy_us(found: list[Kernel]) -> float:
 
 
 def exposed_us(found: list[Kernel], category: str) -> float:
-    """Time during which a collective of this category runs and nothing that computes; kernels by start."""
+    """Time during which a collective of this category runs and nothing that computes; kernels by start.
+
+    What packs and combines for sequence parallelism's collectives does not count as computing.
+    """
     wanted = _merged([kernel for kernel in found if kernel.category == category])
-    computing = _merged([kernel for kernel in found if kernel.category not in ("sp", "collectives")])
+    computing = _merged([kernel for kernel in found if not kernel.communicates])
     hidden = sum(
         max(0.0, min(stop, other_stop) - max(start, other_start))
         for start, stop in wanted

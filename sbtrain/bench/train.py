@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import ops
+from parallel.collectives import together
 from parallel.layout import Layout
 from parallel.mesh import device, start_distributed
 from sbtrain.bench.hand_kernels import kernel_names
@@ -100,8 +101,8 @@ def bench_train(options: TrainOptions, command: str) -> int:
 
 
 def _keep(options: TrainOptions, report: dict) -> Path | None:
-    """Save the report, on rank 0."""
-    return save(options.out, FILE, report) if dist.get_rank() == 0 else None
+    """Save the report, on rank 0; all ranks raise what it raises."""
+    return together(lambda: save(options.out, FILE, report) if dist.get_rank() == 0 else None)
 
 
 def _say(text: str) -> None:
@@ -129,13 +130,15 @@ def _bench_model(model: ModelConfig, sp: str, layout: Layout, options: TrainOpti
 
 
 def _measure(name: str, work: Work, options: TrainOptions, *, peak: float, profiled: bool) -> dict:
-    """Build a peer, time it, close it. Out of memory is a result, too."""
+    """Build a peer, time it, close it. Out of memory is a result, too; of several ranks it would leave others waiting."""
     place = device()
     before = release_memory(place)
     result: dict = {"memory_before_bytes": before}
     try:
         result.update(_timed(name, work, options, peak=peak, profiled=profiled))
     except torch.OutOfMemoryError as error:
+        if dist.get_world_size() > 1:
+            raise
         result["error"] = f"out of memory: {str(error).splitlines()[0]}"
     release_memory(place)
     return result
@@ -158,7 +161,7 @@ def _timed(name: str, work: Work, options: TrainOptions, *, peak: float, profile
         "parts_ms": {part: spread(times)["median"] for part, times in timing.parts_ms.items()},
         **speed(work, spread(timing.steps_ms)["median"], peak),
         "peak_memory_bytes": memory,
-        "sp_choices": getattr(peer, "sp_choices", {}),
+        "sp_choices": peer.sp_choices,
         "losses": [loss for loss, _ in results],
         "grad_norms": [norm for _, norm in results],
         "whole_s": seconds,

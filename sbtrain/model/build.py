@@ -59,10 +59,17 @@ def stage_layers(model: ModelConfig, pp: int, *, seq_len: int) -> list[range]:
 
 
 def build_model(
-    model: ModelConfig, mesh: Mesh, *, precision: Precision, recompute: Recompute = Recompute.none, seq_len: int
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    precision: Precision,
+    recompute: Recompute = Recompute.none,
+    seq_len: int,
+    row_tokens: int | None = None,
 ) -> HybridModel:
     """This rank's stage of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill).
 
+    seq_len: of a document; row_tokens: of a row, None where that differs from call to call.
     Collective: ranks time their links where layout.sp_algorithm is auto; model.sp_choices says what it chose and why.
     """
     config = transformer_config(model, mesh.layout, precision)
@@ -76,6 +83,7 @@ def build_model(
         head_dim=model.head_dim,
         window=model.window,
         seq_len=seq_len,
+        row_tokens=row_tokens,
         group=mesh.groups.cp,
         device=mesh.device,
     )

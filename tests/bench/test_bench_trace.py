@@ -99,12 +99,13 @@ def test_collectives_are_told_apart_and_exposed_where_nothing_computes():
     found = [
         trace.Kernel("nvjet", 0, 10, ("aten::mm",)),
         trace.Kernel(gather, 5, 10, ("_Leave", "nccl:_all_gather_base")),  # 5 beside the product, 5 alone
+        trace.Kernel("elementwise_kernel", 11, 3, ("_Leave", "aten::addcmul")),  # part of the exchange
         trace.Kernel("ncclDevKernel_SendRecv", 12, 6, ("autograd::engine::evaluate_function: _FetchBackward",)),
         trace.Kernel(gather, 30, 4, ("bench: optimizer",)),
         trace.Kernel("nvjet", 33, 10, ("aten::mm",)),
         trace.Kernel("nvjet", 40, 10, ("aten::mm",)),
     ]
-    assert [kernel.category for kernel in found] == ["gemm", "sp", "sp", "collectives", "gemm", "gemm"]
+    assert [kernel.category for kernel in found] == ["gemm", "sp", "other", "sp", "collectives", "gemm", "gemm"]
     assert trace.exposed_us(found, "sp") == 8  # from 10 to 18, the two of them once
     assert trace.exposed_us(found, "collectives") == 3
     summary = summarize(found, num_steps=2, flops={})

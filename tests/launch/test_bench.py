@@ -104,6 +104,7 @@ def test_two_ranks_train_on_layouts_of_sequence_parallelism_and_measure_their_li
     [
         (("train", "model=tiny", "sp=2"), "sp=2 does not divide the 1 ranks"),
         (("links", "model=tiny"), "links are between ranks: start it with torchrun"),
+        (("links", "model=tiny", "kib=64"), "kib=64 is one size; latency and bandwidth need two"),
         (("links", "model=tiny", "network=8"), "network=8 must be microseconds and GB/s"),
     ],
 )

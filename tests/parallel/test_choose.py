@@ -12,7 +12,7 @@ from parallel.sequence.choose import choose, exchange_ms
 
 CPU = torch.device("cpu")
 AUTO = SequenceAlgorithms()
-SIZES = dict(num_heads=28, num_kv_heads=4, head_dim=128, window=4097, seq_len=131072, device=CPU)
+SIZES = dict(num_heads=28, num_kv_heads=4, head_dim=128, window=4097, seq_len=131072, row_tokens=131072, device=CPU)
 
 
 class Ranks:
@@ -41,7 +41,11 @@ def test_a_window_takes_what_receives_less():
     assert algorithms.S is SequenceAlgorithm.halo
     # 2 * 4 * 128 * 4096; q and o of 28 heads, k and v of 4, over 32,768 tokens, three quarters of them from others
     assert reasons["S"] == "halo (receives 4,194,304 elements a layer, ulysses 201,326,592)"
-    assert chosen("S", seq_len=8192, sp=64)[0].S is SequenceAlgorithm.ulysses, "128 tokens a rank, of 32 heads or halo"
+    short = chosen("S", seq_len=8192, row_tokens=8192, sp=64)
+    assert short[0].S is SequenceAlgorithm.ulysses, "128 tokens a rank, of 32 heads or halo"
+    many = chosen("S", seq_len=8192, row_tokens=64 * 8192, sp=64)
+    assert many[0].S is SequenceAlgorithm.halo, "a row of 64 such documents"
+    assert chosen("S", seq_len=4097, row_tokens=None)[0].S is SequenceAlgorithm.halo
 
 
 @pytest.mark.parametrize(("changes", "only"), [(dict(sp=6), "halo"), (dict(window=131073), "ulysses")])

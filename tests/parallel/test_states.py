@@ -104,9 +104,11 @@ def test_all_exchanges_give_the_same_bits(run_ranks, reverse):
             assert all(torch.equal(first, other) for other in others)
 
 
-def spanning(rank: int, ranks_a_host: int) -> list[bool]:
+def spanning(rank: int, key: str, text: str) -> list[bool]:
     pair, whole = dist.new_group([0, 1]), dist.group.WORLD
-    with patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks_a_host)):
+    with patch.dict(os.environ, **{key: text}):
+        if key != "LOCAL_WORLD_SIZE":
+            os.environ.pop("LOCAL_WORLD_SIZE", None)
         found = [states.spans_hosts(group) for group in (pair, whole) if rank in dist.get_process_group_ranks(group)]
     if rank < 2:
         dist.destroy_process_group(pair)
@@ -114,8 +116,11 @@ def spanning(rank: int, ranks_a_host: int) -> list[bool]:
 
 
 def test_only_groups_over_several_hosts_overlap_by_themselves(run_ranks):
-    assert run_ranks(4)(spanning, 2) == [[False, True], [False, True], [True], [True]]
-    assert run_ranks(4)(spanning, 4) == [[False, False], [False, False], [False], [False]]
+    torchrun, srun = "LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"
+    for key, text in ((torchrun, "2"), (srun, "2(x2)")):
+        assert run_ranks(4)(spanning, key, text) == [[False, True], [False, True], [True], [True]]
+    for key, text in ((torchrun, "4"), (srun, "4"), (srun, "")):
+        assert run_ranks(4)(spanning, key, text) == [[False, False], [False, False], [False], [False]]
 
 
 def test_a_large_state_is_cut_into_blocks():
