@@ -130,7 +130,7 @@ def _bench_model(model: ModelConfig, sp: str, layout: Layout, options: TrainOpti
 
 
 def _measure(name: str, work: Work, options: TrainOptions, *, peak: float, profiled: bool) -> dict:
-    """Build a peer, time it, close it. Out of memory is a result, too; of several ranks it would leave others waiting."""
+    """Build a peer, time it, close it. Out of memory is a result, too, where no other rank waits."""
     place = device()
     before = release_memory(place)
     result: dict = {"memory_before_bytes": before}
