@@ -21,7 +21,7 @@ class Sight:
     name, number: its place, see parallel.place. waiting: it can only go on when other ranks, or its device, do.
     patient: it is at work that may take long. at: its line of Python. device: what its GPU has not finished.
     stayed_s: how long it has been in that place. frozen_s: how long its main thread has not moved at all. silent_s: how
-    long it has been seen without a new sign of life, at least.
+    long it has been seen without a new sign of life, at least. left: its last sign said that it is done.
     """
 
     name: str = "start"
@@ -33,6 +33,7 @@ class Sight:
     stayed_s: float = 0.0
     frozen_s: float = 0.0
     silent_s: float = 0.0
+    left: bool = False
 
     @property
     def place(self) -> str:
@@ -62,7 +63,8 @@ def decide(sights: Sequence[Sight], who: Sequence[str], *, rank: int, limits: Li
     mine, broken, timeout_s = sights[rank], limits.broken_s is not None, limits.timeout_s
     if not broken and mine.stayed_s < timeout_s:
         return None
-    others = [other for other in range(len(sights)) if other != rank]
+    present = [other for other in range(len(sights)) if not sights[other].left]
+    others = [other for other in present if other != rank]
     silent = [other for other in others if sights[other].silent_s >= limits.silent_s]
     asks = rank if mine.waiting or broken else next((other for other in others if sights[other].waiting), rank)
     waits = _wait(sights[asks], asks, broken)
@@ -71,17 +73,17 @@ def decide(sights: Sequence[Sight], who: Sequence[str], *, rank: int, limits: Li
         least = min(sights[other].silent_s for other in silent)
         gone = f"no sign of life for {least:.0f} s, last seen in {first.place}"
         return f"{named(silent, who)}: {gone}; {waits}; {AGAIN}"
-    if not broken and any(sight.patient and not sight.waiting for sight in sights):
+    if not broken and any(sights[other].patient and not sights[other].waiting for other in present):
         return None
-    busy = [other for other in range(len(sights)) if not sights[other].waiting and sights[other].stayed_s >= timeout_s]
-    held_up = [other for other in range(len(sights)) if sights[other].waiting and sights[other].frozen_s >= timeout_s]
+    busy = [other for other in present if not sights[other].waiting and sights[other].stayed_s >= timeout_s]
+    held_up = [other for other in present if sights[other].waiting and sights[other].frozen_s >= timeout_s]
     if busy and (held_up or broken) and busy != [rank]:
         first = sights[busy[0]]
         still = f"still in {first.place} after {first.stayed_s:.0f} s"
         return f"{named(busy, who)}: {still}; {waits}; {AGAIN}"
     if broken and limits.broken_s >= timeout_s:
         return f"{waits}, but every rank gives signs of life: the network failed, or one took too long; {AGAIN}"
-    if min(sight.frozen_s if sight.waiting else 0.0 for sight in sights) >= 2 * timeout_s:
+    if min(sights[other].frozen_s if sights[other].waiting else 0.0 for other in present) >= 2 * timeout_s:
         return f"{_everyone(sights)}: a device or the network hangs; {AGAIN}"
     return None
 
@@ -101,9 +103,14 @@ def _wait(sight: Sight, rank: int, broken: bool) -> str:
 
 
 def _everyone(sights: Sequence[Sight]) -> str:
-    """All wait: `all 4 ranks wait in ...`, or who is elsewhere than rank 0."""
-    elsewhere = [rank for rank, sight in enumerate(sights) if sight.name != sights[0].name]
-    text = f"all {len(sights)} ranks wait, none is missing: in {sights[0].place}"
+    """All wait: `all 4 ranks wait in ...`, who is elsewhere than the first of them, and who has left."""
+    left = [rank for rank, sight in enumerate(sights) if sight.left]
+    present = [rank for rank, sight in enumerate(sights) if not sight.left]
+    first = sights[present[0]]
+    elsewhere = [rank for rank in present if sights[rank].name != first.name]
+    text = f"all {len(present)} ranks wait, none is missing: in {first.place}"
+    if left:
+        text = f"{len(present)} ranks wait and rank {left[0]} has left: in {first.place}"
     if elsewhere:
         text += f", rank {elsewhere[0]} in {sights[elsewhere[0]].place}"
     return text

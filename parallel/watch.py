@@ -153,7 +153,7 @@ class RankWatch:
 
     def _sign(self) -> dict:
         sight = self._sight
-        return {key: getattr(sight, key) for key in Sight.__dataclass_fields__ if key != "silent_s"}
+        return {key: getattr(sight, key) for key in Sight.__dataclass_fields__ if key not in ("silent_s", "left")}
 
     def _missing(self) -> str | None:
         now, post = time.monotonic(), self._post

@@ -46,7 +46,11 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
     the process ends with Exit.RANK_LOST and a line that names the rank.
     """
     with watched(recipe):
-        return carry(recipe)
+        recipe, ledger, evaluations = prepare(recipe)
+        code, reason = carry(recipe, ledger, evaluations)
+    if code is Exit.DONE and dist.get_rank() == 0:
+        finish(recipe, ledger)  # takes as long as it takes: the others have left
+    return code, reason
 
 
 def watched(recipe: Recipe) -> RankWatch:
@@ -55,9 +59,8 @@ def watched(recipe: Recipe) -> RankWatch:
     return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, recipe.run_dir))
 
 
-def carry(recipe: Recipe) -> tuple[Exit, str]:
-    """The run itself, from wherever the last one stopped."""
-    recipe, ledger, evaluations = prepare(recipe)
+def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations) -> tuple[Exit, str]:
+    """The stages, from wherever the last start stopped."""
     folder = run_folder(recipe)
     store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
     first = dist.get_rank() == 0
@@ -71,8 +74,6 @@ def carry(recipe: Recipe) -> tuple[Exit, str]:
             ledger.finish(name, write=first)
     with primitive("end of the run"):
         dist.barrier()
-    if first:
-        finish(recipe, ledger)
     return Exit.DONE, "all stages are done"
 
 

@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 AT_STEP = 1
 """Steps that are done when the fault happens."""
 
+REPORT_S = 10
+"""How long rank 0's report takes in the case of that name."""
+
 
 class Template:
     """The process that starts ranks; a context."""
@@ -75,7 +78,19 @@ def fail() -> None:
     raise TypeError("an error of its own")
 
 
-FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail)}
+def report() -> None:
+    """Rank 0's report takes longer than ranks wait for one another."""
+    import sbtrain.run as run
+    from sbtrain.report.page import write_report
+
+    def write_late(folder):
+        time.sleep(REPORT_S)
+        return write_report(folder)
+
+    run.write_report = write_late
+
+
+FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail, report)}
 
 
 def rank_of_case(rank: int, case: dict, port: int) -> int:

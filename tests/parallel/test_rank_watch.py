@@ -101,6 +101,13 @@ def test_a_whole_run_says_nothing_and_leaves_no_thread(inputs, template):
     assert all("threads: ['MainThread']" in text for text in ends["texts"])
 
 
+def test_a_report_may_take_longer_than_the_timeout(inputs, template):
+    """Rank 0 writes it alone, after the others have left."""
+    ends = template.run(2, "report", 0, inputs / "report.out", arguments(inputs, "report", 2))
+    assert ends["codes"] == [0, 0] and lines(ends) == []
+    assert "report: " in ends["texts"][0]
+
+
 @pytest.mark.slow
 def test_under_torchrun(inputs):
     """torchrun holds the store, and would end the others of its own: rank 0 can be named like any other."""

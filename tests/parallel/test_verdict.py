@@ -20,6 +20,7 @@ SAVE_WAIT = Sight("checkpoint save: barrier", 811, waiting=True, patient=True, s
 LONG = Sight("lasp2 all-gather", 812, waiting=True, stayed_s=130, frozen_s=130)
 OTHER = Sight("together", 813, waiting=True, stayed_s=130, frozen_s=130)
 GPU = Sight("sum of losses", 900, waiting=True, device="'lasp2 all-gather' (no. 812)", stayed_s=61, frozen_s=61)
+GONE = Sight("between steps", 900, stayed_s=3, silent_s=500, left=True)
 
 TABLE = [
     # name, sights by rank, who asks, seconds since this rank lost a connection, words of the line (None: no verdict)
@@ -44,6 +45,9 @@ TABLE = [
     ("all wait", [GATHER, GATHER], 0, None, None),
     ("all wait for twice the time", [LONG, LONG], 0, None, ["all 2 ranks wait, none is missing", "'lasp2 all-gather'"]),
     ("in different places", [LONG, OTHER], 0, None, ["'lasp2 all-gather' (no. 812), rank 1 in 'together' (no. 813)"]),
+    ("one has left, the other works on", [DATA, GONE], 0, None, None),
+    ("one has left, the others wait", [LONG, GONE, LONG], 0, None, ["2 ranks wait and rank 1 has left: in 'lasp2"]),
+    ("one has left, another is late", [GATHER, GONE, DATA], 0, None, ["rank 2", "still in 'data'"]),
     ("a GPU behind", [GPU, DEAD], 0, None, ["'sum of losses'", "its GPU has not finished 'lasp2 all-gather' (no. 8"]),
     ("connection lost", [FRESH, DEAD], 0, 3, ["rank 1", "no sign of life", "rank 0 lost a connection in 'lasp2"]),
     ("connection lost, nobody silent yet", [FRESH, COMPUTE], 0, 3, None),
