@@ -22,6 +22,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from parallel.descendants import end_descendants
 from parallel.mesh import device
 from parallel.place import Kind, Trail, here
 from parallel.post import FAILED, VERDICT, Post
@@ -39,6 +40,8 @@ _REMEMBERED = 1024
 _CONTEXTS = "/contextlib.py"
 _RECORD_S = 5.0
 """How long a file system that may hang is waited for."""
+_DESCENDANTS_S = 2.0
+"""How long the end of the processes that this one started is waited for."""
 
 
 class RankWatch:
@@ -217,7 +220,10 @@ class RankWatch:
         self._post.stop()
         if self.rank == 0 and self._stays_on_rank_0:
             self._post.wait_until_left(limit_s=self._grace_s)  # they must have read it
-        os._exit(code)
+        try:
+            end_descendants(_DESCENDANTS_S)
+        finally:
+            os._exit(code)
 
 
 def _torchrun_has_the_store() -> bool:

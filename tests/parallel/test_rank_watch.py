@@ -57,6 +57,7 @@ def lines(ends: dict) -> list[str]:
 def check_verdict(ends: dict, bad: int, says: str, run_dir: Path, timeout_s: float = TIMEOUT_S) -> None:
     """The ranks but the bad one ended in time with EXIT_CODE, and one line names it; so does exit.json."""
     others = [rank for rank in range(len(ends["codes"])) if rank != bad]
+    assert [ends["orphans"][rank] for rank in others] == [[]] * len(others), ends["orphans"]
     assert [ends["codes"][rank] for rank in others] == [EXIT_CODE] * len(others), ends
     assert max(ends["seconds"][rank] for rank in others) < timeout_s + LATE_S, ends["seconds"]
     (line,) = lines(ends)
