@@ -47,12 +47,19 @@ class Limits:
     """Seconds. timeout_s: the longest that ranks wait for one another. silent_s: a longer silence is death.
 
     broken_s: how long ago this rank lost a connection to another; None if it did not. Something is wrong for sure then,
-    and nothing has to be waited for but the silence of the rank that is gone.
+    and nothing has to be waited for but the silence of the rank that is gone. gave_up: it lost none, but a collective
+    waited for as long as torch lets it.
     """
 
     timeout_s: float
     silent_s: float
     broken_s: float | None = None
+    gave_up: bool = False
+
+    @property
+    def broken(self) -> str:
+        """What became of a collective that failed; empty if none did."""
+        return "" if self.broken_s is None else "gave up waiting" if self.gave_up else "lost a connection"
 
 
 def decide(sights: Sequence[Sight], who: Sequence[str], *, rank: int, limits: Limits) -> str | None:
@@ -60,13 +67,14 @@ def decide(sights: Sequence[Sight], who: Sequence[str], *, rank: int, limits: Li
 
     sights, who: by rank; who is host and process, for people. rank: the one that asks.
     """
-    mine, broken, timeout_s = sights[rank], limits.broken_s is not None, limits.timeout_s
+    mine, broken, timeout_s = sights[rank], limits.broken, limits.timeout_s
     if not broken and mine.stayed_s < timeout_s:
         return None
     present = [other for other in range(len(sights)) if not sights[other].left]
     others = [other for other in present if other != rank]
-    silent = [other for other in others if sights[other].silent_s >= limits.silent_s]
-    asks = rank if mine.waiting or broken else next((other for other in others if sights[other].waiting), rank)
+    silent = [other for other in others if sights[other].silent_s >= _longest_silence(sights[other], limits)]
+    heard = [other for other in others if other not in silent]
+    asks = rank if mine.waiting or broken else next((other for other in heard if sights[other].waiting), rank)
     waits = _wait(sights[asks], asks, broken)
     if silent:
         first = sights[silent[0]]
@@ -82,7 +90,8 @@ def decide(sights: Sequence[Sight], who: Sequence[str], *, rank: int, limits: Li
         still = f"still in {first.place} after {first.stayed_s:.0f} s"
         return f"{named(busy, who)}: {still}; {waits}; {AGAIN}"
     if broken and limits.broken_s >= timeout_s:
-        return f"{waits}, but every rank gives signs of life: the network failed, or one took too long; {AGAIN}"
+        why = "one took too long" if limits.gave_up else "the network failed"
+        return f"{waits}, but every rank gives signs of life: {why}; {AGAIN}"
     if min(sights[other].frozen_s if sights[other].waiting else 0.0 for other in present) >= 2 * timeout_s:
         return f"{_everyone(sights)}: a device or the network hangs; {AGAIN}"
     return None
@@ -97,8 +106,13 @@ def named(ranks: Sequence[int], who: Sequence[str]) -> str:
     return f"ranks {listed}{more} (the first is {who[ranks[0]]})"
 
 
-def _wait(sight: Sight, rank: int, broken: bool) -> str:
-    verb = "lost a connection" if broken else "waits" if sight.waiting else "is"
+def _longest_silence(sight: Sight, limits: Limits) -> float:
+    """Seconds. What may take long may also hold Python's lock, and with it the signs of life, in one call."""
+    return limits.timeout_s if sight.patient and (limits.gave_up or not limits.broken) else limits.silent_s
+
+
+def _wait(sight: Sight, rank: int, broken: str) -> str:
+    verb = broken or ("waits" if sight.waiting else "is")
     return f"rank {rank} {verb} in {sight.place}"
 
 

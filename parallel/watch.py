@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.descendants import end_descendants
+from parallel.lost import gave_up_waiting, lost_a_peer
 from parallel.mesh import device
 from parallel.place import Kind, Trail, here
 from parallel.post import FAILED, VERDICT, Post
@@ -59,7 +60,7 @@ class RankWatch:
         self._sight, self._seen = Sight(), None
         self._stayed_since = self._frozen_since = time.monotonic()
         self._broken_since: float | None = None
-        self._error = ""
+        self._error, self._gave_up = "", False
 
     def __enter__(self) -> RankWatch:
         if not (dist.get_world_size() > 1 and "MASTER_PORT" in os.environ):
@@ -85,8 +86,8 @@ class RankWatch:
     def __exit__(self, kind, error, trace) -> None:
         if self._post is None:
             return
-        if error is not None and _lost_a_peer(error):
-            self._error = str(error).splitlines()[0]
+        if error is not None and lost_a_peer(error):
+            self._error, self._gave_up = str(error).splitlines()[0], gave_up_waiting(error)
             self._broken_since = time.monotonic()
             self._thread.join()  # which ends the process
         elif error is not None:
@@ -169,7 +170,7 @@ class RankWatch:
         sights[self.rank] = self._sight
         broken_s = None if self._broken_since is None else now - self._broken_since
         silent_s = _SILENCE * self.timeout_s if broken_s is None else self._grace_s
-        limits = Limits(timeout_s=self.timeout_s, silent_s=silent_s, broken_s=broken_s)
+        limits = Limits(timeout_s=self.timeout_s, silent_s=silent_s, broken_s=broken_s, gave_up=self._gave_up)
         line = decide(sights, self._who, rank=self.rank, limits=limits)
         return f"{line} ({self._error})" if line and self._error and broken_s >= self.timeout_s else line
 
@@ -202,7 +203,8 @@ class RankWatch:
         return bool(self._post.lost) or time.monotonic() - self._post.answered_s >= _SILENCE * self.timeout_s
 
     def _waits(self) -> str:
-        verb = "waits" if self._broken_since is None else "lost a connection"
+        broken = "gave up waiting" if self._gave_up else "lost a connection"
+        verb = "waits" if self._broken_since is None else broken
         return f"rank {self.rank} {verb} in {self._sight.place}"
 
     def _speaks_for_its_host(self) -> bool:
@@ -228,17 +230,6 @@ class RankWatch:
 
 def _torchrun_has_the_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _lost_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed for reasons of the connection. gloo's errors have no type of their own."""
-    return any(isinstance(link, dist.DistError) or "gloo/transport" in str(link) for link in _chain(error))
-
-
-def _chain(error: BaseException | None):
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _stack(frame: FrameType | None) -> tuple:
