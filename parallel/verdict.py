@@ -24,7 +24,7 @@ class Sight:
     long it has been seen without a new sign of life, at least. left: its last sign said that it is done.
     """
 
-    name: str = "start"
+    name: str = "between steps"
     number: int = 0
     waiting: bool = False
     patient: bool = False

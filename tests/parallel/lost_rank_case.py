@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 AT_STEP = 1
 """Steps that are done when the fault happens."""
 
-REPORT_S = 10
-"""How long rank 0's report takes in the case of that name."""
+LATE_S = 10
+"""How long rank 0's report or the end of its logs takes, in the cases of those names."""
 
 
 class Template:
@@ -87,13 +87,20 @@ def report() -> None:
     from sbtrain.report.page import write_report
 
     def write_late(folder):
-        time.sleep(REPORT_S)
+        time.sleep(LATE_S)
         return write_report(folder)
 
     run.write_report = write_late
 
 
-FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail, report)}
+def sinks() -> None:
+    """Rank 0's logs take longer to end than ranks wait for one another."""
+    from sbtrain.metrics.sinks import Sinks
+
+    Sinks.close = lambda self: time.sleep(LATE_S)
+
+
+FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail, report, sinks)}
 
 
 def rank_of_case(rank: int, case: dict, port: int) -> int:

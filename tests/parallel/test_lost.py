@@ -11,8 +11,8 @@ from sbtrain.config.schema import RuntimeConfig
 NCCL = "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, "
 SYSTEM = (
     "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. It can be "
-    "also caused by unexpected exit of a remote peer, you can check NCCL warnings for failure reason and see if there is "
-    "connection closed by a peer.\nLast error:\n"
+    "also caused by unexpected exit of a remote peer, you can check NCCL warnings for failure reason and see if there "
+    "is connection closed by a peer.\nLast error:\n"
 )
 REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
 WATCHDOG = (
