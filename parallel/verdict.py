@@ -83,7 +83,8 @@ def decide(sights: Sequence[Sight], who: Sequence[str], *, rank: int, limits: Li
         return f"{named(silent, who)}: {gone}; {waits}; {AGAIN}"
     if not broken and any(sights[other].patient and not sights[other].waiting for other in present):
         return None
-    busy = [other for other in present if not sights[other].waiting and sights[other].stayed_s >= timeout_s]
+    blamed = [other for other in present if limits.gave_up or not sights[other].patient]
+    busy = [other for other in blamed if not sights[other].waiting and sights[other].stayed_s >= timeout_s]
     held_up = [other for other in present if sights[other].waiting and sights[other].frozen_s >= timeout_s]
     if busy and (held_up or broken) and busy != [rank]:
         first = sights[busy[0]]

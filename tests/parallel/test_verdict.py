@@ -59,7 +59,8 @@ TABLE = [
     ("connection lost", [FRESH, DEAD], 0, 3, ["rank 1", "no sign of life", "rank 0 lost a connection in 'lasp2"]),
     ("connection lost, nobody silent yet", [FRESH, COMPUTE], 0, 3, None),
     ("connection lost to a sleeper", [FRESH, DATA], 0, 3, ["rank 1", "still in 'data'", "rank 0 lost a connection"]),
-    ("torch's limit, in a long save", [FRESH, SAVE], 0, 3, ["rank 1", "still in 'checkpoint save'"]),
+    ("connection lost, one in a save", [FRESH, SAVE], 0, 3, None),
+    ("connection lost, one in a save for long", [FRESH, SAVE], 0, 60, ["rank 0 lost", "the network failed"]),
     ("connection lost, all alive", [FRESH, COMPUTE], 0, 60, ["every rank gives signs of life: the network failed"]),
 ]  # fmt: skip
 
