@@ -118,10 +118,11 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def start_distributed(*, patience_s: float = PATIENCE_S) -> None:
+def start_distributed(*, patience_s: float = PATIENCE_S, watched: bool = False) -> None:
     """Start torch.distributed from torchrun's variables, or a world of one process without them. Idempotent.
 
-    patience_s: a collective of all ranks that has waited so long for another rank fails. Raises ValueError where two
+    patience_s: a collective of all ranks that has waited so long for another rank fails. watched: a RankWatch will be
+    entered, which ends a rank whose collective failed; without one torch itself has to. Raises ValueError where two
     processes would share a GPU.
     """
     if dist.is_initialized():
@@ -129,8 +130,8 @@ def start_distributed(*, patience_s: float = PATIENCE_S) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(device())
-        # a failed collective raises in the main thread, not an abort from a thread of NCCL's: see parallel.watch
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+        if watched:  # a failed collective raises in the main thread, not an abort from a thread of NCCL's
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     timeout = timedelta(seconds=patience_s)
     if "RANK" in os.environ:

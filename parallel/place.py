@@ -7,6 +7,7 @@ here once, as torch.distributed keeps the process groups.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -60,7 +61,7 @@ class Trail:
 class Here:
     """Where this process is, where it was when the last exception left a place, and what its GPU has still to do."""
 
-    at: At = At("start", Kind.work, 0)
+    at: At = At("between steps", Kind.work, 0)
     broken: At | None = None
     trail: Trail | None = None
 
@@ -79,7 +80,8 @@ class _Mark:
     def __enter__(self) -> None:
         self._outer = here.at
         here.at = At(self._name, self._kind, self._outer.number + 1)
-        here.broken = None
+        if sys.exc_info()[0] is None:  # else this clears away after the exception
+            here.broken = None
 
     def __exit__(self, error, *rest) -> None:
         inner, outer = here.at, self._outer

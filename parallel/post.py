@@ -127,4 +127,4 @@ class Post:
 
     def _leave_sign(self) -> None:
         self._count += 1
-        self._store.set(str(self.rank), json.dumps({"count": self._count, **self.sign()}))
+        self._store.set(str(self.rank), json.dumps({"count": self._count, **self.sign(), "left": self._leaving}))

@@ -22,6 +22,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from parallel.descendants import end_descendants
+from parallel.lost import gave_up_waiting, lost_a_peer
 from parallel.mesh import device
 from parallel.place import Kind, Trail, here
 from parallel.post import FAILED, VERDICT, Post
@@ -39,6 +41,8 @@ _REMEMBERED = 1024
 _CONTEXTS = "/contextlib.py"
 _RECORD_S = 5.0
 """How long a file system that may hang is waited for."""
+_DESCENDANTS_S = 2.0
+"""How long the end of the processes that this one started is waited for."""
 
 
 class RankWatch:
@@ -56,7 +60,7 @@ class RankWatch:
         self._sight, self._seen = Sight(), None
         self._stayed_since = self._frozen_since = time.monotonic()
         self._broken_since: float | None = None
-        self._error = ""
+        self._error, self._gave_up = "", False
 
     def __enter__(self) -> RankWatch:
         if not (dist.get_world_size() > 1 and "MASTER_PORT" in os.environ):
@@ -82,8 +86,8 @@ class RankWatch:
     def __exit__(self, kind, error, trace) -> None:
         if self._post is None:
             return
-        if error is not None and _lost_a_peer(error):
-            self._error = str(error).splitlines()[0]
+        if error is not None and lost_a_peer(error):
+            self._error, self._gave_up = str(error).splitlines()[0], gave_up_waiting(error)
             self._broken_since = time.monotonic()
             self._thread.join()  # which ends the process
         elif error is not None:
@@ -153,7 +157,7 @@ class RankWatch:
 
     def _sign(self) -> dict:
         sight = self._sight
-        return {key: getattr(sight, key) for key in Sight.__dataclass_fields__ if key != "silent_s"}
+        return {key: getattr(sight, key) for key in Sight.__dataclass_fields__ if key not in ("silent_s", "left")}
 
     def _missing(self) -> str | None:
         now, post = time.monotonic(), self._post
@@ -166,7 +170,7 @@ class RankWatch:
         sights[self.rank] = self._sight
         broken_s = None if self._broken_since is None else now - self._broken_since
         silent_s = _SILENCE * self.timeout_s if broken_s is None else self._grace_s
-        limits = Limits(timeout_s=self.timeout_s, silent_s=silent_s, broken_s=broken_s)
+        limits = Limits(timeout_s=self.timeout_s, silent_s=silent_s, broken_s=broken_s, gave_up=self._gave_up)
         line = decide(sights, self._who, rank=self.rank, limits=limits)
         return f"{line} ({self._error})" if line and self._error and broken_s >= self.timeout_s else line
 
@@ -199,7 +203,8 @@ class RankWatch:
         return bool(self._post.lost) or time.monotonic() - self._post.answered_s >= _SILENCE * self.timeout_s
 
     def _waits(self) -> str:
-        verb = "waits" if self._broken_since is None else "lost a connection"
+        broken = "gave up waiting" if self._gave_up else "lost a connection"
+        verb = "waits" if self._broken_since is None else broken
         return f"rank {self.rank} {verb} in {self._sight.place}"
 
     def _speaks_for_its_host(self) -> bool:
@@ -217,22 +222,14 @@ class RankWatch:
         self._post.stop()
         if self.rank == 0 and self._stays_on_rank_0:
             self._post.wait_until_left(limit_s=self._grace_s)  # they must have read it
-        os._exit(code)
+        try:
+            end_descendants(_DESCENDANTS_S)
+        finally:
+            os._exit(code)
 
 
 def _torchrun_has_the_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _lost_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed for reasons of the connection. gloo's errors have no type of their own."""
-    return any(isinstance(link, dist.DistError) or "gloo/transport" in str(link) for link in _chain(error))
-
-
-def _chain(error: BaseException | None):
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _stack(frame: FrameType | None) -> tuple:

@@ -46,24 +46,28 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
     the process ends with Exit.RANK_LOST and a line that names the rank.
     """
     with watched(recipe):
-        return carry(recipe)
+        recipe, ledger, evaluations = prepare(recipe)
+        code, reason = carry(recipe, ledger, evaluations)
+    if code is Exit.DONE and dist.get_rank() == 0:
+        finish(recipe, ledger)  # takes as long as it takes: the others have left
+    return code, reason
 
 
 def watched(recipe: Recipe) -> RankWatch:
     """What ends this rank, and says why in exit.json, when another one is lost. Starts torch.distributed."""
-    start_distributed(patience_s=recipe.runtime.patience_s)
+    start_distributed(patience_s=recipe.runtime.patience_s, watched=True)
     return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, recipe.run_dir))
 
 
-def carry(recipe: Recipe) -> tuple[Exit, str]:
-    """The run itself, from wherever the last one stopped."""
-    recipe, ledger, evaluations = prepare(recipe)
+def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations) -> tuple[Exit, str]:
+    """The stages, from wherever the last start stopped."""
     folder = run_folder(recipe)
     store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
     first = dist.get_rank() == 0
     with ExitStack() as stack:
-        sinks = open_run_sinks(recipe, ledger.step)
-        stack.callback(sinks.close)
+        with section("opening of the sinks", patient=True):
+            sinks = open_run_sinks(recipe, ledger.step)
+        stack.callback(close_sinks, sinks)
         watch = stack.enter_context(Watch(save_every_steps=recipe.checkpoint.every_steps, device=device()))
         for name in ledger.unfinished(list(recipe.stages)):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
@@ -71,8 +75,6 @@ def carry(recipe: Recipe) -> tuple[Exit, str]:
             ledger.finish(name, write=first)
     with primitive("end of the run"):
         dist.barrier()
-    if first:
-        finish(recipe, ledger)
     return Exit.DONE, "all stages are done"
 
 
@@ -211,6 +213,12 @@ def open_run_sinks(recipe: Recipe, step: int) -> Sinks:
     )
 
 
+def close_sinks(sinks: Sinks) -> None:
+    """Rank 0 alone writes what is left, perhaps over a network."""
+    with section("closing of the sinks", patient=True):
+        sinks.close()
+
+
 def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
     """The recipe's model on the stage's layout, its weights still to be set."""
     with section("model"):
@@ -272,9 +280,10 @@ def train_stage(
         flops_per_token=training_flops_per_token(recipe.model, stage.seq_len),
         peak_tflops=recipe.cluster.peak_tflops,
     )
-    loader = stage_loader(recipe, state.stage, stage, dp_rank=mesh.dp_rank, dp=mesh.dp)
-    if state.loader is not None:
-        loader.load_state_dict(state.loader)
+    with section("loader", patient=True):
+        loader = stage_loader(recipe, state.stage, stage, dp_rank=mesh.dp_rank, dp=mesh.dp)
+        if state.loader is not None:
+            loader.load_state_dict(state.loader)
     with closing(loader):
         return train(engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch)
 

@@ -286,20 +286,25 @@ class EvalConfig:
     teacher: bool = False
 
 
+LEAST_PATIENCE_S = 6 * 3600.0
+"""A checkpoint of a large model on a slow disk, with room to spare."""
+
+
 @dataclass(frozen=True)
 class RuntimeConfig:
     """What the ranks of a job expect of one another.
 
     timeout_s: when a rank was killed or hangs, the others end after this time, in seconds, with exit code 76 and a line
-        that names it. Checkpoints, first weights and the check of the data may take longer.
+        that names it. Checkpoints, first weights and the check of the data may take longer: torch itself gives a
+        collective up after three times this time, but not before 6 hours, so one of them may take as long.
     """
 
     timeout_s: float = 600.0
 
     @property
     def patience_s(self) -> float:
-        """What torch waits for another rank in a collective: the last resort, where no rank can be named."""
-        return 3 * self.timeout_s
+        """What torch waits in a collective, in seconds: the last resort, also for what may take one rank long."""
+        return max(3 * self.timeout_s, LEAST_PATIENCE_S)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,14 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 AT_STEP = 1
 """Steps that are done when the fault happens."""
+
+LATE_S = 10
+"""How long rank 0's report or the end of its logs takes, in the cases of those names."""
 
 
 class Template:
@@ -45,7 +50,8 @@ class Template:
     def run(self, num_ranks: int, fault: str, bad: int, folder: Path, args: list[str], limit_s: float = 40) -> dict:
         """fault: see FAULTS; bad: its rank. limit_s: the template kills what is left then. args: of launch/train.py.
 
-        Returns codes, texts (stdout and stderr) and seconds from the fault to each rank's end, by rank.
+        Returns codes, texts (stdout and stderr), seconds from the fault to each rank's end, and orphans: the commands
+        of the processes that a rank has left behind; all by rank.
         """
         case = dict(num_ranks=num_ranks, fault=fault, bad=bad, folder=str(folder), args=args, limit_s=limit_s)
         case["on_gpus"] = self._on_gpus
@@ -75,7 +81,26 @@ def fail() -> None:
     raise TypeError("an error of its own")
 
 
-FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail)}
+def report() -> None:
+    """Rank 0's report takes longer than ranks wait for one another."""
+    import sbtrain.run as run
+    from sbtrain.report.page import write_report
+
+    def write_late(folder):
+        time.sleep(LATE_S)
+        return write_report(folder)
+
+    run.write_report = write_late
+
+
+def sinks() -> None:
+    """Rank 0's logs take longer to end than ranks wait for one another."""
+    from sbtrain.metrics.sinks import Sinks
+
+    Sinks.close = lambda self: time.sleep(LATE_S)
+
+
+FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail, report, sinks)}
 
 
 def rank_of_case(rank: int, case: dict, port: int) -> int:
@@ -111,11 +136,12 @@ def start(rank: int, case: dict, port: int) -> int:
     out = os.open(Path(case["folder"]) / f"rank_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     if case["on_gpus"]:
         command = [sys.executable, __file__, str(rank), str(port), json.dumps(case)]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out).pid
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True).pid
     pid = os.fork()
     if pid:
         os.close(out)
         return pid
+    os.setsid()
     os.dup2(out, 1)
     os.dup2(out, 2)
     return end_with(rank, case, port)
@@ -136,7 +162,7 @@ def end_with(rank: int, case: dict, port: int) -> NoReturn:
 
 def run_case(case: dict) -> dict:
     """Start the ranks and wait until all but a rank that hangs by itself have ended; then end that one too."""
-    folder = Path(case["folder"])
+    folder, orphans = Path(case["folder"]), {}
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -148,6 +174,7 @@ def run_case(case: dict) -> dict:
         if pid:
             rank = running.pop(pid)
             codes[rank], ends[rank] = os.waitstatus_to_exitcode(status), time.time()
+            orphans[rank] = end_session(pid)
         elif case["fault"] == "stop" and list(running.values()) == [case["bad"]]:
             break
         else:
@@ -156,11 +183,30 @@ def run_case(case: dict) -> dict:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         codes[rank], ends[rank] = "hangs", time.time()
+        orphans[rank] = end_session(pid)
     fault = folder / "fault"
     at = float(fault.read_text()) if fault.exists() else time.time()
     ranks = range(case["num_ranks"])
     texts = [(folder / f"rank_{rank}.txt").read_text(errors="replace") for rank in ranks]
-    return {"codes": [codes[rank] for rank in ranks], "texts": texts, "seconds": [ends[rank] - at for rank in ranks]}
+    return {
+        "codes": [codes[rank] for rank in ranks],
+        "texts": texts,
+        "seconds": [ends[rank] - at for rank in ranks],
+        "orphans": [orphans[rank] for rank in ranks],
+    }
+
+
+def end_session(leader: int) -> list[str]:
+    """Kill what is left of the session of a process that has ended. Returns the commands."""
+    left = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        try:
+            if os.getsid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
+                left.append(" ".join(process.info["cmdline"] or []))
+                process.kill()
+        except (OSError, psutil.Error):
+            continue
+    return left
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ def lines(ends: dict) -> list[str]:
 def check_verdict(ends: dict, bad: int, says: str, run_dir: Path, timeout_s: float = TIMEOUT_S) -> None:
     """The ranks but the bad one ended in time with EXIT_CODE, and one line names it; so does exit.json."""
     others = [rank for rank in range(len(ends["codes"])) if rank != bad]
+    assert [ends["orphans"][rank] for rank in others] == [[]] * len(others), ends["orphans"]
     assert [ends["codes"][rank] for rank in others] == [EXIT_CODE] * len(others), ends
     assert max(ends["seconds"][rank] for rank in others) < timeout_s + LATE_S, ends["seconds"]
     (line,) = lines(ends)
@@ -99,6 +100,14 @@ def test_a_whole_run_says_nothing_and_leaves_no_thread(inputs, template):
     ends = template.run(2, "", 0, inputs / "whole.out", arguments(inputs, "whole", 2))
     assert ends["codes"] == [0, 0] and lines(ends) == []
     assert all("threads: ['MainThread']" in text for text in ends["texts"])
+
+
+@pytest.mark.parametrize("late", ["report", "sinks"])
+def test_what_rank_0_does_alone_may_take_longer_than_the_timeout(inputs, template, late):
+    """Its report, after the others have left, and the end of its logs, which they wait for."""
+    ends = template.run(2, late, 0, inputs / f"{late}.out", arguments(inputs, late, 2))
+    assert ends["codes"] == [0, 0] and lines(ends) == []
+    assert "report: " in ends["texts"][0]
 
 
 @pytest.mark.slow
@@ -174,7 +183,7 @@ def test_watches_one_after_the_other(run_ranks):
 
 
 def test_who_takes_time_for_a_checkpoint_is_not_missing(run_ranks):
-    assert run_ranks(2)(take_time) == ["start", "start"]
+    assert run_ranks(2)(take_time) == ["between steps"] * 2
 
 
 def test_errors_of_all_ranks_pass_at_once(run_ranks):
@@ -202,6 +211,19 @@ def test_places_nest_and_count():
     with pytest.raises(RuntimeError), section("backward"), primitive("all-to-all"):
         raise RuntimeError("connection closed")
     assert here.broken.name == "all-to-all" and here.at.number == first + 5
+
+
+def test_clearing_away_does_not_hide_where_it_broke():
+    with pytest.raises(RuntimeError):
+        try:
+            with section("backward"):
+                raise RuntimeError("connection closed")
+        finally:
+            with section("closing of the sinks", patient=True):
+                pass
+    assert here.broken.name == "backward"
+    with section("the next part"):
+        assert here.broken is None
 
 
 class Event:
