@@ -36,6 +36,7 @@ BENCHMARKS = {
 
 
 def main(arguments: list[str]) -> int:
+    """Run a benchmark; the exit code. Rank 0 says why arguments are refused."""
     try:
         if not arguments or arguments[0] not in BENCHMARKS:
             given = arguments[0] if arguments else "nothing"

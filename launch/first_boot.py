@@ -131,6 +131,7 @@ def mark(status: dict) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
+    """Describe this machine, check every op and write what was found; the exit code."""
     try:
         options = parse(arguments)
         (options["out"] / "logs").mkdir(parents=True, exist_ok=True)

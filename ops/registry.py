@@ -215,6 +215,7 @@ def _checked(op: str, name: str, backend: str, function: Callable, accepts: Call
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
+        """The function, where the backend accepts these arguments."""
         reason = accepts(name, *args, **kwargs)
         if reason is None:
             return function(*args, **kwargs)

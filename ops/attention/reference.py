@@ -51,6 +51,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_o, grad_lse):
+        """Gradients of q, k, v and the sinks, from probabilities computed again out of lse."""
         q, k, v, sink_k, sink_v, first, o, lse = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         grad_sink_k, grad_sink_v = torch.zeros_like(sink_k), torch.zeros_like(sink_v)

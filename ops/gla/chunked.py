@@ -130,6 +130,7 @@ class _Gla(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
+        """Gradients of q, k, v, log_decay and the initial state; do or dfinal is None where the loss lacks it."""
         q, k, v, log_decay, sums, totals, states = ctx.saved_tensors
         kernels, chunks, scale = ctx.kernels, ctx.chunks, ctx.scale
         do = q.new_zeros(*q.shape[:3], v.shape[3]) if do is None else do.contiguous()

@@ -115,6 +115,7 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Gradients of q, k and b, halving by halving as in the forward pass."""
         q, k, b, ids = ctx.saved_tensors
         grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
         for half in _halvings(q):

@@ -122,6 +122,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, problem):
+        """The losses, and beside them the gradients for equal upstream ones, which a mean or a sum has."""
         ctx.problem, given = problem, problem.weight_grad
         ctx.save_for_backward(hidden, weight)
         total, scale, add = None, 1.0, False
@@ -137,6 +138,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
+        """Gradients of hidden and weight, kept from the forward pass or computed now."""
         (hidden, weight), problem = ctx.saved_tensors, ctx.problem
         gradients, ctx.gradients = ctx.gradients, None
         if problem.weight_grad is not None:

@@ -25,6 +25,7 @@ from parallel.sequence.ulysses import head_plan
 NUM_WARMUP, NUM_TIMED, NUM_CHAINED = 2, 5, 16
 NUM_HEAD_STARTS = 4
 """Matrix products in fp32, milliseconds each, that keep a GPU busy while the host launches what is timed."""
+EXCHANGES: dict[str, Exchange] = {"lasp2": lasp2.exchange, "zeco": zeco.exchange}
 CLEARLY = 0.9
 """zeco's time over lasp2's below which it is taken: less is noise."""
 
@@ -47,20 +48,18 @@ def choose(
     Heads are those of a tp rank, the group is that of the sp ranks. seq_len: of the longest document; row_tokens: of a
     row, None where that is not known, as of a prompt. Collective over all ranks where L is to be timed.
     """
-    auto = [symbol for symbol in sorted(symbols) if getattr(algorithms, symbol) is SequenceAlgorithm.auto]
-    rest = [symbol for symbol in "FSL" if getattr(algorithms, symbol) is SequenceAlgorithm.auto and symbol not in auto]
-    chosen, reasons = dict.fromkeys(rest, SequenceAlgorithm.ulysses), {}
-    heads = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    for symbol in auto:
-        if group.size() == 1 or candidates(symbol) == [SequenceAlgorithm.ulysses]:
+    sizes = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+    chosen, reasons = {}, {}
+    for symbol in "FSL":
+        if getattr(algorithms, symbol) is not SequenceAlgorithm.auto:
+            continue
+        if group.size() == 1 or symbol not in symbols or candidates(symbol) == [SequenceAlgorithm.ulysses]:
             chosen[symbol], reason = SequenceAlgorithm.ulysses, "the only one"
         elif symbol == "S":
-            chosen[symbol], reason = _by_volume(
-                **heads, window=window, seq_len=seq_len, row_tokens=row_tokens, sp=group.size()
-            )
+            chosen[symbol], reason = _by_volume(**sizes, seq_len=seq_len, row_tokens=row_tokens, sp=group.size())
         else:
             chosen[symbol], reason = _by_time((num_kv_heads, head_dim, head_dim), group, device)
-        if group.size() > 1:
+        if group.size() > 1 and symbol in symbols:
             reasons[symbol] = f"{chosen[symbol].name} ({reason})"
     return replace(algorithms, **chosen), reasons
 
@@ -91,9 +90,6 @@ def _by_time(shape: tuple[int, int, int], group, device: torch.device):
     best = "zeco" if times["zeco"] < CLEARLY * times["lasp2"] else "lasp2"
     figures = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
     return SequenceAlgorithm[best], f"a state to {group.size()} ranks: {figures}"
-
-
-EXCHANGES: dict[str, Exchange] = {"lasp2": lasp2.exchange, "zeco": zeco.exchange}
 
 
 def exchange_ms(exchange: Exchange, shape: tuple[int, int, int], group, device: torch.device) -> float:

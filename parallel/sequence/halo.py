@@ -60,6 +60,7 @@ def plan_of(cu_seqlens: Tensor, *, window: int, rank: int, size: int) -> Plan:
     """The plan of one rank, from the whole row's documents; kept with them."""
 
     def build() -> Plan:
+        """The plan from the documents' bounds on the host."""
         edges = documents.bounds(cu_seqlens)
         shard_tokens = edges[-1] // size
         starts = [shard * shard_tokens for shard in range(size)]

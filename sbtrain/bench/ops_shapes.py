@@ -32,6 +32,7 @@ def cases(model: ModelConfig) -> list[Case]:
         *_gated_linear_attention(model),
         *_gated_delta_rule(model),
         *_softmax_attention(model),
+        *_moba(model),
         *_pointwise(model),
         *_products(model),
         *_spikes(model),
@@ -125,6 +126,8 @@ def _softmax_attention(model: ModelConfig) -> list[Case]:
     def case(
         name: str, window: Optional[int], *, documents: bool = False, num_sinks: int = 0, halo: bool = False
     ) -> Case:
+        """Attention over one row; halo: of its last tokens alone."""
+
         def flops(num_tokens: int) -> float:
             edges = document_edges(num_tokens) if documents else [0, num_tokens]
             without = visible_pairs([0, halo_tokens(num_tokens)], window) if halo else 0
@@ -140,19 +143,6 @@ def _softmax_attention(model: ModelConfig) -> list[Case]:
             backward=FLASH_BACKWARD,
         )
 
-    def moba_call(functions, x: Inputs) -> tuple[Tensor, ...]:
-        return (functions["moba"](x["q"], x["k"], x["v"], chunk_tokens=MOBA_CHUNK_TOKENS, num_chunks=MOBA_CHUNKS),)
-
-    moba = Case(
-        "moba",
-        f"{MOBA_CHUNKS} chunks of {MOBA_CHUNK_TOKENS}",
-        partial(inputs, documents=False, num_sinks=0),
-        moba_call,
-        flops=lambda num_tokens: 4.0 * size * heads * moba_pairs(num_tokens, MOBA_CHUNK_TOKENS, MOBA_CHUNKS),
-        backward=FLASH_BACKWARD,
-        check_tokens=2048,
-        compared=False,
-    )
     window = model.window
     return [
         case("causal", None),
@@ -161,7 +151,29 @@ def _softmax_attention(model: ModelConfig) -> list[Case]:
         case(f"window {window}, documents", window, documents=True),
         case(f"window {window}, {NUM_SINKS} sinks", window, num_sinks=NUM_SINKS),
         case(f"window {window}, halo", window, halo=True),
-        moba,
+    ]
+
+
+def _moba(model: ModelConfig) -> list[Case]:
+    heads, kv_heads, size = model.num_heads, model.num_kv_heads, model.head_dim
+
+    def inputs(draw: Draw, num_tokens: int) -> dict[str, Tensor]:
+        return dict(zip("qkv", _qkv(draw, num_tokens, heads, kv_heads, size)))
+
+    def call(functions, x: Inputs) -> tuple[Tensor, ...]:
+        return (functions["moba"](x["q"], x["k"], x["v"], chunk_tokens=MOBA_CHUNK_TOKENS, num_chunks=MOBA_CHUNKS),)
+
+    return [
+        Case(
+            "moba",
+            f"{MOBA_CHUNKS} chunks of {MOBA_CHUNK_TOKENS}",
+            inputs,
+            call,
+            flops=lambda num_tokens: 4.0 * size * heads * moba_pairs(num_tokens, MOBA_CHUNK_TOKENS, MOBA_CHUNKS),
+            backward=FLASH_BACKWARD,
+            check_tokens=2048,
+            compared=False,
+        )
     ]
 
 
