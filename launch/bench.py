@@ -4,15 +4,16 @@ python launch/bench.py train    [model=7b layers=8 seq_len=8192 micro_batch=1 sp
                                 rounds=2 steps=10 warmup=4 recompute=none precision=bf16 profile=false peak_tflops=0
                                 out=DIR]
 python launch/bench.py prefill  [model=7b layers=4 seq_len=32768,131072 patterns=F,LS steps=5 warmup=2 ... out=DIR]
-                                [sp=1 sp_algorithm.L=lasp2 sp_algorithm.S=halo cache=false] with sp=N under
-                                torchrun --nproc_per_node=N: a document over N GPUs
+                                [sp=1 cache=false]
 python launch/bench.py links    [model=7b shard_tokens=32768 sp=2,4,8,...,128 network=8:25 out=DIR]
 python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengths=8192,32768,131072 peers=true
                                 passes=forward,both dtype=bf16 model=7b steps=20 warmup=3 error_tokens=8192
                                 time_limit_s=120 seed=0 out=DIR]
                                 [tune=true kernels=outputs tune_limit_s=300: write the fastest tiles instead]
 
-Several GPUs: `torchrun --nproc_per_node 4 launch/bench.py train peers=engine sp=1,4,4:zeco,4:ulysses` and `... links`.
+Several GPUs: `torchrun --nproc_per_node 4 launch/bench.py train peers=engine sp=1,4,4:zeco,4:ulysses`, `... prefill
+sp=1,4` and `... links`. With sp=1 every GPU has its own row or prompt of seq_len tokens, with sp=4 its part of one of
+4 * seq_len: the same number of tokens.
 """
 
 import os

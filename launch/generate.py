@@ -10,16 +10,12 @@ import sys
 from dataclasses import dataclass
 
 import _path  # noqa: F401
-from parallel.collectives import together
-from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
+from parallel.layout import Layout
 from parallel.mesh import Mesh, check_one_row
 from sbtrain.inference.generate import CHUNK_TOKENS, Speed, generate_text
 from sbtrain.inference.load import Where, load_model
 from sbtrain.inference.options import build, check_keys, split
 from sbtrain.inference.sampling import Sampling
-
-ALGORITHMS = SequenceAlgorithms(S=SequenceAlgorithm.halo, L=SequenceAlgorithm.lasp2)
-"""How a prompt is read under sp: what goes with any number of heads, where there is such an algorithm."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,12 @@ def main(arguments: list[str]) -> int:
 
 def generate(where: Where, text: Text, sampling: Sampling, *, first: bool) -> None:
     """Print the continuation on stdout and the speed on stderr, on the first rank; all ranks make the same text."""
-    speed, layout = Speed(), Layout(sp=text.sp, sp_algorithm=ALGORITHMS)
+    speed, layout = Speed(), Layout(sp=text.sp)
     check_one_row(layout)
     with Mesh.build(layout) as mesh:
+        loaded = load_model(where, mesh)
         pieces = generate_text(
-            together(lambda: load_model(where, mesh)),
+            loaded,
             text.prompt,
             max_new_tokens=text.max_new_tokens,
             sampling=sampling,
@@ -74,7 +71,8 @@ def generate(where: Where, text: Text, sampling: Sampling, *, first: bool) -> No
                 print(piece, end="", flush=True)
     if first:
         print()
-        print(speed, file=sys.stderr)
+        choices = [f"sp={text.sp}, {symbol} layers: {choice}" for symbol, choice in loaded.model.sp_choices.items()]
+        print(*choices, speed, sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

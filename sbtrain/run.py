@@ -18,7 +18,15 @@ from parallel.mesh import Mesh, device, start_distributed
 from parallel.place import primitive, section
 from parallel.watch import RankWatch
 from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.checkpoint.run_dir import Exit, check_folder, check_owner, describe_run, record_exit, run_folder
+from sbtrain.checkpoint.run_dir import (
+    Exit,
+    check_folder,
+    check_owner,
+    describe_run,
+    record_exit,
+    record_start,
+    run_folder,
+)
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store, check_room, read_state
 from sbtrain.config.rules import check_training, world_problem
@@ -88,6 +96,7 @@ def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations,
         state = begin_stage(recipe, name, engine, store, evaluations, watch)
         if watch.must_stop():
             return False
+        record_algorithms(recipe, state, engine)
         state, finished = train_stage(recipe, state, engine, store, sinks, watch)
         if finished and evaluations.due(name):
             finished = evaluations.add(name, engine.model, mesh, tokens=state.tokens, must_stop=watch.must_stop)
@@ -234,6 +243,16 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
             for symbol, choice in model.sp_choices.items():
                 print(f"layout.sp_algorithm.{symbol}=auto: {choice}", flush=True)
         return Engine(model, mesh, adam=asdict(recipe.optim))
+
+
+def record_algorithms(recipe: Recipe, state: RunState, engine: Engine) -> None:
+    """Keep in env.json how each mixer reaches over the shards from this start on, and who chose it. Collective."""
+    layout, model = engine.mesh.layout, engine.model
+    mixers = {symbol for kind in model.kinds for symbol in kind.mixers} if layout.sp > 1 else set()
+    named = {symbol: f"{getattr(layout.sp_algorithm, symbol).name} (the recipe's)" for symbol in sorted(mixers)}
+    algorithms = {**named, **model.sp_choices}
+    start = {"stage": state.stage, "step": state.step, "sp": layout.sp, "sp_algorithm": algorithms}
+    together(lambda: record_start(recipe.run_dir, start) if dist.get_rank() == 0 else None)
 
 
 def begin_stage(

@@ -44,6 +44,29 @@ def test_resume_is_bitwise_on_the_same_layout(whole, run_ranks, stop):
     assert points[0] == points[1]
 
 
+def starts_of(run_dir) -> list[tuple]:
+    """(stage, step, sp, mixer -> algorithm with its reason) of every start in env.json."""
+    starts = json.loads((run_dir / "env.json").read_text())["starts"]
+    return [tuple(start[key] for key in ("stage", "step", "sp", "sp_algorithm")) for start in starts]
+
+
+def test_the_run_keeps_what_carried_each_mixer_over_the_shards(whole, run_ranks):
+    """What auto chose, from which step on, also where a later start has another choice."""
+    root, _ = whole
+    *alone, (stage, step, sp, found) = starts_of(root / "whole")
+    assert alone == [("ctx_32", 0, 1, {}), ("ctx_64", 6, 1, {})] and (stage, step, sp) == ("ctx_128", 10, 2)
+    assert found["F"] == "ulysses (the only one)" and found["S"].startswith("halo (receives 256 elements a layer")
+    assert found["L"].startswith(("lasp2 (a state to 2 ranks: lasp2 ", "zeco (a state to 2 ranks: lasp2 "))
+
+    assert run_ranks(2)(run_until, tiny_recipe(root, "chosen"), 12) == [Exit.REQUEUE] * 2
+    before = starts_of(root / "chosen")
+    named = tiny_recipe(root, "chosen", "stages.ctx_128.layout.sp_algorithm.L=ulysses")
+    assert run_ranks(2)(run_until, named) == [Exit.DONE] * 2
+    *kept, (stage, step, sp, found) = starts_of(root / "chosen")
+    assert kept == before and (stage, step, sp) == ("ctx_128", 12, 2)
+    assert found["L"] == "ulysses (the recipe's)" and found["S"].startswith("halo (receives ")
+
+
 @pytest.mark.parametrize("name, step", [("start", None), ("ctx_64", 10)])
 def test_a_signal_stops_an_evaluation(whole, run_ranks, name, step):
     """It can be long: the run stops between its rows, and does the whole evaluation when it goes on."""

@@ -21,7 +21,7 @@ def sequence_layout_of(text: str) -> Layout:
     return Layout(sp=int(number), sp_algorithm=SequenceAlgorithms(S=sliding, L=linear))
 
 
-def check_world(layouts: dict[str, Layout], peers: tuple[str, ...]) -> None:
+def check_world(layouts: dict[str, Layout], peers: tuple[str, ...] = ()) -> None:
     """Raise ValueError for a layout that this world cannot hold, or a peer that cannot run on it."""
     world_size = dist.get_world_size()
     for layout in layouts.values():

@@ -15,7 +15,7 @@ import torch
 import ops
 from parallel import mcore
 from parallel.watch import EXIT_CODE
-from sbtrain.checkpoint.files import write_json
+from sbtrain.checkpoint.files import read_json, write_json
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.config.load import load, save
 from sbtrain.config.schema import Recipe
@@ -127,6 +127,7 @@ def describe_run(recipe: Recipe) -> None:
     except OSError as error:
         raise ValueError(f"run_dir={folder}: {error.strerror or error}; choose a writable folder") from None
     save(recipe, folder / "recipe.yaml")
+    starts = _starts(folder)
     environment = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -135,8 +136,28 @@ def describe_run(recipe: Recipe) -> None:
         "commit": _commit(),
         "ops": ops.table(),
         "ops_hash": ops.table_hash(),
+        "starts": starts,
     }
     write_json(folder / "env.json", environment)
+
+
+def record_start(run_dir: str | Path, start: dict) -> None:
+    """Add to env.json how a stage is trained from now on; what starts from the same step or a later one is replaced.
+
+    start: `step`, the last one that is done, and any JSON values. Those of earlier starts of the run stay. Called on
+    rank 0, after describe_run.
+    """
+    folder = Path(run_dir)
+    before = [other for other in _starts(folder) if other["step"] < start["step"]]
+    write_json(folder / "env.json", {**read_json(folder / "env.json"), "starts": [*before, start]})
+
+
+def _starts(folder: Path) -> list[dict]:
+    """What the run recorded of its starts; nothing where env.json is not there or not whole, which stops no run."""
+    try:
+        return [start for start in read_json(folder / "env.json").get("starts", []) if "step" in start]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
 
 
 def record_exit(run_dir: str | Path, code: int, reason: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import ops
+from parallel.collectives import together
 from parallel.mesh import Mesh, device
 from sbtrain.checkpoint.run_dir import open_run
 from sbtrain.config.hf_shape import FAMILIES, read_config, read_shape
@@ -74,8 +75,9 @@ class Loaded:
 def load_model(where: Where, mesh: Mesh) -> Loaded:
     """Build the model on the mesh's device and stream its weights into it; the optimizer is not read.
 
-    mesh: of sp ranks alone; it must stay open as long as the model is used. Raises ValueError, one line naming the key
-    or file and the fix, for folders and files that are missing, damaged or do not fit together.
+    mesh: of sp ranks alone; it must stay open as long as the model is used. Collective: ranks time their links where
+    layout.sp_algorithm is auto. Raises ValueError, one line naming the key or file and the fix, for folders and files
+    that are missing, damaged or do not fit together; what one rank cannot read, all refuse.
     """
     where.check()
     if mesh.dp > 1:
@@ -84,6 +86,14 @@ def load_model(where: Where, mesh: Mesh) -> Loaded:
 
 
 def _from_run(where: Where, mesh: Mesh) -> Loaded:
+    recipe, step_dir, folder = together(lambda: _find_run(where))
+    model = _build(recipe.model, mesh, where)
+    together(lambda: _fill_from_run(model, step_dir))
+    return together(lambda: _loaded(model, recipe.model, mesh, folder, recipe=recipe, origin=step_dir))
+
+
+def _find_run(where: Where) -> tuple[Recipe, Path, Path]:
+    """The recipe, the checkpoint's folder and the tokenizer's; from now on the ops are the recipe's."""
     recipe, step_dir = open_run(where.run, where.step)
     folders = [folder for folder in (recipe.data.tokenizer, recipe.start.path) if folder]
     with_tokenizer = [folder for folder in folders if (Path(folder) / "tokenizer.json").is_file()]
@@ -92,40 +102,51 @@ def _from_run(where: Where, mesh: Mesh) -> Loaded:
         raise ValueError(f"run={where.run}: no tokenizer.json in {places}; put it back")
     if device().type != "cpu":  # where the reference runs, whatever the recipe says
         ops.use(recipe.ops)
-    model = _build(recipe.model, mesh, where)
+    return recipe, step_dir, Path(with_tokenizer[0])
+
+
+@torch.no_grad()
+def _fill_from_run(model: HybridModel, step_dir: Path) -> None:
     reader = CheckpointReader(step_dir)
-    with torch.no_grad():
-        for name, parameter in global_parameters(model).items():
-            tensor = reader.get(name)
-            if tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"{step_dir}: {name} is {list(tensor.shape)}, recipe.yaml beside it describes "
-                    f"{list(parameter.shape)}; restore the recipe.yaml of this run"
-                )
-            parameter.copy_(tensor)
-    return _loaded(model, recipe.model, mesh, Path(with_tokenizer[0]), recipe=recipe, origin=step_dir)
+    for name, parameter in global_parameters(model).items():
+        tensor = reader.get(name)
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"{step_dir}: {name} is {list(tensor.shape)}, recipe.yaml beside it describes "
+                f"{list(parameter.shape)}; restore the recipe.yaml of this run"
+            )
+        parameter.copy_(tensor)
 
 
 def _from_folder(where: Where, mesh: Mesh) -> Loaded:
     folder = Path(where.model)
+    with _in_terms_of_model():
+        config, exported = together(lambda: _read_shape(folder))
+        model = _build(config, mesh, where)
+        together(lambda: _fill_from_folder(model, folder, exported=exported))
+    return together(lambda: _loaded(model, config, mesh, folder, recipe=None, origin=folder))
+
+
+def _read_shape(folder: Path) -> tuple[ModelConfig, bool]:
+    """The model of a Hugging Face folder, and whether it is one of our exports."""
     if not folder.is_dir():
         raise ValueError(f"model={folder} is not a folder; give a Hugging Face folder (config.json and safetensors)")
-    with _in_terms_of_model():
-        family = read_config(folder).get("model_type")
-        if family not in (*FAMILIES, *MODEL_TYPES):
-            raise ValueError(
-                f"{folder / 'config.json'}: model_type {family!r} is not supported; supported: "
-                f"{', '.join((*FAMILIES, *MODEL_TYPES))}"
-            )
-        exported = family in MODEL_TYPES
-        config = read_model(folder) if exported else ModelConfig(pattern="F", **read_shape(folder))
-        model = _build(config, mesh, where)
-        parameters = global_parameters(model)
-        if exported:
-            fill_exported(parameters, model=config, path=folder)
-        else:
-            fill(parameters, model=config, path=str(folder), seed=0)
-    return _loaded(model, config, mesh, folder, recipe=None, origin=folder)
+    family = read_config(folder).get("model_type")
+    if family not in (*FAMILIES, *MODEL_TYPES):
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type {family!r} is not supported; supported: "
+            f"{', '.join((*FAMILIES, *MODEL_TYPES))}"
+        )
+    exported = family in MODEL_TYPES
+    return read_model(folder) if exported else ModelConfig(pattern="F", **read_shape(folder)), exported
+
+
+def _fill_from_folder(model: HybridModel, folder: Path, *, exported: bool) -> None:
+    parameters, config = global_parameters(model), model.model_config
+    if exported:
+        fill_exported(parameters, model=config, path=folder)
+    else:
+        fill(parameters, model=config, path=str(folder), seed=0)
 
 
 @contextmanager

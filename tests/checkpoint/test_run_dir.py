@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from run_case import tiny_recipe, write_inputs
-from sbtrain.checkpoint.run_dir import Exit, check_owner, describe_run, identity, open_run, record_exit
+from sbtrain.checkpoint.run_dir import Exit, check_owner, describe_run, identity, open_run, record_exit, record_start
 from sbtrain.config.load import load
 
 
@@ -115,6 +115,26 @@ def test_the_description_reproduces_the_recipe(described):
     environment = json.loads((described / "run" / "env.json").read_text())
     assert environment["megatron_core"] == "0.16.1" and environment["torch"]
     assert environment["ops"] and environment["ops_hash"]
+
+
+def test_what_starts_recorded_survives_new_starts_and_goes_where_steps_are_done_again(described):
+    recipe, path = tiny_recipe(described, "run"), described / "run" / "env.json"
+    starts = [dict(stage="a", step=0), dict(stage="a", step=4), dict(stage="b", step=6)]
+    for start in starts:
+        record_start(recipe.run_dir, start)
+        describe_run(recipe)
+    assert json.loads(path.read_text())["starts"] == starts
+    again = dict(stage="a", step=4, sp=2)
+    record_start(recipe.run_dir, again)
+    environment = json.loads(path.read_text())
+    assert environment["starts"] == [starts[0], again] and environment["ops"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"starts": 3}', '{"starts": [3, {"stage": "a"}]}'])
+def test_an_environment_that_was_damaged_stops_no_run(described, text):
+    (described / "run" / "env.json").write_text(text)
+    describe_run(tiny_recipe(described, "run"))
+    assert json.loads((described / "run" / "env.json").read_text())["starts"] == []
 
 
 def test_the_exit_is_recorded_only_where_there_is_a_run(described):

@@ -34,6 +34,7 @@ CASES = [
     (4, OWN, dict(pattern="LS", **ODD_HEADS)),
     (4, OWN, dict(pattern="LFSS", window=30)),
     (3, replace(OWN, L=SequenceAlgorithm.zeco), dict(pattern="LS", **ODD_HEADS)),
+    (3, SequenceAlgorithms(), dict(pattern="LFSL", **ODD_HEADS)),
 ]
 """sp; algorithms; the model. Its window of 7 is longer than some shards and prompts, 30 than more of them."""
 LENGTHS = (1, 2, 3, 4, 5, 8, 13, 29, 48, 53)

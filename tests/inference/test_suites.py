@@ -8,6 +8,7 @@ import json
 import math
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -210,6 +211,7 @@ def test_launch_generate_reads_a_prompt_on_several_ranks(exported, run_ranks, ca
     alone = capsys.readouterr().out
     (code, out, err), *others = run_ranks(3)(on_rank, [*arguments, "sp=3"])
     assert (code, out) == (0, alone) and "prompt 23 tokens" in err
+    assert "sp=3, S layers: halo (" in err and "sp=3, L layers: " in err and " (a state to 3 ranks: lasp2 " in err
     assert others == [(0, "", "")] * 2
 
 
@@ -228,6 +230,21 @@ def test_launch_generate_on_several_ranks_refuses_once(exported, run_ranks, tmp_
         (code, out, err), *others = run_ranks(3)(on_rank, ["prompt=x", *given])
         assert (code, out, err.count("\n")) == (2, "", 1) and f"error: {message}" in err
         assert others == [(2, "", "")] * 2
+
+
+def on_rank_of_folders(rank: int, folders: list[Path]) -> tuple[int, str, str]:
+    """The same where each rank sees another folder, as on several hosts."""
+    return on_rank(rank, ["prompt=x", "sp=2", f"model={folders[rank]}"])
+
+
+@pytest.mark.parametrize("lacks", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_what_one_rank_cannot_read_all_ranks_refuse(exported, run_ranks, tmp_path, lacks):
+    """The others are on their way to time their links by then, or at the prompt."""
+    damaged = shutil.copytree(tmp_path / exported, tmp_path / "damaged")
+    (damaged / lacks).unlink()
+    (code, out, err), other = run_ranks(2)(on_rank_of_folders, [tmp_path / exported, damaged])
+    assert (code, out, err.count("\n")) == (2, "", 1) and str(damaged) in err
+    assert other == (2, "", "")
 
 
 @pytest.mark.parametrize(

@@ -127,16 +127,29 @@ def test_prefill_measures_every_length_of_every_pattern(tmp_path):
     assert done.stdout.count("LS") >= 2
 
 
-def test_prefill_over_ranks_is_printed_and_saved_once(tmp_path):
-    arguments = ("prefill", "model=tiny", "layers=2", "pattern=LS", "seq_len=32,64", "steps=2", "cache=true")
-    over = ("sp=2", "sp_algorithm.L=ulysses", f"out={tmp_path}")
-    done = bench(*arguments, *over, num_ranks=2)
+def test_prefill_on_layouts_has_the_same_tokens_on_every_rank(tmp_path):
+    """sp 1 reads a prompt on each of the two ranks, sp 2 one of twice the length on both."""
+    arguments = ("prefill", "model=tiny", "layers=2", "pattern=LS", "seq_len=16,32", "steps=2", "cache=true")
+    done = bench(*arguments, "sp=1,2,2:ulysses", "peak_tflops=1", f"out={tmp_path}", num_ranks=2)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "bench_prefill.json").read_text())
     assert report["command"].startswith("torchrun --nproc_per_node=2 launch/bench.py prefill")
-    assert report["options"]["sp_algorithm"] == {"F": "auto", "S": "halo", "L": "ulysses"}
-    assert [(row["pattern"], row["num_tokens"]) for row in report["results"]] == [("LS", 32), ("LS", 64)]
-    assert done.stdout.count("sp 2 (F auto, S halo, L ulysses)") == 1 == done.stdout.count("bench_prefill.json")
+    rows = {(row["sp"], row["tokens_per_rank"]): row for row in report["results"]}
+    assert list(rows) == [(sp, length) for sp in ("1", "2", "2:ulysses") for length in (16, 32)]
+    for (sp, length), row in rows.items():
+        assert row["num_tokens"] == int(sp[0]) * length and len(row["steps_ms"]) == 2
+        assert row["tokens_per_s"] == pytest.approx(length / row["step_ms"]["median"] * 1e3)
+        assert row["mfu"] == pytest.approx(row["tflops"])
+    flops = {key: row["tflops"] / row["tokens_per_s"] for key, row in rows.items()}
+    assert flops["2", 16] == pytest.approx(flops["1", 32]), "a token's work goes by its prompt"
+    assert set(rows["2", 16]["sp_choices"]) == {"S", "L"} and not rows["2:ulysses", 16]["sp_choices"]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:5] for line in lines if line[:1] == ["LS"] and len(line) == 12] == [
+        ["LS", sp, prompts, tokens, length]
+        for sp, prompts, sizes in (("1", "2", (16, 32)), ("2", "1", (32, 64)), ("2:ulysses", "1", (32, 64)))
+        for length, tokens in zip(("16", "32"), map(str, sizes))
+    ]
+    assert "LS sp 2, S layers: halo (" in done.stdout and done.stdout.count("bench_prefill.json") == 1
 
 
 def refused(rank: int, arguments: list[str]) -> tuple[int, str]:
@@ -149,12 +162,11 @@ def refused(rank: int, arguments: list[str]) -> tuple[int, str]:
 def test_prefill_over_ranks_is_refused_once(run_ranks, tmp_path):
     tiny = ["prefill", "model=tiny", "layers=2", f"out={tmp_path / 'none'}"]
     for given, message in (
-        (["sp=3", "pattern=LS", "seq_len=48,64"], "sp=3 does not divide seq_len=64; choose lengths that it divides"),
         (
-            ["sp=3", "pattern=F", "seq_len=96"],
+            ["sp=1,3", "pattern=F", "seq_len=96"],
             "sp=3 is larger than the 2 key/value heads of a tp rank and no multiple; choose",
         ),
-        (["sp=2"], "sp=2 does not fit 3 processes; write sp=3"),
+        (["sp=1,2"], "sp=2 does not divide the 3 ranks of torchrun --nproc_per_node"),
     ):
         (code, line), *others = run_ranks(3)(refused, [*tiny, *given])
         assert code == 2 and line.startswith(f"error: {message}") and line.count("\n") == 1
@@ -233,14 +245,10 @@ def test_an_interrupted_ops_run_shows_what_it_has(tmp_path, monkeypatch, capsys)
         (["train", "layers=3"], "model.pattern 'LS' gives 2 layers"),
         (["prefill", "seq_len=8,,9"], "seq_len=8,,9 has an empty entry"),
         (["prefill", "seq_len=8,0"], "must be at least 1"),
-        (["prefill", "sp=0"], "sp=0 must be at least 1"),
-        (["prefill", "sp=4"], "sp=4 does not fit 1 process; write sp=1, or start sp processes with torchrun"),
-        (["prefill", "model=tiny", "layers=2", "sp_algorithm.L=halo"], "sp_algorithm.L=halo: linear attention sees"),
-        (
-            ["prefill", "sp_algorithm.L=lasp"],
-            "sp_algorithm.L=lasp is not a choice; it is one of: auto, ulysses, lasp2, zeco, halo",
-        ),
-        (["prefill", "sp_algorithm=lasp2"], "'sp_algorithm=lasp2' is not an option; the keys are: model=, layers="),
+        (["prefill", "sp=0"], "sp=0 is not a layout; write for example sp=1,4 or sp=4:ulysses,4:lasp2,4:zeco"),
+        (["prefill", "sp=1,2:halo"], "sp=2:halo is not a layout"),
+        (["prefill", "sp=4"], "sp=4 does not divide the 1 ranks of torchrun"),
+        (["prefill", "sp_algorithm.L=lasp2"], "'sp_algorithm.L=lasp2' is not an option; the keys are: model=, layers="),
         (["ops", "ops=gla,glaa"], "ops=glaa is not known; choose from: gla, gla_carry, gated_delta_rule, attention"),
         (["ops", "backends=rocm"], "backends=rocm is not known; choose from: cuda, maca, reference"),
         (["ops", "passes=backward"], "passes=backward is not known; choose from: forward, both"),

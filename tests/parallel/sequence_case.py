@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ops import documents
+
 
 def random_documents(draw: random.Random, *, num_tokens: int, num_ranks: int) -> list[int]:
     """cu_seqlens of a row: cuts anywhere, at and beside shard boundaries; empty and length-1 documents likely."""
@@ -81,11 +83,11 @@ def check_close(actual: list[Tensor], expected: list[Tensor], tolerance: float, 
 
 
 def on_shards(rank: int, mix, inputs: list[Tensor], grad: Tensor, rows: list[list[int]]) -> list:
-    """`differentiate` of one rank's shard for each row: mix(*shards, cu_seqlens, group)."""
+    """`differentiate` of one rank's shard for each row, where the inputs are: mix(*shards, cu_seqlens, group)."""
     group = dist.group.WORLD
     *inputs, grad = (x.chunk(group.size(), dim=1)[rank] for x in (*inputs, grad))
     found = []
     for edges in rows:
-        cu_seqlens = torch.tensor(edges, dtype=torch.int32)
+        cu_seqlens = documents.to_device(torch.tensor(edges, dtype=torch.int32), grad.device)
         found.append(differentiate(partial(mix, cu_seqlens=cu_seqlens, group=group), inputs, grad))
     return found

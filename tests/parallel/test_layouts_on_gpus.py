@@ -1,8 +1,9 @@
-"""The engine on GPUs and NCCL: one GPU equals the CPU, two equal one; in bf16 within its rounding."""
+"""The engine on GPUs and NCCL: one GPU equals the CPU, two and four equal one; in bf16 within its rounding."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 
@@ -13,6 +14,9 @@ from sharding import local_shard
 from test_layouts import LAYOUTS, check_equal
 
 PAIRS = [name for name, (num_ranks, _) in LAYOUTS.items() if num_ranks == 2]
+QUADS = ["sp4", "sp4_states", "sp4_zeco", "tp2_sp2_zeco", "pp2_sp2_states"]
+ON_GPUS = [pytest.param(name, marks=pytest.mark.multigpu(2)) for name in PAIRS]
+ON_GPUS += [pytest.param(name, marks=pytest.mark.multigpu(4)) for name in QUADS]
 TIMEOUT_S = 400.0  # kernels compile
 
 
@@ -21,6 +25,34 @@ def kernel_model(**changes):
     return small_model(
         **{**dict(hidden_size=256, head_dim=64, ffn_size=384, num_heads=6, num_kv_heads=2, window=100), **changes}
     )
+
+
+ODD = small_model(num_heads=9, num_kv_heads=3, tie_embeddings=True, qkv_bias=False, qk_norm=True)
+CASES = {
+    "small": (small_model(), packed_rows(4, 48, 120)),
+    "odd": (ODD, packed_rows(2, 42, 120)),
+    "kernels": (kernel_model(), packed_rows(2, 500, 120)),
+}
+"""A model and its rows."""
+
+
+@pytest.fixture(scope="module")
+def one_gpu(run_ranks):
+    """one_gpu(case, precision): its step on one GPU, taken once."""
+
+    @cache
+    def step(case: str, precision: Precision = Precision.fp32) -> dict:
+        one = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)
+        return one(one_step, Layout(), *CASES[case], precision=precision)[0]
+
+    return step
+
+
+def on_gpus(run_ranks, name: str, case: str, precision: Precision = Precision.fp32) -> list[dict]:
+    """Its step on the GPUs of a layout, by rank."""
+    num_ranks, layout = LAYOUTS[name]
+    ranks = run_ranks(num_ranks, backend="nccl", timeout_s=TIMEOUT_S)
+    return ranks(one_step, layout, *CASES[case], precision=precision)
 
 
 def distance(result: dict, whole: dict) -> dict[str, float]:
@@ -63,33 +95,20 @@ def test_one_gpu_in_bf16_is_as_near_to_fp32_as_the_references(run_ranks, changes
     check_near(result, whole, allowed=distance(reference, whole))
 
 
-@pytest.mark.multigpu
-@pytest.mark.parametrize("name", PAIRS)
-def test_two_gpus_in_fp32_equal_one(name, run_ranks):
-    _, layout = LAYOUTS[name]
-    model, rows = small_model(), packed_rows(4, 48, 120)
-    (whole,) = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows)
-    check_equal(run_ranks(2, backend="nccl", timeout_s=TIMEOUT_S)(one_step, layout, model, rows), whole)
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_several_gpus_in_fp32_equal_one(name, run_ranks, one_gpu):
+    check_equal(on_gpus(run_ranks, name, "small"), one_gpu("small"))
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("name", ["pp2", "sp2"])
-def test_odd_heads_and_tied_embeddings_on_two_gpus(name, run_ranks):
-    _, layout = LAYOUTS[name]
-    model = small_model(num_heads=9, num_kv_heads=3, tie_embeddings=True, qkv_bias=False, qk_norm=True)
-    rows = packed_rows(2, 42, 120)
-    (whole,) = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows)
-    check_equal(run_ranks(2, backend="nccl", timeout_s=TIMEOUT_S)(one_step, layout, model, rows), whole)
+def test_odd_heads_and_tied_embeddings_on_two_gpus(name, run_ranks, one_gpu):
+    check_equal(on_gpus(run_ranks, name, "odd"), one_gpu("odd"))
 
 
-@pytest.mark.multigpu
-@pytest.mark.parametrize("name", PAIRS)
-def test_two_gpus_in_bf16_are_as_near_to_fp32_as_one(name, run_ranks):
-    _, layout = LAYOUTS[name]
-    model, rows = kernel_model(), packed_rows(2, 500, 120)
-    one, two = (run_ranks(n, backend="nccl", timeout_s=TIMEOUT_S) for n in (1, 2))
-    (whole,) = one(one_step, Layout(), model, rows)
-    (alone,) = one(one_step, Layout(), model, rows, precision=Precision.bf16)
-    allowed = distance(alone, whole)
-    for result in two(one_step, layout, model, rows, precision=Precision.bf16):
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_several_gpus_in_bf16_are_as_near_to_fp32_as_one(name, run_ranks, one_gpu):
+    whole = one_gpu("kernels")
+    allowed = distance(one_gpu("kernels", Precision.bf16), whole)
+    for result in on_gpus(run_ranks, name, "kernels", Precision.bf16):
         check_near(result, whole, allowed=allowed)

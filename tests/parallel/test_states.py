@@ -28,10 +28,12 @@ EXCHANGES = {
 }
 
 
-def whole_row(num_tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def whole_row(
+    num_tokens: int, dtype: torch.dtype, *, key: int = KEY, value: int = VALUE
+) -> tuple[list[Tensor], Tensor]:
     """q, k, v, log_decay, and the output's gradient."""
     generator = torch.Generator().manual_seed(num_tokens)
-    shapes = ((NUM_HEADS, KEY), (NUM_KV_HEADS, KEY), (NUM_KV_HEADS, VALUE), (NUM_KV_HEADS, KEY), (NUM_HEADS, VALUE))
+    shapes = ((NUM_HEADS, key), (NUM_KV_HEADS, key), (NUM_KV_HEADS, value), (NUM_KV_HEADS, key), (NUM_HEADS, value))
     *inputs, log_decay, grad = (
         torch.randn(1, num_tokens, *shape, generator=generator, dtype=dtype) for shape in shapes
     )
