@@ -27,6 +27,8 @@ AT_STEP = 1
 
 LATE_S = 10
 """How long rank 0's report or the end of its logs takes, in the cases of those names."""
+LONG_S = 13
+"""How long a rank's part of a checkpoint takes in the case `save`, and how late it is without a reason in `late`."""
 
 
 class Template:
@@ -100,7 +102,24 @@ def sinks() -> None:
     Sinks.close = lambda self: time.sleep(LATE_S)
 
 
-FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail, report, sinks)}
+def late() -> None:
+    time.sleep(LONG_S)
+
+
+def save() -> None:
+    """This rank takes long for its part of the next checkpoint."""
+    from parallel import mcore
+
+    write = mcore.dist_checkpointing.save
+
+    def write_late(*args, **kwargs):
+        time.sleep(LONG_S)
+        return write(*args, **kwargs)
+
+    mcore.dist_checkpointing.save = write_late
+
+
+FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail, report, sinks, late, save)}
 
 
 def rank_of_case(rank: int, case: dict, port: int) -> int:
@@ -119,8 +138,9 @@ def rank_of_case(rank: int, case: dict, port: int) -> int:
         done.append(state.step)
 
     def gather_or_fail(*args, **kwargs):
-        if len(done) == AT_STEP and rank == case["bad"] and case["fault"]:
-            (Path(case["folder"]) / "fault").write_text(str(time.time()))
+        happened = Path(case["folder"]) / "fault"
+        if len(done) == AT_STEP and rank == case["bad"] and case["fault"] and not happened.exists():
+            happened.write_text(str(time.time()))
             FAULTS[case["fault"]]()
         return gather(*args, **kwargs)
 

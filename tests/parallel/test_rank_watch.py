@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from lost_rank_case import ROOT, Template
+from lost_rank_case import LONG_S, ROOT, Template
 from parallel.mesh import start_distributed
 from parallel.place import At, Kind, Trail, here, primitive, section
 from parallel.watch import EXIT_CODE, FAILED_CODE, RankWatch
@@ -22,6 +22,7 @@ from run_case import write_inputs
 from sbtrain.checkpoint.run_dir import Exit
 
 TIMEOUT_S = 5
+SHORT_TIMEOUT_S = 4
 LATE_S = 12
 """What ends may come later than the timeout on a busy machine."""
 SP = ("~stages.ctx_64", "~stages.ctx_128", "model.pattern=LSL", "evaluation.tokens=0", "checkpoint.every_steps=1")
@@ -108,6 +109,21 @@ def test_what_rank_0_does_alone_may_take_longer_than_the_timeout(inputs, templat
     ends = template.run(2, late, 0, inputs / f"{late}.out", arguments(inputs, late, 2))
     assert ends["codes"] == [0, 0] and lines(ends) == []
     assert "report: " in ends["texts"][0]
+
+
+@pytest.mark.parametrize("fault", ["save", "late"])
+def test_a_rank_may_take_three_timeouts_for_a_checkpoint_and_not_elsewhere(inputs, template, fault):
+    """The same rank, the same time: writing its part of a checkpoint it is waited for, computing it is not."""
+    assert LONG_S > 3 * SHORT_TIMEOUT_S
+    given = arguments(inputs, fault, 2, SHORT_TIMEOUT_S)
+    ends = template.run(2, fault, 1, inputs / f"{fault}.out", given)
+    if fault == "late":
+        assert ends["codes"][1] == EXIT_CODE and ends["seconds"][1] < LONG_S
+        check_verdict(ends, 1, "still in 'forward' (no. | rank 0 waits in 'lasp2 all-gather'", inputs / fault)
+        return
+    assert ends["codes"] == [0, 0] and lines(ends) == [] and min(ends["seconds"]) > LONG_S
+    ledger = json.loads((inputs / fault / "ledger.json").read_text())
+    assert ledger["checkpoint"] == "checkpoints/step_2" and ledger["stages_done"] == ["ctx_32"]
 
 
 @pytest.mark.slow
