@@ -16,7 +16,8 @@ from parallel.schedule import evaluate_rows
 from parallel.sequence.shard import IGNORE, Documents, positions_of
 from plain_model import plain_logits
 from sbtrain.config.hf_shape import read_shape
-from sbtrain.config.schema import GLAConfig, ModelConfig, Precision, RopeScaling
+from sbtrain.config.model_schema import GLAConfig, ModelConfig, RopeScaling
+from sbtrain.config.schema import Precision
 from sbtrain.model.build import build_model, global_parameters
 from sharding import global_state, hf_state
 

@@ -10,7 +10,8 @@ from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.sequence.shard import IGNORE, Row
-from sbtrain.config.schema import GLAConfig, ModelConfig, Precision, Recompute
+from sbtrain.config.model_schema import GLAConfig, ModelConfig
+from sbtrain.config.schema import Precision, Recompute
 from sbtrain.model.build import build_model, global_parameters
 from sharding import global_state, local_shard
 
