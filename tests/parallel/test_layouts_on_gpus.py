@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from layout_case import one_step, packed_rows, small_model
+from layout_case import check_equal, one_step, packed_rows, small_model
 from parallel.layout import Layout
 from sbtrain.config.schema import Precision
 from sharding import local_shard
-from test_layouts import LAYOUTS, check_equal
+from test_layouts import LAYOUTS
 
 PAIRS = [name for name, (num_ranks, _) in LAYOUTS.items() if num_ranks == 2]
 TIMEOUT_S = 400.0  # kernels compile
@@ -30,7 +30,7 @@ def distance(result: dict, whole: dict) -> dict[str, float]:
     for name, grad in result["grads"].items():
         tied = name == "output_layer.weight" and name not in whole["grads"]
         source = whole["grads"]["embedding.word_embeddings.weight" if tied else name]
-        expected = local_shard(name, source, tp_rank=result["tp_rank"], tp=result["tp"]).double()
+        expected = local_shard(name, source, **result["place"]).double()
         squares[0] += float((grad.double() - expected).pow(2).sum())
         squares[1] += float(expected.pow(2).sum())
     return {**apart, "grads": math.sqrt(squares[0] / squares[1])}
