@@ -50,7 +50,7 @@ def check_near(result: dict, whole: dict, *, allowed: dict[str, float]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, *MADE_OF_PAIRS], ids=lambda changes: changes.get("pattern", "plain"))
+@pytest.mark.parametrize("changes", [{}, *MADE_OF_PAIRS], ids=["plain", "pairs", "shared"])
 def test_one_gpu_in_fp32_equals_the_cpu(run_ranks, changes):
     model, rows = small_model(**changes), packed_rows(2, 48, 120)
     (cpu,) = run_ranks(1)(one_step, Layout(), model, rows)
@@ -61,7 +61,7 @@ def test_one_gpu_in_fp32_equals_the_cpu(run_ranks, changes):
 @pytest.mark.parametrize(
     "changes",
     [{}, dict(num_heads=9, num_kv_heads=3, tie_embeddings=True, qk_norm=True), *MADE_OF_PAIRS],
-    ids=str,
+    ids=["plain", "odd heads", "pairs", "shared"],
 )
 def test_one_gpu_in_bf16_is_as_near_to_fp32_as_the_references(run_ranks, changes):
     """The kernels may round no worse than plain torch does in bf16 on the CPU."""
@@ -107,7 +107,7 @@ def test_two_gpus_in_bf16_are_as_near_to_fp32_as_one(name, run_ranks):
 
 
 @pytest.mark.multigpu
-@pytest.mark.parametrize("changes", MADE_OF_PAIRS, ids=str)
+@pytest.mark.parametrize("changes", MADE_OF_PAIRS, ids=["pairs", "shared"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_behind_meta_tokens_on_two_gpus(name, changes, run_ranks):
     _, layout = LAYOUTS[name]
