@@ -145,7 +145,7 @@ def _measure(built: HybridModel, mesh: Mesh, num_tokens: int, options: PrefillOp
     def step(mark) -> None:
         # documents are made anew, as for every prompt: what kernels derive from them is part of the time
         shard, documents, _ = shard_prompt(prompt, rank=mesh.sp_rank, size=sp, keepers=range(sp))
-        built.decoder(built.embedding(shard), documents, cache)
+        built.hidden(shard, documents, cache)
         mark("forward")
 
     try:

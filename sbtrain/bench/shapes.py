@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sbtrain.config.load import load, recipe_names
+from sbtrain.config.model_schema import GLAConfig, ModelConfig
 from sbtrain.config.rules import check_pattern
-from sbtrain.config.schema import GLAConfig, ModelConfig
 
 TINY = ModelConfig(
     vocab_size=120,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sbtrain.config.schema import ModelConfig, RopeScaling
+from sbtrain.config.model_schema import ModelConfig, RopeScaling
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 

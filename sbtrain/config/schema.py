@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Dict, Optional
+from typing import Dict
 
 from parallel.layout import Layout
+from sbtrain.config.model_schema import ModelConfig
 
 
 class Precision(Enum):
@@ -43,88 +44,6 @@ class Decay(Enum):
     constant = "constant"
     cosine = "cosine"
     wsd = "wsd"
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3 frequency scaling of the rotary embedding (the only kind known here).
-
-    factor: ratio by which low frequencies are slowed.
-    low_freq_factor: ratio of original_max_positions to the longest wavelength that is kept.
-    high_freq_factor: the same for the shortest wavelength that is scaled fully or in part.
-    original_max_positions: context of the unscaled model, in tokens.
-    """
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-
-@dataclass(frozen=True)
-class GLAConfig:
-    """Gated linear attention as in SpikingBrain-7B (report, section 2.1).
-
-    gate_rank: width of the gate's bottleneck, in channels.
-    gate_normalizer: divisor of the log decay; 16 gives a new gate a half-life of 16 tokens.
-    out_norm_init: weight of a new output norm at conversion. 1 is the released code's; softmax attention puts out
-        less, so a smaller weight starts closer to the teacher.
-    """
-
-    gate_rank: int = 16
-    gate_normalizer: float = 16.0
-    out_norm_init: float = 1.0
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the decoder. Fields left at null are read from `start.path`/config.json; given ones must agree with it.
-
-    pattern: layer symbols, tiled to num_layers: F full attention, S sliding window, L gated linear attention;
-        `LS x 14`.
-    vocab_size: tokens of the vocabulary, before padding.
-    hidden_size: width of the residual stream, in channels.
-    num_layers: decoder layers.
-    num_heads: query heads a layer.
-    num_kv_heads: key/value heads a layer; divides num_heads.
-    head_dim: channels a head.
-    ffn_size: width of the SwiGLU FFN, in channels.
-    norm_eps: epsilon of every RMSNorm.
-    rope_theta: base of the rotary embedding.
-    rope_scaling: Llama-3 frequency scaling; null for none.
-    max_positions: context the checkpoint declares, in tokens; written to exports.
-    tie_embeddings: the output layer shares the embedding's weights.
-    qkv_bias: the q, k and v projections have biases.
-    qk_norm: RMSNorm on queries and keys of F and S layers.
-    window: visible keys of an S layer, in tokens, the query itself included.
-    vocab_multiple: the embedding is padded to a multiple of this, independent of the layout; padding never wins
-        probability.
-    gla: gated linear attention of the L layers.
-    """
-
-    pattern: str = "F"
-    vocab_size: Optional[int] = None
-    hidden_size: Optional[int] = None
-    num_layers: Optional[int] = None
-    num_heads: Optional[int] = None
-    num_kv_heads: Optional[int] = None
-    head_dim: Optional[int] = None
-    ffn_size: Optional[int] = None
-    norm_eps: Optional[float] = None
-    rope_theta: Optional[float] = None
-    rope_scaling: Optional[RopeScaling] = None
-    max_positions: Optional[int] = None
-    tie_embeddings: Optional[bool] = None
-    qkv_bias: Optional[bool] = None
-    qk_norm: Optional[bool] = None
-    window: int = 4097
-    vocab_multiple: int = 128
-    gla: GLAConfig = field(default_factory=GLAConfig)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sbtrain.config.hf_shape import read_config
-from sbtrain.config.schema import GLAConfig, ModelConfig, RopeScaling
+from sbtrain.config.model_schema import GLAConfig, ModelConfig, RopeScaling
 from sbtrain.convert.export import released_name
 from sbtrain.convert.hf import HFCheckpoint
 from sbtrain.convert.weights import table

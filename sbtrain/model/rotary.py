@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sbtrain.config.schema import ModelConfig, RopeScaling
+from sbtrain.config.model_schema import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:

@@ -21,7 +21,7 @@ from sbtrain.config.typed import default_of, hints_of, plain
 
 HEAD = """# Every key of a recipe
 
-Generated from `sbtrain/config/schema.py`: `python -m sbtrain.plan.recipe_page > docs/recipe.md`.
+Generated from `sbtrain/config/schema.py` and `model_schema.py`: `python -m sbtrain.plan.recipe_page > docs/recipe.md`.
 
 A recipe is `recipes/NAME.yaml`, composed of the groups `recipes/{model,stage,data,optim,cluster}/`, or the resolved
 `recipe.yaml` of a run directory: `recipe=NAME` or `recipe=PATH.yaml`. Every key below can be given on the command line

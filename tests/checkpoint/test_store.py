@@ -17,7 +17,8 @@ from parallel.mesh import Mesh
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store, read_state
-from sbtrain.config.schema import GLAConfig, ModelConfig, Precision
+from sbtrain.config.model_schema import GLAConfig, ModelConfig
+from sbtrain.config.schema import Precision
 from sbtrain.convert.reader import CheckpointReader
 from sbtrain.model.build import build_model, global_parameters
 

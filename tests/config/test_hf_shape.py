@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sbtrain.config.hf_shape import complete_shape, read_shape
-from sbtrain.config.schema import ModelConfig, RopeScaling
+from sbtrain.config.model_schema import ModelConfig, RopeScaling
 
 SMALL = {
     "vocab_size": 100,

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from plain_model import plain_logits
-from sbtrain.config.schema import GLAConfig, ModelConfig, RopeScaling
+from sbtrain.config.model_schema import GLAConfig, ModelConfig, RopeScaling
 from sbtrain.convert import export as export_module
 from sbtrain.convert.export import export, gla_swa_refusal
 from sharding import global_state, hf_state

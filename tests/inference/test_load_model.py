@@ -15,7 +15,8 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from sbtrain.checkpoint.files import write_json
 from sbtrain.config.load import save
-from sbtrain.config.schema import DataConfig, GLAConfig, Recipe, RopeScaling, Stage
+from sbtrain.config.model_schema import GLAConfig, RopeScaling
+from sbtrain.config.schema import DataConfig, Recipe, Stage
 from sbtrain.convert.export import export
 from sbtrain.convert.exported import read_model
 from sbtrain.inference.load import Where, load_model

@@ -13,7 +13,8 @@ from torch import Tensor
 from parallel.mesh import Mesh
 from parallel.sequence.shard import Documents
 from plain_model import plain_logits
-from sbtrain.config.schema import GLAConfig, ModelConfig, Precision
+from sbtrain.config.model_schema import GLAConfig, ModelConfig
+from sbtrain.config.schema import Precision
 from sbtrain.data import tokenizer as our_tokenizers
 from sbtrain.inference.load import Loaded
 from sbtrain.model.build import build_model, global_parameters

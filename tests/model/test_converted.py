@@ -16,10 +16,23 @@ from parallel.schedule import evaluate_rows
 from parallel.sequence.shard import IGNORE, Documents, positions_of
 from plain_model import plain_logits
 from sbtrain.config.hf_shape import read_shape
-from sbtrain.config.schema import GLAConfig, ModelConfig, Precision, RopeScaling
+from sbtrain.config.model_schema import (
+    FeatureMap,
+    Gate,
+    GLAConfig,
+    MetaConfig,
+    MetaPositions,
+    ModelConfig,
+    PairConfig,
+    RopeScaling,
+)
+from sbtrain.config.schema import Precision
 from sbtrain.model.build import build_model, global_parameters
 from sharding import global_state, hf_state
 
+TIED = GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied)
+META = MetaConfig(num_tokens=5)
+SHARED = PairConfig(shared_projections=True)
 BASE = ModelConfig(
     pattern="LS", vocab_size=90, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48,
     norm_eps=1e-5, rope_theta=1e4, max_positions=256, tie_embeddings=False, qkv_bias=False, qk_norm=False, window=7,
@@ -36,6 +49,20 @@ MODELS = {
     "L_slow_gate": replace(BASE, pattern="L", gla=GLAConfig(gate_rank=3, gate_normalizer=64.0)),
     "F_llama3": replace(BASE, pattern="F", rope_scaling=RopeScaling(original_max_positions=16)),
     "S_self_only": replace(BASE, pattern="S", window=1),
+    "L_sigmoid": replace(BASE, pattern="L", gla=replace(BASE.gla, feature_map=FeatureMap.sigmoid)),
+    "LS_tied_gate": replace(BASE, gla=TIED),
+    "L_tied_gate_above_a_bound": replace(BASE, pattern="L", gla=replace(TIED, lower_bound=0.3)),
+    "pair_LS": replace(BASE, pattern="(LS)", gla=TIED, qkv_bias=True),
+    "pair_LF_qk_norm_low_rank": replace(BASE, pattern="(LF)", qk_norm=True),
+    "pairs_among_plain_layers": replace(BASE, pattern="(LS)L(LF)S", gla=TIED, num_heads=9, num_kv_heads=3),
+    "pair_LS_shared": replace(BASE, pattern="(LS)", gla=TIED, qkv_bias=True, pair=SHARED),
+    "pairs_shared_qk_norm_low_rank": replace(BASE, pattern="(LS)(LF)", qk_norm=True, pair=SHARED),
+    "meta_LSF": replace(BASE, pattern="LSFS", meta=META),
+    "meta_pairs": replace(BASE, pattern="(LS)(LF)", gla=TIED, meta=META),
+    "meta_pairs_shared": replace(BASE, pattern="(LS)(LF)", gla=TIED, meta=META, pair=SHARED),
+    "meta_unrotated": replace(BASE, pattern="(LS)(LF)", meta=replace(META, positions=MetaPositions.unrotated)),
+    "meta_outside_of_the_state": replace(BASE, pattern="(LS)L", gla=TIED, meta=replace(META, in_state=False)),
+    "meta_one": replace(BASE, meta=MetaConfig(num_tokens=1)),
 }
 BOUNDS = torch.tensor([0, 1, 24, 24, 61, 80], dtype=torch.int32)  # odd lengths, one token alone, an empty document
 
@@ -57,6 +84,23 @@ def test_forward_equals_plain_torch(name):
     _, (logits,) = logits_on(0, Layout(), model, [as_row(tokens, BOUNDS)])
     state = hf_state(global_state(model, dtype=torch.float64), model)
     check_close(logits, plain_logits(state, model, tokens, BOUNDS))
+
+
+@pytest.mark.parametrize("name", ["meta_pairs", "meta_pairs_shared", "meta_LSF", "L_tied_gate_above_a_bound"])
+def test_gradients_equal_plain_torch(name):
+    """Of every parameter, the meta tokens' among them: all documents add up."""
+    model, tokens = MODELS[name], packed_tokens()
+    weights = torch.randn(len(tokens), model.vocab_size, generator=torch.Generator().manual_seed(2))
+    with Mesh.build(Layout()) as mesh:
+        built = build_model(model, mesh, precision=Precision.fp32, seq_len=80)
+        fill_random(built, model, mesh)
+        (built(tokens, Documents(BOUNDS, positions_of(BOUNDS))) * weights).sum().backward()
+        grads = {parameter: p.grad for parameter, p in global_parameters(built).items()}
+    state = {name: x.requires_grad_() for name, x in global_state(model, dtype=torch.float64).items()}
+    (plain_logits(hf_state(state, model), model, tokens, BOUNDS) * weights).sum().backward()
+    for parameter, grad in grads.items():
+        expected = state[parameter].grad
+        assert float((grad - expected).norm()) <= 2e-5 * float(expected.norm()), parameter
 
 
 CONVERTED = {
@@ -94,10 +138,11 @@ def test_a_converted_checkpoint_equals_plain_torch_on_the_teachers_own_tensors(t
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("pattern", ["F", "S", "L", "LS"])
-def test_changing_one_document_changes_no_logits_of_another(run_ranks, pattern, num_ranks):
+@pytest.mark.parametrize("meta", [MetaConfig(), META], ids=["", "meta"])
+def test_changing_one_document_changes_no_logits_of_another(run_ranks, meta, pattern, num_ranks):
     """Under sp the document lies on both ranks: the shards meet at token 40, inside the changed one. Running sums of
     decays begin with a chunk, not with a document: their rounding may show in the last digit."""
-    model = replace(BASE, pattern=pattern, num_layers=2, window=30)
+    model = replace(BASE, pattern=pattern, num_layers=2, window=30, meta=meta)
     tokens = packed_tokens()
     start, stop = int(BOUNDS[3]), int(BOUNDS[4])
     changed = torch.cat([tokens[:start], (tokens[start:stop] + 1) % 90, tokens[stop:]])
@@ -110,9 +155,10 @@ def test_changing_one_document_changes_no_logits_of_another(run_ranks, pattern, 
 
 
 @pytest.mark.parametrize("pattern", ["F", "S", "L"])
-def test_a_document_does_not_know_where_in_the_row_it_lies(pattern):
+@pytest.mark.parametrize("meta", [MetaConfig(), META], ids=["", "meta"])
+def test_a_document_does_not_know_where_in_the_row_it_lies(meta, pattern):
     """Positions and states begin anew: packed or alone, a document has the same logits."""
-    model, tokens = replace(BASE, pattern=pattern, num_layers=2), packed_tokens()
+    model, tokens = replace(BASE, pattern=pattern, num_layers=2, meta=meta), packed_tokens()
     document = tokens[24:61]
     with Mesh.build(Layout()) as mesh:
         built = build_model(model, mesh, precision=Precision.fp32, seq_len=80)

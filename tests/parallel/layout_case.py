@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 
+import pytest
 import torch
 
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.sequence.shard import IGNORE, Row
-from sbtrain.config.schema import GLAConfig, ModelConfig, Precision, Recompute
+from sbtrain.config.model_schema import GLAConfig, ModelConfig
+from sbtrain.config.schema import Precision, Recompute
 from sbtrain.model.build import build_model, global_parameters
 from sharding import global_state, local_shard
 
@@ -57,11 +60,12 @@ def packed_rows(num_rows: int, num_tokens: int, vocab_size: int, *, seed: int = 
 
 def fill(model, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
     """Set this rank's parameters from the global random state."""
-    state = global_state(config, seed=seed)
+    state, shared = global_state(config, seed=seed), config.pair.shared_projections
     for name, parameter in global_parameters(model).items():
         source = "embedding.word_embeddings.weight" if name == "output_layer.weight" and config.tie_embeddings else name
         with torch.no_grad():
-            parameter.copy_(local_shard(name, state[source], tp_rank=mesh.tp_rank, tp=mesh.layout.tp))
+            where = dict(tp_rank=mesh.tp_rank, tp=mesh.layout.tp, shared_projections=shared)
+            parameter.copy_(local_shard(name, state[source], **where))
 
 
 def build_engine(config: ModelConfig, mesh: Mesh, *, seq_len: int, precision=Precision.fp32, recompute=Recompute.none):
@@ -80,7 +84,7 @@ def one_step(
     num_steps: int = 1,
     precision: Precision = Precision.fp32,
 ):
-    """Loss, gradient norm, this rank's gradients by global name with its tp coordinates, and the loss after a step."""
+    """Loss, gradient norm, this rank's gradients by global name, what cuts them, and the loss after a step."""
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(layout))
         engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), recompute=recompute, precision=precision)
@@ -97,6 +101,25 @@ def one_step(
             grad_norm=norm,
             after=after.mean,
             grads=grads,
-            tp_rank=mesh.tp_rank,
-            tp=layout.tp,
+            place=dict(tp_rank=mesh.tp_rank, tp=layout.tp, shared_projections=config.pair.shared_projections),
         )
+
+
+def check_equal(results: list[dict], whole: dict) -> None:
+    """The design's equality: loss 1e-5 relative, each gradient within 1e-4 of max(its norm, a share of the total)."""
+    grads = whole["grads"]
+    total = math.sqrt(sum(float(g.double().pow(2).sum()) for g in grads.values()))
+    floor = 1e-3 * total / math.sqrt(len(grads))
+    seen = set()
+    for result in results:
+        assert result["num_tokens"] == whole["num_tokens"]
+        for key in ("loss", "grad_norm", "after"):
+            assert result[key] == pytest.approx(whole[key], rel=1e-5), key
+        for name, grad in result["grads"].items():
+            tied = name == "output_layer.weight" and name not in grads
+            seen.add(name)
+            source = grads["embedding.word_embeddings.weight" if tied else name]
+            expected = local_shard(name, source, **result["place"])
+            distance = float((grad - expected).norm())
+            assert distance <= 1e-4 * max(float(expected.norm()), floor), name
+    assert seen >= set(grads)
