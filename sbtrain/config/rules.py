@@ -14,6 +14,8 @@ from pathlib import Path
 import ops
 from parallel.layout import Layout
 from parallel.sequence.table import pair_problem
+from sbtrain.config.export_shape import is_export
+from sbtrain.config.hf_shape import read_config
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
 
@@ -157,6 +159,10 @@ def check_start(recipe: Recipe) -> None:
     path = recipe.start.path
     if path and not recipe.dry_run and not Path(path).is_dir():
         raise ValueError(f"start.path={path} does not exist; put the Hugging Face folder there or set start.path")
+    if path and recipe.evaluation.teacher and Path(path).is_dir() and is_export(read_config(path)):
+        raise ValueError(
+            f"evaluation.teacher=true: start.path={path} is an export of sbtrain, which has no teacher; set false"
+        )
 
 
 def check_optim(recipe: Recipe) -> None:
