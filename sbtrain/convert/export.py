@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sbtrain.checkpoint.files import read_json, write_json
 from sbtrain.config.schema import ModelConfig, Recipe
-from sbtrain.convert.export_config import MODEL_TYPES, choose_format, config_of
+from sbtrain.convert.export_config import MODEL_TYPES, choose_format, config_of, modeling_files
 from sbtrain.convert.names import exported_name
 from sbtrain.convert.reader import CheckpointReader
 from sbtrain.convert.shards import DTYPES, ShardWriter
@@ -156,9 +156,8 @@ def _added(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _write_config(folder: Path, model: ModelConfig, *, form: str, dtype: str) -> None:
     write_json(folder / "config.json", config_of(model, form=form, dtype=dtype))
-    for path in _MODELING.glob("*.py"):
-        if path.name != "__init__.py":
-            shutil.copyfile(path, folder / path.name)
+    for name in modeling_files(form):
+        shutil.copyfile(_MODELING / name, folder / name)
 
 
 def _take_along(folder: Path, places: list[Path], tokenizer_dir: str | Path) -> None:

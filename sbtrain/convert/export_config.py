@@ -100,6 +100,12 @@ def config_of(model: ModelConfig, *, form: str, dtype: str) -> dict[str, Any]:
     return {**common, **own(model)}
 
 
+def modeling_files(form: str) -> list[str]:
+    """Files of hf_model that transformers needs for a format; the last format's are built on those of the others."""
+    families = sorted({"gla_swa", _FILES[form]})
+    return [f"{part}_{family}.py" for family in families for part in ("configuration", "mixers", "modeling")]
+
+
 def _released(model: ModelConfig) -> dict[str, Any]:
     return {
         "attn_layers": [layer for layer, symbol in enumerate(_symbols(model)) if symbol == "S"],

@@ -62,6 +62,7 @@ class Mapping(ABC):
 
     cut_dim: the dimension of the parameter that tensor parallelism cuts, None if it is replicated.
     std: of a new matrix's normal values; None: xavier, as the released code starts its gates.
+    buffer: no parameter but a buffer of the model, fp32 in every precision.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Mapping(ABC):
     fill: Fill = Fill.matrix
     new: bool = False
     std: float | None = None
+    buffer: bool = False
 
     @property
     def unit(self) -> int:

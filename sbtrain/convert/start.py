@@ -37,12 +37,14 @@ def fill(
     tp: int = 1,
     ep_rank: int = 0,
     ep: int = 1,
+    buffers: dict[str, Tensor] | None = None,
     merge_norms: Named[int, float] | None = None,
 ) -> None:
     """Fill the parameters of one rank.
 
     parameters: this pipeline stage's local tensors (any float dtype, any device) by global name. A tied model's last
         stage may hold a copy of the embedding under output_layer.weight.
+    buffers: its buffers; those that exports have are filled as well.
     path: a Hugging Face folder, of a source family or exported by us; "" draws everything from the seed (matrices
         N(0, 0.02), norms one, biases zero).
     merge_norms: value of the norms of a converted pair by layer (see sbtrain.convert.calibrate); 1 where absent.
@@ -52,6 +54,7 @@ def fill(
     part, from_export = Part(tp_rank, tp, ep_rank, ep), starts_from_export(path)
     rows = rows_of(model, inherits=bool(path) and not from_export)
     _check_parameters(parameters, rows, part)
+    parameters = {**parameters, **{name: tensor for name, tensor in (buffers or {}).items() if name in rows}}
     if from_export:
         copy_exported(parameters, rows, path=path, part=part)
         return
@@ -130,7 +133,8 @@ def _check_parameters(parameters: dict[str, Tensor], rows: dict[str, Mapping], p
                 f"parameter {name} has shape {list(parameter.shape)}, {axis} {ranks} of it is {list(shape)}"
             )
     layers = {_layer(name) for name in parameters} - {""}
-    absent = [name for name in rows if _layer(name) in layers and name not in parameters]
+    wanted = [name for name, row in rows.items() if _layer(name) in layers and not row.buffer]
+    absent = [name for name in wanted if name not in parameters]
     if absent:
         raise ValueError(f"the model was built without parameter {absent[0]}, its configuration says that it has one")
 

@@ -53,14 +53,16 @@ def ffn_rows(ours: str, theirs: str, model: ModelConfig, *, moe: bool, from_dens
             f"model.moe.expert_ffn_size={width} is not the dense FFN's {model.ffn_size}, which every expert "
             "starts as a copy of; set it to null"
         )
-    make = _upcycled if from_dense else _own
-    return [_router(ours, theirs, model), *make(ours, theirs, model, width)]
+    router = _router(ours, theirs, model)
+    if from_dense:
+        return [*router[:1], *_upcycled(ours, theirs, model, width)]
+    return [*router, *_own(ours, theirs, model, width)]
 
 
-def _router(ours: str, theirs: str, model: ModelConfig) -> Mapping:
+def _router(ours: str, theirs: str, model: ModelConfig) -> list[Mapping]:
+    """Its weight and, where it balances by one, the bias that choices see."""
     shape = (model.moe.num_experts, model.hidden_size)
-    source = Source(f"{theirs}.router.weight", shape)
-    return Direct(f"{ours}.router.weight", shape, (source,), new=True, std=model.moe.router_init_std)
+    weight, bias = (Source(f"{theirs}.router.{leaf}", size) for leaf, size in _ROUTER(shape))
 
 
 def _gated(ours: str, theirs: str, ffn: int, model: ModelConfig) -> list[Mapping]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -102,8 +104,17 @@ def build_model(
 
 def global_parameters(model: HybridModel) -> dict[str, Tensor]:
     """This rank's parameters by the name they have in the whole model: layer indices are global."""
+    return _global(model, model.named_parameters())
+
+
+def global_buffers(model: HybridModel) -> dict[str, Tensor]:
+    """The same of this rank's buffers, such as the routers' balancing biases."""
+    return _global(model, model.named_buffers())
+
+
+def _global(model: HybridModel, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     first, prefix, named = model.decoder.first_layer, "decoder.layers.", {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in tensors:
         if name.startswith(prefix):
             local, rest = name[len(prefix) :].split(".", 1)
             name = f"{prefix}{int(local) + first}.{rest}"
