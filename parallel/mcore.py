@@ -55,6 +55,7 @@ from megatron.core.tensor_parallel import (  # noqa: E402, F401
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel import random as _random  # noqa: E402
@@ -95,4 +96,9 @@ def mark_tensor_parallel(module: torch.nn.Module) -> None:
         dim = 1 if isinstance(part, RowParallelLinear) else 0
         for weight in sharded:
             if weight is not None:
-                weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1
+                mark_sharded(weight, dim=dim)
+
+
+def mark_sharded(weight: torch.nn.Parameter, *, dim: int) -> None:
+    """Say that the weight is one tp rank's part of a larger one, cut along dim."""
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1

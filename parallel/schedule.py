@@ -43,7 +43,7 @@ def run_rows(model, mesh: Mesh, rows: list[Row], *, loss_scale: float | None = N
         data_iterator=iter(rows),
         model=model,
         num_microbatches=len(rows),
-        seq_length=num_tokens.pop(),
+        seq_length=tokens_between_stages(model, mesh, num_tokens.pop()),
         micro_batch_size=1,
         forward_only=loss_scale is None,
     )
@@ -53,6 +53,11 @@ def run_rows(model, mesh: Mesh, rows: list[Row], *, loss_scale: float | None = N
         with primitive("losses of the last stage"):
             dist.broadcast(table, src=dist.get_process_group_ranks(group)[-1], group=group)
     return table
+
+
+def tokens_between_stages(model, mesh: Mesh, num_tokens: int) -> int:
+    """Rows of the sp ranks' hidden states together, which megatron cuts over sp: each has its own meta tokens."""
+    return num_tokens + mesh.layout.sp * getattr(model, "module", model).num_meta
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store, check_room, read_state
 from sbtrain.config.rules import check_training, world_problem
 from sbtrain.config.schema import Recipe, Stage
-from sbtrain.convert.export import export_checkpoint
 from sbtrain.convert.calibrate import teacher_of
+from sbtrain.convert.export import export_checkpoint
 from sbtrain.convert.first import FirstWeights, fill_model
 from sbtrain.convert.start import check_source
 from sbtrain.data.loader import Loader, build_loader

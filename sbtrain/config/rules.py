@@ -16,10 +16,12 @@ from parallel.layout import Layout
 from parallel.sequence.table import pair_problem
 from sbtrain.config.export_shape import is_export
 from sbtrain.config.hf_shape import read_config
+from sbtrain.config.mixer_rules import check_mixers, cut_problem
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
 
 TRAINABLE_MIXERS = ("F", "S", "L")
+TRAINABLE_PAIRS = ("(LS)", "(LF)")
 OBJECTIVES = (Objective.ce,)
 LARGEST_WORLD = 65536
 """Where the search for a world size that fits ends."""
@@ -140,17 +142,16 @@ def check_shape(model: ModelConfig) -> None:
         )
     if model.head_dim % 2:
         raise ValueError(f"model.head_dim={model.head_dim} is odd; rotary embeddings need an even one")
-    if model.gla.gate_rank < 1 or model.gla.gate_normalizer <= 0:
-        raise ValueError("model.gla.gate_rank and model.gla.gate_normalizer must be greater than 0")
+    check_mixers(model)
 
 
 def check_pattern(model: ModelConfig) -> None:
     """The pattern parses, fits num_layers and holds only layers that can be trained."""
     for index, kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
-        if len(kind.mixers) > 1 or kind.moe or kind.mixers[0] not in TRAINABLE_MIXERS:
+        if kind.symbol not in (*TRAINABLE_MIXERS, *TRAINABLE_PAIRS):
             raise ValueError(
                 f"model.pattern '{model.pattern}': layer {index} is {kind.symbol}, which is not trainable yet; "
-                f"use {', '.join(TRAINABLE_MIXERS)}"
+                f"use {', '.join((*TRAINABLE_MIXERS, *TRAINABLE_PAIRS))}"
             )
 
 
@@ -188,10 +189,8 @@ def check_evaluation(recipe: Recipe, name: str, layout: Layout) -> None:
 def evaluation_problem(recipe: Recipe, layout: Layout) -> str | None:
     """Why held-out rows cannot be judged on a layout, or None. Without evaluation.seq_len the longest stage counts."""
     seq_len = recipe.evaluation.seq_len or max(stage.seq_len for stage in recipe.stages.values())
-    parts = layout.sp * (layout.tp if layout.tp_sequence_parallel else 1)
-    if recipe.evaluation.tokens > 0 and seq_len % parts:
-        return f"{seq_len} tokens cannot be cut into the {parts} shards"
-    return None
+    problem = cut_problem(recipe.model, layout, row_tokens=seq_len) if recipe.evaluation.tokens > 0 else None
+    return problem and f"{seq_len} tokens{problem}"
 
 
 def check_ops(recipe: Recipe) -> None:
@@ -354,10 +353,10 @@ def _expert_problem(model: ModelConfig, layout: Layout) -> str | None:
 def _sequence_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str | None:
     if stage.seq_len % layout.sp:
         return f"layout.sp={layout.sp} does not divide seq_len={stage.seq_len}; choose an sp that does"
-    shards = layout.sp * (layout.tp if layout.tp_sequence_parallel else 1)
-    if stage.row_tokens % shards:
+    problem = cut_problem(model, layout, row_tokens=stage.row_tokens)
+    if problem:
         return (
-            f"layout.sp={layout.sp} x tp={layout.tp} under tp_sequence_parallel cut a row of {stage.row_tokens} tokens "
-            "unevenly; choose a seq_len or micro_batch that they divide"
+            f"layout.sp={layout.sp} x tp={layout.tp} under tp_sequence_parallel: a row of {stage.row_tokens} "
+            f"tokens{problem}; choose a seq_len or micro_batch that they divide"
         )
     return algorithm_problem(model, layout, seq_len=stage.seq_len)

@@ -65,7 +65,7 @@ def dealt(rows: list[Row], mesh: Mesh) -> tuple[list[Row], list[bool]]:
 
 
 def total_over_ranks(sums: Tensor, mesh: Mesh, *, tp: bool) -> None:
-    """Add up, in place, what the ranks have counted of their tokens and layers. tp: whose tokens are a tp rank's own."""
+    """Add up, in place, what ranks have counted of their tokens and layers. tp: whether tp ranks had their own."""
     with primitive("sums over ranks"):
         for group in (mesh.groups.dp_cp, mesh.groups.pp, *([mesh.groups.tp] if tp else [])):
             dist.all_reduce(sums, group=group)

@@ -126,9 +126,11 @@ def _write(
     folder: Path, reader: GlobalReader, *, model: ModelConfig, form: str, dtype: str, max_shard_bytes: int, out: Path
 ) -> None:
     added, model_type = _added(model) if form == "gla_swa" else {}, MODEL_TYPES[form]
-    shapes = {exported_name(source.name, model_type): source.shape for row in table(model) for source in row.sources}
+    rows = table(model)
+    shapes = {exported_name(source.name, model_type): source.shape for row in rows for source in row.sources}
     shapes |= added
-    writer = ShardWriter(folder, shapes, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+    wide = frozenset(exported_name(source.name, model_type) for row in rows if row.buffer for source in row.sources)
+    writer = ShardWriter(folder, shapes, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes, wide=wide)
     free_bytes = shutil.disk_usage(folder).free
     if writer.size_bytes > free_bytes:
         raise ValueError(f"out={out}: {free_bytes} bytes are free, the export needs {writer.size_bytes}; free space")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sbtrain.config.model_schema import ModelConfig, MoEConfig, RouterScore
-from sbtrain.convert.mapping import WHOLE, Direct, GateUp, Mapping, Part, Reader, Source, check_shape
+from sbtrain.convert.mapping import WHOLE, Direct, Fill, GateUp, Mapping, Part, Reader, Source, check_shape
 
 HALVES = ("gate", "up")
 
@@ -62,7 +62,12 @@ def ffn_rows(ours: str, theirs: str, model: ModelConfig, *, moe: bool, from_dens
 def _router(ours: str, theirs: str, model: ModelConfig) -> list[Mapping]:
     """Its weight and, where it balances by one, the bias that choices see."""
     shape = (model.moe.num_experts, model.hidden_size)
-    weight, bias = (Source(f"{theirs}.router.{leaf}", size) for leaf, size in _ROUTER(shape))
+    weight = Source(f"{theirs}.router.weight", shape)
+    rows: list[Mapping] = [Direct(f"{ours}.router.weight", shape, (weight,), new=True, std=model.moe.router_init_std)]
+    if model.moe.bias_update_rate > 0:
+        bias = Source(f"{theirs}.router.expert_bias", shape[:1])
+        rows.append(Direct(f"{ours}.router.expert_bias", bias.shape, (bias,), fill=Fill.bias, new=True, buffer=True))
+    return rows
 
 
 def _gated(ours: str, theirs: str, ffn: int, model: ModelConfig) -> list[Mapping]:

@@ -43,6 +43,7 @@ class DecoderLayer(mcore.MegatronModule):
     ):
         super().__init__(config)
         self.kind, self.index, self.recompute = kind, index, recompute
+        self.tp_rank = groups.tp.rank()
         self.input_layernorm = residual_norm(config, model)
         self.self_attention, self.mlp = layer_modules(
             kind, config, model=model, groups=groups, sp_algorithm=sp_algorithm
@@ -50,7 +51,7 @@ class DecoderLayer(mcore.MegatronModule):
         self.pre_mlp_layernorm = residual_norm(config, model)
 
     def forward(self, x: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
-        """x [T,1,D] -> [T,1,D]."""
+        """x [num_meta+T,1,D] -> the same; see Mixer.forward."""
         if self.recompute is Recompute.full and torch.is_grad_enabled():
             return recomputed(self._run, x, documents, cache)
         return self._run(x, documents, cache)
@@ -60,12 +61,17 @@ class DecoderLayer(mcore.MegatronModule):
         mixed = self.self_attention(self.input_layernorm(x), documents, layer_cache)
         if self.recompute is Recompute.selective and torch.is_grad_enabled():
             x = x + mixed
-            return x + recomputed(self._ffn, x)
+            return x + recomputed(self._ffn, x, self._num_meta(x, documents))
         normed, x = self.pre_mlp_layernorm(mixed, residual=x)
-        return x + self.mlp(normed)
+        return x + self.mlp(normed, self._num_meta(x, documents))
 
-    def _ffn(self, x: Tensor) -> Tensor:
-        return self.mlp(self.pre_mlp_layernorm(x))
+    def _ffn(self, x: Tensor, num_meta: int) -> Tensor:
+        return self.mlp(self.pre_mlp_layernorm(x), num_meta)
+
+    def _num_meta(self, x: Tensor, documents: Documents) -> int:
+        """How many of this rank's rows x are meta tokens': the first ones, over all ranks of tp_sequence_parallel."""
+        before = self.tp_rank * x.shape[0] if self.config.sequence_parallel else 0
+        return min(max(documents.num_meta - before, 0), x.shape[0])
 
 
 class Decoder(mcore.MegatronModule):

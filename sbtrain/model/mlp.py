@@ -15,6 +15,6 @@ class GatedMLP(mcore.MLP):
         submodules = mcore.MLPSubmodules(linear_fc1=mcore.ColumnParallelLinear, linear_fc2=mcore.RowParallelLinear)
         super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size, tp_group=groups.tp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T,1,D] -> [T,1,D]."""
+    def forward(self, x: Tensor, num_meta: int = 0) -> Tensor:
+        """x [T,1,D] -> [T,1,D]. num_meta: leading rows of meta tokens, which are rows like others here."""
         return self.linear_fc2(ops.swiglu(self.linear_fc1(x)[0]))[0]

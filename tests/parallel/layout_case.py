@@ -58,11 +58,12 @@ def packed_rows(num_rows: int, num_tokens: int, vocab_size: int, *, seed: int = 
 
 def fill(model, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
     """Set this rank's parameters from the global random state."""
-    state = global_state(config, seed=seed)
+    state, shared = global_state(config, seed=seed), config.pair.shared_projections
     for name, parameter in global_parameters(model).items():
         source = "embedding.word_embeddings.weight" if name == "output_layer.weight" and config.tie_embeddings else name
         with torch.no_grad():
-            parameter.copy_(local_shard(name, state[source], tp_rank=mesh.tp_rank, tp=mesh.layout.tp))
+            where = dict(tp_rank=mesh.tp_rank, tp=mesh.layout.tp, shared_projections=shared)
+            parameter.copy_(local_shard(name, state[source], **where))
 
 
 def build_engine(config: ModelConfig, mesh: Mesh, *, seq_len: int, precision=Precision.fp32, recompute=Recompute.none):
