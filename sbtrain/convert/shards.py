@@ -35,7 +35,8 @@ class ShardWriter:
     """Writes tensors, in the announced order, into as many files as they need.
 
     folder: exists. shapes: every tensor to come. dtype: what they become, but for those in `wide`, which become fp32.
-    max_shard_bytes: no file holds more, unless one tensor alone does. Use: append() for every tensor, then close(); check() reads all back.
+    max_shard_bytes: no file holds more, unless one tensor alone does. Use: append() for every tensor, then close();
+    check() reads all back.
     """
 
     def __init__(
