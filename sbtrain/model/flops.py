@@ -74,8 +74,16 @@ def layer_flops(model: ModelConfig, kind: LayerKind, seq_len: int) -> dict[str, 
         parts[_MIXER_PART[mixer]] = 3.0 * key_value * head_dim + 2.0 * query * head_dim
     else:
         parts[_MIXER_PART[mixer]] = 4.0 * query * visible_keys(seq_len, model.window if mixer == "S" else None)
-    parts["mlp"] = 6.0 * hidden * model.ffn_size
+    parts["mlp"] = 6.0 * hidden * (active_ffn_size(model) if kind.moe else model.ffn_size)
+    if kind.moe:
+        parts["mlp"] += 2.0 * hidden * model.moe.num_experts
     return parts
+
+
+def active_ffn_size(model: ModelConfig) -> int:
+    """Channels of the experts that one token goes to, shared ones included."""
+    moe = model.moe
+    return (moe.top_k + moe.num_shared_experts) * (moe.expert_ffn_size or model.ffn_size)
 
 
 def layer_flops_per_token(model: ModelConfig, seq_len: int) -> list[float]:
@@ -117,10 +125,14 @@ def layer_parameters(model: ModelConfig, kind: LayerKind) -> dict[str, int]:
         parts["norms"] += head_dim
     elif model.qk_norm:
         parts["norms"] += 2 * head_dim
+    if kind.moe:
+        moe = model.moe
+        width = (moe.num_experts + moe.num_shared_experts) * (moe.expert_ffn_size or model.ffn_size)
+        parts["mlp"] = 3 * hidden * width + moe.num_experts * hidden
     return parts
 
 
 def _only_mixer(kind: LayerKind) -> str:
     """The mixer of a layer that can be trained; `config.rules` has refused all others."""
-    assert len(kind.mixers) == 1 and not kind.moe and kind.mixers[0] in _MIXER_PART, kind
+    assert len(kind.mixers) == 1 and kind.mixers[0] in _MIXER_PART, kind
     return kind.mixers[0]
