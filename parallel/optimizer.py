@@ -99,14 +99,16 @@ def sharded_state(optimizer, weights: dict, *, metadata: dict, for_loading: bool
 @torch.no_grad()
 def load_state(optimizer, state: dict) -> None:
     """Take over what was loaded into sharded_state."""
+    # checkpoints written before there were experts count steps where megatron does
+    step_count = state["step"] if "step" in state else state["optimizer"]["param_groups"][0]["step"]
     for index, part in enumerate(_parts(optimizer)):
-        part.load_parameter_state_from_fully_reshardable(state["parts"][index])
+        part.load_parameter_state_from_fully_reshardable(state["parts"].get(index, {}))  # a stage without experts
         for moments in part.optimizer.state.values():
             if "step" in moments:  # each has its own: a shared one would advance once per parameter
-                moments["step"] = torch.full_like(moments["step"], state["step"])
+                moments["step"] = torch.full_like(moments["step"], step_count)
         for group in part.optimizer.param_groups:
             if not isinstance(part.optimizer, torch.optim.AdamW):  # where apex and TransformerEngine count
-                group["step"] = state["step"]
+                group["step"] = step_count
 
 
 def _step_count(optimizer) -> int:

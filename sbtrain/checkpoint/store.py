@@ -22,7 +22,7 @@ from sbtrain.checkpoint.files import read_json, sync_folder, write_json
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.state import RunState
 
-FORMAT = 2
+FORMAT = 1
 TENSOR_FORMAT = "torch_dist"
 FILES = ("state.json", "metadata.json", "common.pt", ".metadata")
 """What every checkpoint has beside its tensors."""

@@ -20,7 +20,7 @@ class GatedMLP(mcore.MLP):
         self._rebuilds = recompute is Recompute.activations
 
     def forward(self, x: Tensor, num_meta: int = 0) -> Tensor:
-        """x [T,1,D] -> [T,1,D]. num_meta: how many of its first rows are meta tokens; they are rows like others here."""
+        """x [T,1,D] -> [T,1,D]. num_meta: its first rows that are meta tokens, rows like others here."""
         gate_up = self.linear_fc1(x)[0]
         active = ops.swiglu(gate_up)
         if not self._rebuilds or not torch.is_grad_enabled():

@@ -70,6 +70,10 @@ class HotExperts:
         hot.sort(key=lambda expert: (-load[expert], expert))
         self.chosen = tuple(sorted(hot[: options.max_copies]))
 
+    def take_over(self, chosen: list[int]) -> None:
+        """Go on with what was chosen before a checkpoint, as far as copies are still wanted."""
+        self.chosen = tuple(chosen[: self._options.max_copies])
+
 
 def _add_to(total: Tensor):
     def hook(copy: Tensor) -> None:

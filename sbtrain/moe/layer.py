@@ -37,6 +37,18 @@ class MoELayer(mcore.MegatronModule):
         limits = Limits(moe.capacity_factor, options.align_tokens, options.align is Align.drop)
         self.dispatcher = Dispatcher(moe.num_experts, limits=limits, group=groups.ep)
         self.hot = HotExperts(self.experts, num_experts=moe.num_experts, options=options, group=groups.ep)
+        none = torch.zeros(moe.num_experts, dtype=torch.uint8, device=torch.cuda.current_device())
+        self.register_buffer("hot_experts", none)  # those of the next step, so that a resumed run has the same
+
+    def choose_hot(self, load: list[float]) -> None:
+        """Choose the experts to be copied in the next step. load: of each expert in this one, over the even share."""
+        self.hot.choose(load)
+        flags = [expert in self.hot.chosen for expert in range(len(load))]
+        self.hot_experts.copy_(torch.tensor(flags, dtype=torch.uint8))
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.hot.take_over(self.hot_experts.nonzero().flatten().tolist())
 
     def forward(self, x: Tensor, num_meta: int = 0) -> Tensor:
         """x [T,1,D] -> [T,1,D]. Losses, limits and statistics leave out its first num_meta rows."""

@@ -45,7 +45,7 @@ class Router(mcore.MegatronModule):
         weight = self.weight
         if self._tp_group.size() > 1 and not self.config.sequence_parallel:  # each tp rank routes a part of the tokens
             weight = mcore.copy_to_tensor_model_parallel_region(weight, group=self._tp_group)
-        logits = mcore.router_gating_linear(x, weight, None, torch.float32)
+        logits = _logits(x, weight)
         softmax = self.moe.score is RouterScore.softmax
         scores = logits.softmax(-1) if softmax else logits.sigmoid()
         experts = self._choose(scores.detach())
@@ -85,6 +85,13 @@ class Router(mcore.MegatronModule):
         self.load.copy_(counts / counts.sum().clamp(min=1))
         if self.moe.bias_update_rate > 0:
             self.expert_bias.add_(torch.sign(counts.mean() - counts), alpha=self.moe.bias_update_rate)
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, D], weight [E, D] -> fp32 [T, E]."""
+    if len(x):
+        return mcore.router_gating_linear(x, weight, None, torch.float32)
+    return nn.functional.linear(x.float(), weight.float())  # megatron's cannot reshape nothing
 
 
 class Tally:

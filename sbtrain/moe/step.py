@@ -40,7 +40,7 @@ class ExpertSteps:
             layer.router.end_step(totals[self._all.index(index)])
         tallies = {index: _Load(row, self._num_experts) for index, row in zip(self._all, totals.tolist())}
         for index, layer in self._layers.items():
-            layer.hot.choose(tallies[index].times_even)
+            layer.choose_hot(tallies[index].times_even)
         return {"experts": _report(tallies)}
 
     def _totals(self) -> Tensor:

@@ -85,7 +85,11 @@ def run_layer(
         layer.hot.hand_over()
         found = {name: weight.main_grad for name, weight in layer.named_parameters()}
         return dict(
-            y=y.detach(), x_grad=x.grad, grads=found, tally=layer.router.tally.take(), experts=(experts.start, experts.stop)
+            y=y.detach(),
+            x_grad=x.grad,
+            grads=found,
+            tally=layer.router.tally.take(),
+            experts=(experts.start, experts.stop),
         )
 
 

@@ -26,7 +26,10 @@ LOAD = [0.3, 0.1, 0.05, 0.05, 0.2, 0.1, 0.15, 0.05]
 
 def close(result: dict, expected: dict, *, rel: float = 2e-5) -> None:
     """Relative norms of the differences."""
-    pairs = [(result["y"].flatten(1), expected["y"].flatten(1)), (result["x_grad"].flatten(1), expected["x_grad"].flatten(1))]
+    pairs = [
+        (result["y"].flatten(1), expected["y"].flatten(1)),
+        (result["x_grad"].flatten(1), expected["x_grad"].flatten(1)),
+    ]
     pairs += [(result["grads"][name], grad) for name, grad in expected["grads"].items()]
     for found, wanted in pairs:
         assert found.shape == wanted.shape
