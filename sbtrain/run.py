@@ -237,6 +237,7 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
             mesh,
             precision=recipe.precision,
             recompute=stage.recompute,
+            experts=stage.experts,
             seq_len=stage.seq_len,
             row_tokens=stage.row_tokens,
         )

@@ -17,6 +17,7 @@ from parallel.sequence.table import pair_problem
 from sbtrain.config.export_shape import is_export
 from sbtrain.config.hf_shape import read_config
 from sbtrain.config.mixer_rules import check_mixers, cut_problem
+from sbtrain.config.moe_rules import check_moe, experts_problem, has_experts
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
 
@@ -33,6 +34,7 @@ def check(recipe: Recipe) -> None:
     """All rules that hold for any world. Raises ValueError: one line with the key and the fix."""
     check_shape(recipe.model)
     check_pattern(recipe.model)
+    check_moe(recipe.model)
     check_start(recipe)
     check_optim(recipe)
     check_counts(recipe)
@@ -45,7 +47,7 @@ def check(recipe: Recipe) -> None:
         check_objective(name, stage)
         check_schedule(name, stage)
         check_blend(recipe, name, stage)
-        problem = layout_problem(recipe.model, stage, stage.layout)
+        problem = layout_problem(recipe.model, stage, stage.layout) or experts_problem(recipe.model, stage)
         if problem:
             raise ValueError(f"stages.{name}.{problem}")
         check_evaluation(recipe, name, stage.layout)
@@ -87,6 +89,11 @@ def world_problem(stage: Stage, world_size: int) -> str | None:
     if world_size % layout.model_ranks:
         return f"{ranks} do not divide the world of {world_size}"
     dp = world_size // layout.model_ranks
+    if world_size // layout.pp % layout.ep:
+        return (
+            f"layout ep {layout.ep} does not divide the {world_size // layout.pp} ranks of a pipeline stage, "
+            f"dp {dp} x sp {layout.sp} x tp {layout.tp}"
+        )
     if stage.num_rows % dp:
         return (
             f"global_batch_tokens={stage.global_batch_tokens} are {stage.num_rows} rows of micro_batch x seq_len = "
@@ -342,10 +349,14 @@ def _pipeline_problem(model: ModelConfig, layout: Layout) -> str | None:
 
 
 def _expert_problem(model: ModelConfig, layout: Layout) -> str | None:
-    moe = any(kind.moe for kind in parse_pattern(model.pattern, model.num_layers))
-    if layout.ep > 1 and not moe:
+    if layout.ep > 1 and not has_experts(model):
         return (
             f"layout.ep={layout.ep} needs mixture-of-experts layers, which model.pattern '{model.pattern}' lacks; set 1"
+        )
+    if model.moe.num_experts % layout.ep:
+        return (
+            f"layout.ep={layout.ep} does not divide model.moe.num_experts={model.moe.num_experts}; "
+            "choose an ep that does"
         )
     return None
 

@@ -13,6 +13,7 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.pipeline import split_layers
 from parallel.sequence.choose import choose
+from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
 from sbtrain.model.flops import flops_per_token, layer_flops
@@ -22,6 +23,7 @@ from sbtrain.model.hybrid import HybridModel
 def transformer_config(model: ModelConfig, layout: Layout, precision: Precision) -> mcore.TransformerConfig:
     """megatron's configuration of our model: no biases but q/k/v's, SwiGLU, losses weighted by tokens."""
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    moe = any(kind.moe for kind in parse_pattern(model.pattern, model.num_layers))
     return mcore.TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -43,7 +45,12 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision)
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.sp,
-        expert_model_parallel_size=layout.ep,
+        expert_model_parallel_size=layout.ep if moe else 1,  # a dense model of the same layout: the teacher
+        expert_tensor_parallel_size=1,
+        num_moe_experts=model.moe.num_experts if moe else None,
+        moe_ffn_hidden_size=(model.moe.expert_ffn_size or model.ffn_size) if moe else None,
+        moe_router_dtype="fp32",
+        moe_router_pre_softmax=True,
         sequence_parallel=layout.tp_sequence_parallel,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
@@ -68,6 +75,7 @@ def build_model(
     recompute: Recompute = Recompute.none,
     seq_len: int,
     row_tokens: int | None = None,
+    experts: ExpertsConfig = PLAIN,
 ) -> HybridModel:
     """This rank's stage of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill).
 
@@ -97,6 +105,7 @@ def build_model(
         groups=mesh.groups,
         recompute=recompute,
         sp_algorithm=sp_algorithm,
+        experts=experts,
     )
     built.sp_choices = reasons
     return built
