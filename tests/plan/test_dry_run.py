@@ -26,7 +26,10 @@ def test_the_7b_plan():
 
 @pytest.mark.parametrize(
     ("shared", "total", "active"),
-    [("false", "76,878,154,752 parameters, 76.878B", "12.717B"), ("true", "76,055,942,144 parameters, 76.056B", "11.895B")],
+    [
+        ("false", "76,878,154,752 parameters, 76.878B", "12.717B"),
+        ("true", "76,055,942,144 parameters, 76.056B", "11.895B"),
+    ],
 )
 def test_the_76b_model_is_as_large_as_the_report_says(capfd, shared, total, active):
     """A real build without memory, which must agree with what the plan counts."""
