@@ -41,7 +41,7 @@ REFUSALS = [
     ({"model.pattern": "LB x 14"}, ["layer 1 is B", "not trainable yet", "F, S, L"]),
     ({"model.pattern": "LE"}, ["layer 1 is E"]),
     ({"model.pattern": "(LS)"}, ["layer 0 is (LS)"]),
-    ({"model.pattern": "L S:m"}, ["layer 1 is S:m"]),
+    ({"model.pattern": "L B:m"}, ["layer 1 is B:m"]),
     ({"dry_run": False}, ["start.path=models/Qwen2.5-7B does not exist"]),
     ({"optim.beta1": 1.0}, ["optim.beta1=1.0"]),
     ({"optim.eps": 0.0}, ["optim.eps=0.0"]),

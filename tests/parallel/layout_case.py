@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import torch
 
+from parallel import engine as engine_module
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -119,7 +120,9 @@ def one_step(
             engine.step(lr=1e-2)
             metrics.append(engine.metrics)
             after = engine.forward_backward(mine)
+        engine.gather_gradients()
         return dict(
+            last_grads={name: p.main_grad.cpu().clone() for name, p in global_parameters(engine.model).items()},
             loss=first.mean,
             num_tokens=first.num_tokens,
             grad_norm=norm,
@@ -128,3 +131,19 @@ def one_step(
             metrics=metrics,
             **coordinates(mesh),
         )
+
+
+def overlapped_step(rank: int, *args, **kwargs):
+    """one_step whose gradients are reduced while the backward pass runs, as on GPUs."""
+    plain = engine_module.GradientBuffers
+
+    class Overlapped(plain):
+        def __init__(self, config, model, *, overlap: bool):
+            super().__init__(config, model, overlap=True)
+            config.no_sync_func = self.no_sync
+
+    engine_module.GradientBuffers = Overlapped
+    try:
+        return one_step(rank, *args, **kwargs)
+    finally:
+        engine_module.GradientBuffers = plain
