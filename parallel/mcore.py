@@ -19,6 +19,7 @@ for _message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "full scope is deprecated",
+    "When using expert parallelism and tensor parallelism",  # about megatron's layer; ours deals tokens over tp
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
     "`load_state_dict` is deprecated",
@@ -61,6 +62,8 @@ from megatron.core.tensor_parallel import (  # noqa: E402, F401
 from megatron.core.tensor_parallel import random as _random  # noqa: E402
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402, F401
 from megatron.core.transformer.module import MegatronModule  # noqa: E402, F401
+from megatron.core.transformer.moe import moe_utils as _moe_utils  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear  # noqa: E402, F401
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402, F401
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402, F401
 from megatron.core.transformer.utils import sharded_state_dict_default  # noqa: E402, F401
@@ -77,6 +80,8 @@ if _ON_CPU:
     cpu.patch_megatron(_random)
 
 
+if not hasattr(_moe_utils, "te_general_gemm"):  # without TransformerEngine every router raises NameError
+    _moe_utils.te_general_gemm = None
 DistributedOptimizer._set_main_param_and_optimizer_states = fixes.set_main_param_and_optimizer_states
 DistributedOptimizer.get_parameter_state_dp_zero = fixes.get_parameter_state_dp_zero
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbtrain.config.model_schema import FeatureMap, Gate, MetaPositions
+from sbtrain.config.model_schema import FeatureMap, Gate, MetaPositions, RouterScore
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig
 
@@ -25,6 +25,8 @@ def plain_logits(state: dict[str, Tensor], model: ModelConfig, tokens: Tensor, c
         and model.layers.{i}.self_attn.g_norm.weight [hd]. Without lm_head.weight the embedding is used.
         A pair has la_q_proj, swa_q_proj (of S) or fa_q_proj (of F) and so on for each branch, or one q_proj and so
         on for both, and la_merge_norm, swa_merge_norm or fa_merge_norm; of meta tokens, model.meta_tokens [M, D].
+        A mixture of experts has mlp.router.weight [E, D] (and router.expert_bias [E]), mlp.experts.{j}.gate_proj and so
+        on, and mlp.shared_expert.gate_proj and so on, the shared experts side by side.
     cu_seqlens: [N+1] boundaries of the documents of each row; None means one document.
     """
     if tokens.dim() == 2:
@@ -45,10 +47,28 @@ def _document(state: dict[str, Tensor], model: ModelConfig, tokens: Tensor) -> T
         normed = _norm(x, weights["input_layernorm.weight"], model.norm_eps)
         x = x + _mixer(_below(weights, "self_attn."), model, normed, kind.mixers)
         normed = _norm(x, weights["post_attention_layernorm.weight"], model.norm_eps)
-        gate = F.silu(normed @ weights["mlp.gate_proj.weight"].T)
-        x = x + (gate * (normed @ weights["mlp.up_proj.weight"].T)) @ weights["mlp.down_proj.weight"].T
+        x = x + (_experts if kind.moe else _ffn)(_below(weights, "mlp."), model, normed)
     x = _norm(x[num_meta:], state["model.norm.weight"], model.norm_eps)
     return x @ state.get("lm_head.weight", embedding).T
+
+
+def _ffn(weights: dict[str, Tensor], model: ModelConfig, x: Tensor) -> Tensor:
+    gate = F.silu(x @ weights["gate_proj.weight"].T)
+    return (gate * (x @ weights["up_proj.weight"].T)) @ weights["down_proj.weight"].T
+
+
+def _experts(weights: dict[str, Tensor], model: ModelConfig, x: Tensor) -> Tensor:
+    """Every expert sees every token; a weight of zero leaves out those that it does not go to."""
+    moe, logits = model.moe, x @ weights["router.weight"].T
+    scores = logits.softmax(-1) if moe.score is RouterScore.softmax else logits.sigmoid()
+    best = (scores + weights.get("router.expert_bias", 0)).argsort(-1, descending=True)[:, : moe.top_k]
+    chosen = torch.zeros_like(scores).scatter(1, best, 1.0) * scores
+    if moe.renormalize:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    out = _ffn(_below(weights, "shared_expert."), model, x) if moe.num_shared_experts else 0
+    return out + sum(
+        chosen[:, j, None] * _ffn(_below(weights, f"experts.{j}."), model, x) for j in range(moe.num_experts)
+    )
 
 
 def _mixer(weights: dict[str, Tensor], model: ModelConfig, x: Tensor, kinds: tuple[str, ...]) -> Tensor:

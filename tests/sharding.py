@@ -16,14 +16,26 @@ _ROWS = (
     "gate_up.bias",
     "output_layer.weight",
 )
+_EXPERTS = ("experts.linear_fc1", "experts.linear_fc2")
 _COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
 
-def local_shard(name: str, whole: Tensor, *, tp_rank: int, tp: int, shared_projections: bool = False) -> Tensor:
-    """The tensor-parallel shard of a global tensor under one of our parameter names.
+def local_shard(
+    name: str,
+    whole: Tensor,
+    *,
+    tp_rank: int,
+    tp: int,
+    ep_rank: int = 0,
+    ep: int = 1,
+    shared_projections: bool = False,
+) -> Tensor:
+    """The shard of a global tensor under one of our parameter names: experts by ep, all else by tp.
 
     shared_projections: of pairs, whose norms then come before the output projection and are cut like its columns.
     """
+    if name.endswith(_EXPERTS):
+        return whole.chunk(ep)[ep_rank]
     if name.endswith("linear_fc1.weight"):
         gate, up = whole.chunk(2)
         return torch.cat([gate.chunk(tp)[tp_rank], up.chunk(tp)[tp_rank]])
@@ -80,8 +92,19 @@ def global_state(model, *, seed: int = 0, dtype=torch.float32) -> dict[str, Tens
                 core(f"{mixer}branches.{symbol}.", symbol)
                 state[f"{mixer}merge_norms.{symbol}.weight"] = random(norm, shift=1)
         state[f"decoder.layers.{i}.pre_mlp_layernorm.weight"] = random(hidden, shift=1)
-        state[f"decoder.layers.{i}.mlp.linear_fc1.weight"] = random(2 * model.ffn_size, hidden)
-        state[f"decoder.layers.{i}.mlp.linear_fc2.weight"] = random(hidden, model.ffn_size)
+        mlp = f"decoder.layers.{i}.mlp."
+        if not kind.moe:
+            state[mlp + "linear_fc1.weight"] = random(2 * model.ffn_size, hidden)
+            state[mlp + "linear_fc2.weight"] = random(hidden, model.ffn_size)
+            continue
+        moe, width = model.moe, model.moe.expert_ffn_size or model.ffn_size
+        state[mlp + "router.weight"] = random(moe.num_experts, hidden)
+        state[mlp + "experts.linear_fc1"] = random(moe.num_experts, 2 * width, hidden)
+        state[mlp + "experts.linear_fc2"] = random(moe.num_experts, hidden, width)
+        if moe.num_shared_experts:
+            side = moe.num_shared_experts * width
+            state[mlp + "shared_experts.linear_fc1.weight"] = random(2 * side, hidden)
+            state[mlp + "shared_experts.linear_fc2.weight"] = random(hidden, side)
     state["decoder.final_layernorm.weight"] = random(hidden, shift=1)
     if not model.tie_embeddings:
         state["output_layer.weight"] = random(model.padded_vocab_size, hidden)

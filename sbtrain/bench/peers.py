@@ -1,7 +1,7 @@
 """What is compared: a training step of the engine, and the same step assembled by hand. Both start from equal weights.
 
 A peer is built, stepped and closed; close() leaves nothing on the device. step(mark) runs one optimizer step on the
-batch and returns (loss, gradient norm before clipping), numbers or tensors.
+batch and returns (loss, gradient norm before clipping), numbers or tensors; metrics is what the model says of it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ from sbtrain.bench.hand_model import HandModel
 from sbtrain.bench.hand_optimizer import MasterAdamW
 from sbtrain.bench.timing import Mark
 from sbtrain.bench.weights import draw, global_shapes
+from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.schema import ModelConfig, OptimConfig, Precision, Recompute
 from sbtrain.model.build import build_model, global_parameters
+from sbtrain.moe.router import Router
 
 LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step: the model, and for every data-parallel rank micro_batch documents of seq_len random tokens."""
+    """One step: the model, and on every data-parallel rank `rows` rows of micro_batch documents of seq_len tokens.
+
+    experts: how mixtures of experts are run. forced: the share of tokens that each expert gets, None for the router's.
+    """
 
     model: ModelConfig
     precision: Precision
@@ -39,18 +44,21 @@ class Work:
     micro_batch: int
     seq_len: int
     layout: Layout = Layout()
+    rows: int = 1
+    experts: ExpertsConfig = PLAIN
+    forced: list[float] | None = None
 
-    def batch(self, dp_rank: int = 0) -> tuple[Tensor, Tensor]:
+    def batch(self, number: int = 0) -> tuple[Tensor, Tensor]:
         """Tokens and labels int64 [documents, seq_len] on the CPU; the last token of each predicts nothing."""
-        shape, generator = (self.micro_batch, self.seq_len), torch.Generator().manual_seed(dp_rank)
+        shape, generator = (self.micro_batch, self.seq_len), torch.Generator().manual_seed(number)
         tokens = torch.randint(self.model.vocab_size, shape, generator=generator)
         labels = tokens.roll(-1, 1)
         labels[:, -1] = IGNORE
         return tokens, labels
 
-    def row(self, dp_rank: int = 0) -> Row:
-        """The batch as the engine takes it: one row of packed documents."""
-        tokens, labels = self.batch(dp_rank)
+    def row(self, number: int = 0) -> Row:
+        """A batch as the engine takes it: one row of packed documents."""
+        tokens, labels = self.batch(number)
         edges = torch.arange(self.micro_batch + 1, dtype=torch.int32) * self.seq_len
         return Row(tokens.flatten(), labels.flatten(), edges)
 
@@ -68,7 +76,11 @@ class EnginePeer:
                 recompute=work.recompute,
                 seq_len=work.seq_len,
                 row_tokens=work.micro_batch * work.seq_len,
+                experts=work.experts,
             )
+            for part in model.modules() if work.forced is not None else ():
+                if isinstance(part, Router):
+                    part.forced = torch.tensor(work.forced, dtype=torch.float64, device=self.mesh.device)
             self.engine = Engine(model, self.mesh, adam=asdict(OptimConfig()))
             with torch.no_grad():
                 for name, parameter in global_parameters(model).items():
@@ -77,7 +89,9 @@ class EnginePeer:
         except BaseException:
             self.close()
             raise
-        self.rows, self.sp_choices = [work.row(self.mesh.dp_rank)], model.sp_choices
+        first = self.mesh.dp_rank * work.rows
+        self.rows, self.sp_choices = [work.row(first + i) for i in range(work.rows)], model.sp_choices
+        self.metrics: dict = {}
 
     def step(self, mark: Mark):
         """See the module."""
@@ -87,6 +101,7 @@ class EnginePeer:
         with record_function("bench: optimizer"):
             norm = self.engine.step(lr=LEARNING_RATE)
         mark("optimizer")
+        self.metrics = self.engine.metrics
         return loss, norm
 
     def close(self) -> None:
@@ -101,6 +116,7 @@ class HandPeer:
     """The same parts without a framework, on one rank."""
 
     sp_choices: dict[str, str] = {}
+    metrics: dict = {}
 
     def __init__(self, work: Work):
         place = device()

@@ -14,7 +14,10 @@ from pathlib import Path
 import ops
 from parallel.layout import Layout
 from parallel.sequence.table import pair_problem
+from sbtrain.config.export_shape import is_export
+from sbtrain.config.hf_shape import read_config
 from sbtrain.config.mixer_rules import check_mixers, cut_problem
+from sbtrain.config.moe_rules import check_moe, experts_problem, has_experts
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
 
@@ -31,6 +34,7 @@ def check(recipe: Recipe) -> None:
     """All rules that hold for any world. Raises ValueError: one line with the key and the fix."""
     check_shape(recipe.model)
     check_pattern(recipe.model)
+    check_moe(recipe.model)
     check_start(recipe)
     check_optim(recipe)
     check_counts(recipe)
@@ -43,7 +47,7 @@ def check(recipe: Recipe) -> None:
         check_objective(name, stage)
         check_schedule(name, stage)
         check_blend(recipe, name, stage)
-        problem = layout_problem(recipe.model, stage, stage.layout)
+        problem = layout_problem(recipe.model, stage, stage.layout) or experts_problem(recipe.model, stage)
         if problem:
             raise ValueError(f"stages.{name}.{problem}")
         check_evaluation(recipe, name, stage.layout)
@@ -85,6 +89,11 @@ def world_problem(stage: Stage, world_size: int) -> str | None:
     if world_size % layout.model_ranks:
         return f"{ranks} do not divide the world of {world_size}"
     dp = world_size // layout.model_ranks
+    if world_size // layout.pp % layout.ep:
+        return (
+            f"layout ep {layout.ep} does not divide the {world_size // layout.pp} ranks of a pipeline stage, "
+            f"dp {dp} x sp {layout.sp} x tp {layout.tp}"
+        )
     if stage.num_rows % dp:
         return (
             f"global_batch_tokens={stage.global_batch_tokens} are {stage.num_rows} rows of micro_batch x seq_len = "
@@ -146,7 +155,7 @@ def check_shape(model: ModelConfig) -> None:
 def check_pattern(model: ModelConfig) -> None:
     """The pattern parses, fits num_layers and holds only layers that can be trained."""
     for index, kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
-        if kind.symbol not in (*TRAINABLE_MIXERS, *TRAINABLE_PAIRS):
+        if kind.symbol.removesuffix(":m") not in (*TRAINABLE_MIXERS, *TRAINABLE_PAIRS):
             raise ValueError(
                 f"model.pattern '{model.pattern}': layer {index} is {kind.symbol}, which is not trainable yet; "
                 f"use {', '.join((*TRAINABLE_MIXERS, *TRAINABLE_PAIRS))}"
@@ -158,6 +167,10 @@ def check_start(recipe: Recipe) -> None:
     path = recipe.start.path
     if path and not recipe.dry_run and not Path(path).is_dir():
         raise ValueError(f"start.path={path} does not exist; put the Hugging Face folder there or set start.path")
+    if path and recipe.evaluation.teacher and Path(path).is_dir() and is_export(read_config(path)):
+        raise ValueError(
+            f"evaluation.teacher=true: start.path={path} is an export of sbtrain, which has no teacher; set false"
+        )
 
 
 def check_optim(recipe: Recipe) -> None:
@@ -336,10 +349,14 @@ def _pipeline_problem(model: ModelConfig, layout: Layout) -> str | None:
 
 
 def _expert_problem(model: ModelConfig, layout: Layout) -> str | None:
-    moe = any(kind.moe for kind in parse_pattern(model.pattern, model.num_layers))
-    if layout.ep > 1 and not moe:
+    if layout.ep > 1 and not has_experts(model):
         return (
             f"layout.ep={layout.ep} needs mixture-of-experts layers, which model.pattern '{model.pattern}' lacks; set 1"
+        )
+    if model.moe.num_experts % layout.ep:
+        return (
+            f"layout.ep={layout.ep} does not divide model.moe.num_experts={model.moe.num_experts}; "
+            "choose an ep that does"
         )
     return None
 

@@ -22,7 +22,7 @@ from sbtrain.convert.reader import CheckpointReader
 from sbtrain.convert.start import fill
 from sbtrain.data import tokenizer as tokenizers
 from sbtrain.data.tokenizer import Tokenizer, check_vocabulary
-from sbtrain.model.build import build_model, global_parameters
+from sbtrain.model.build import build_model, global_buffers, global_parameters
 from sbtrain.model.hybrid import HybridModel
 
 
@@ -108,7 +108,7 @@ def _find_run(where: Where) -> tuple[Recipe, Path, Path]:
 @torch.no_grad()
 def _fill_from_run(model: HybridModel, step_dir: Path) -> None:
     reader = CheckpointReader(step_dir)
-    for name, parameter in global_parameters(model).items():
+    for name, parameter in {**global_parameters(model), **_saved_buffers(model)}.items():
         tensor = reader.get(name)
         if tensor.shape != parameter.shape:
             raise ValueError(
@@ -144,9 +144,14 @@ def _read_shape(folder: Path) -> tuple[ModelConfig, bool]:
 def _fill_from_folder(model: HybridModel, folder: Path, *, exported: bool) -> None:
     parameters, config = global_parameters(model), model.model_config
     if exported:
-        fill_exported(parameters, model=config, path=folder)
+        fill_exported({**parameters, **_saved_buffers(model)}, model=config, path=folder)
     else:
         fill(parameters, model=config, path=str(folder), seed=0)
+
+
+def _saved_buffers(model: HybridModel) -> dict[str, torch.Tensor]:
+    """Buffers that decide what the model computes: the biases by which routers balance their choices."""
+    return {name: buffer for name, buffer in global_buffers(model).items() if name.endswith("router.expert_bias")}
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.pipeline import split_layers
 from parallel.sequence.choose import choose
+from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
 from sbtrain.model.flops import flops_per_token, layer_flops
@@ -20,6 +23,7 @@ from sbtrain.model.hybrid import HybridModel
 def transformer_config(model: ModelConfig, layout: Layout, precision: Precision) -> mcore.TransformerConfig:
     """megatron's configuration of our model: no biases but q/k/v's, SwiGLU, losses weighted by tokens."""
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    moe = any(kind.moe for kind in parse_pattern(model.pattern, model.num_layers))
     return mcore.TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -41,7 +45,12 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision)
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.sp,
-        expert_model_parallel_size=layout.ep,
+        expert_model_parallel_size=layout.ep if moe else 1,  # a dense model of the same layout: the teacher
+        expert_tensor_parallel_size=1,
+        num_moe_experts=model.moe.num_experts if moe else None,
+        moe_ffn_hidden_size=(model.moe.expert_ffn_size or model.ffn_size) if moe else None,
+        moe_router_dtype="fp32",
+        moe_router_pre_softmax=True,
         sequence_parallel=layout.tp_sequence_parallel,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
@@ -66,6 +75,7 @@ def build_model(
     recompute: Recompute = Recompute.none,
     seq_len: int,
     row_tokens: int | None = None,
+    experts: ExpertsConfig = PLAIN,
 ) -> HybridModel:
     """This rank's stage of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill).
 
@@ -95,6 +105,7 @@ def build_model(
         groups=mesh.groups,
         recompute=recompute,
         sp_algorithm=sp_algorithm,
+        experts=experts,
     )
     built.sp_choices = reasons
     return built
@@ -102,8 +113,17 @@ def build_model(
 
 def global_parameters(model: HybridModel) -> dict[str, Tensor]:
     """This rank's parameters by the name they have in the whole model: layer indices are global."""
+    return _global(model, model.named_parameters())
+
+
+def global_buffers(model: HybridModel) -> dict[str, Tensor]:
+    """The same of this rank's buffers, such as the routers' balancing biases."""
+    return _global(model, model.named_buffers())
+
+
+def _global(model: HybridModel, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     first, prefix, named = model.decoder.first_layer, "decoder.layers.", {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in tensors:
         if name.startswith(prefix):
             local, rest = name[len(prefix) :].split(".", 1)
             name = f"{prefix}{int(local) + first}.{rest}"
@@ -111,9 +131,15 @@ def global_parameters(model: HybridModel) -> dict[str, Tensor]:
     return named
 
 
-def count_parameters(model: ModelConfig) -> int:
-    """Parameters of the whole model, counted on a real build on the meta device (tied weights once)."""
+def count_parameters(model: ModelConfig) -> tuple[int, int]:
+    """Parameters of the whole model and those that one token meets, counted on a real build on the meta device.
+
+    Tied weights count once; of the routed experts a token meets top_k.
+    """
     with Mesh.build(Layout()) as mesh, on_meta():
         built = build_model(model, mesh, precision=Precision.bf16, seq_len=model.window)
     assert all(parameter.is_meta for parameter in built.parameters())
-    return sum(parameter.numel() for parameter in built.parameters())
+    total = sum(parameter.numel() for parameter in built.parameters())
+    routed = [weight for layer in built.decoder.layers if layer.kind.moe for weight in layer.mlp.experts.parameters()]
+    unmet = sum(len(weight) - model.moe.top_k for weight in routed[:1]) * sum(weight[0].numel() for weight in routed)
+    return total, total - unmet

@@ -9,6 +9,7 @@ from parallel import mcore
 from parallel.layout import SequenceAlgorithms
 from parallel.recompute import recomputed
 from parallel.sequence.shard import Documents
+from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.config.pattern import LayerKind
 from sbtrain.config.schema import ModelConfig, Recompute
 from sbtrain.model.cache import Cache
@@ -40,13 +41,20 @@ class DecoderLayer(mcore.MegatronModule):
         groups,
         recompute: Recompute,
         sp_algorithm: SequenceAlgorithms,
+        experts: ExpertsConfig,
     ):
         super().__init__(config)
         self.kind, self.index, self.recompute = kind, index, recompute
         self.tp_rank = groups.tp.rank()
         self.input_layernorm = residual_norm(config, model)
         self.self_attention, self.mlp = layer_modules(
-            kind, config, model=model, groups=groups, sp_algorithm=sp_algorithm
+            kind,
+            config,
+            model=model,
+            groups=groups,
+            sp_algorithm=sp_algorithm,
+            recompute=recompute,
+            experts=experts,
         )
         self.pre_mlp_layernorm = residual_norm(config, model)
 
@@ -59,7 +67,8 @@ class DecoderLayer(mcore.MegatronModule):
     def _run(self, x: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         layer_cache = None if cache is None else cache.layer(self.index)
         mixed = self.self_attention(self.input_layernorm(x), documents, layer_cache)
-        if self.recompute is Recompute.selective and torch.is_grad_enabled():
+        # a mixture of experts sees to it itself: rows must not travel again
+        if self.recompute is Recompute.selective and not self.kind.moe and torch.is_grad_enabled():
             x = x + mixed
             return x + recomputed(self._ffn, x, self._num_meta(x, documents))
         normed, x = self.pre_mlp_layernorm(mixed, residual=x)
@@ -91,6 +100,7 @@ class Decoder(mcore.MegatronModule):
         groups,
         recompute: Recompute,
         sp_algorithm: SequenceAlgorithms,
+        experts: ExpertsConfig,
     ):
         super().__init__(config)
         self.first_layer = layers.start
@@ -103,6 +113,7 @@ class Decoder(mcore.MegatronModule):
                 groups=groups,
                 recompute=recompute,
                 sp_algorithm=sp_algorithm,
+                experts=experts,
             )
             for i in layers
         )

@@ -13,9 +13,11 @@ from parallel.gradients import gradient_buffer
 from parallel.layout import SequenceAlgorithms
 from parallel.sequence.shard import Documents, with_bounds
 from sbtrain.config.model_schema import MetaPositions, ModelConfig
+from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.config.schema import Recompute
 from sbtrain.model.cache import Cache, LayerCache
 from sbtrain.model.decoder import Decoder
+from sbtrain.moe.step import ExpertSteps
 
 
 class Embedding(mcore.MegatronModule):
@@ -71,6 +73,7 @@ class HybridModel(mcore.LanguageModule):
         groups,
         recompute: Recompute,
         sp_algorithm: SequenceAlgorithms,
+        experts: ExpertsConfig,
     ):
         super().__init__(config, pg_collection=groups)
         self.model_type = mcore.ModelType.encoder_or_decoder
@@ -88,6 +91,13 @@ class HybridModel(mcore.LanguageModule):
             groups=groups,
             recompute=recompute,
             sp_algorithm=sp_algorithm,
+            experts=experts,
+        )
+        moe_layers = [i for i, kind in enumerate(kinds) if kind.moe]
+        self.expert_steps = ExpertSteps(
+            {i: self.decoder.layers[i - layers.start].mlp for i in layers if i in moe_layers},
+            all_layers=moe_layers,
+            num_experts=model.moe.num_experts,
         )
         self.output_layer = self._head(config, model) if self.post_process else None
         self._mark_shared_embedding()

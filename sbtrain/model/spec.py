@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from parallel import mcore
 from parallel.layout import SequenceAlgorithms
+from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.config.pattern import LayerKind
-from sbtrain.config.schema import ModelConfig
+from sbtrain.config.schema import ModelConfig, Recompute
 from sbtrain.model.gla import GatedLinearAttention
 from sbtrain.model.mlp import GatedMLP
 from sbtrain.model.pair import Pair
 from sbtrain.model.softmax import SoftmaxAttention
+from sbtrain.moe.layer import MoELayer
 
 
 def mixer_spec(
@@ -41,12 +43,29 @@ def pair_spec(
     return mcore.ModuleSpec(Pair, params={**about, "branches": branches})
 
 
+def ffn_spec(
+    kind: LayerKind, *, model: ModelConfig, groups, recompute: Recompute, experts: ExpertsConfig
+) -> mcore.ModuleSpec:
+    """The FFN of one layer and its arguments."""
+    if kind.moe:
+        params = {"model": model, "groups": groups, "recompute": recompute, "options": experts}
+        return mcore.ModuleSpec(MoELayer, params=params)
+    return mcore.ModuleSpec(GatedMLP, params={"groups": groups, "recompute": recompute})
+
+
 def layer_modules(
-    kind: LayerKind, config: mcore.TransformerConfig, *, model: ModelConfig, groups, sp_algorithm: SequenceAlgorithms
+    kind: LayerKind,
+    config: mcore.TransformerConfig,
+    *,
+    model: ModelConfig,
+    groups,
+    sp_algorithm: SequenceAlgorithms,
+    recompute: Recompute,
+    experts: ExpertsConfig,
 ):
     """Build (mixer, ffn) of one layer."""
     about = dict(model=model, groups=groups, sp_algorithm=sp_algorithm)
     spec = mixer_spec(kind.mixers[0], **about) if len(kind.mixers) == 1 else pair_spec(kind.mixers, **about)
     mixer = mcore.build_module(spec, config)
-    ffn = mcore.build_module(mcore.ModuleSpec(GatedMLP, params={"groups": groups}), config)
-    return mixer, ffn
+    ffn = ffn_spec(kind, model=model, groups=groups, recompute=recompute, experts=experts)
+    return mixer, mcore.build_module(ffn, config)

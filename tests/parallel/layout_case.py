@@ -8,13 +8,16 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from parallel import engine as engine_module
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.sequence.shard import IGNORE, Row
 from sbtrain.config.model_schema import GLAConfig, ModelConfig
+from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.schema import Precision, Recompute
 from sbtrain.model.build import build_model, global_parameters
+from sbtrain.moe.router import Router
 from sharding import global_state, local_shard
 
 ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=1.0, new_lr_scale=2.0)
@@ -64,13 +67,26 @@ def fill(model, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
     for name, parameter in global_parameters(model).items():
         source = "embedding.word_embeddings.weight" if name == "output_layer.weight" and config.tie_embeddings else name
         with torch.no_grad():
-            where = dict(tp_rank=mesh.tp_rank, tp=mesh.layout.tp, shared_projections=shared)
+            where = dict(coordinates(mesh), shared_projections=shared)
             parameter.copy_(local_shard(name, state[source], **where))
 
 
-def build_engine(config: ModelConfig, mesh: Mesh, *, seq_len: int, precision=Precision.fp32, recompute=Recompute.none):
+def coordinates(mesh: Mesh) -> dict[str, int]:
+    """Where this rank stands among the shards of a tensor."""
+    return dict(tp_rank=mesh.tp_rank, tp=mesh.layout.tp, ep_rank=mesh.groups.ep.rank(), ep=mesh.groups.ep.size())
+
+
+def build_engine(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    seq_len: int,
+    precision=Precision.fp32,
+    recompute=Recompute.none,
+    experts: ExpertsConfig = PLAIN,
+):
     """An engine over the global random weights."""
-    model = build_model(config, mesh, precision=precision, recompute=recompute, seq_len=seq_len)
+    model = build_model(config, mesh, precision=precision, recompute=recompute, seq_len=seq_len, experts=experts)
     fill(model, config, mesh)
     return Engine(model, mesh, adam=ADAM)
 
@@ -83,26 +99,56 @@ def one_step(
     recompute=Recompute.none,
     num_steps: int = 1,
     precision: Precision = Precision.fp32,
+    experts: ExpertsConfig = PLAIN,
+    forced: list[float] | None = None,
 ):
     """Loss, gradient norm, this rank's gradients by global name, what cuts them, and the loss after a step."""
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(layout))
-        engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), recompute=recompute, precision=precision)
+        options = dict(recompute=recompute, precision=precision, experts=experts)
+        engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), **options)
+        for module in engine.model.modules():
+            if isinstance(module, Router) and forced is not None:
+                module.forced = torch.tensor(forced)
         stack.callback(engine.close)
         mine = rows[mesh.dp_rank :: mesh.dp]
         first = engine.forward_backward(mine)
         engine.gather_gradients()
         grads = {name: p.main_grad.cpu().clone() for name, p in global_parameters(engine.model).items()}
         norm = engine.step(lr=1e-2)
-        after = [engine.forward_backward(mine) for _ in range(num_steps)][-1]
+        metrics = [engine.metrics]
+        after = engine.forward_backward(mine)
+        for _ in range(num_steps - 1):
+            engine.step(lr=1e-2)
+            metrics.append(engine.metrics)
+            after = engine.forward_backward(mine)
+        engine.gather_gradients()
         return dict(
+            last_grads={name: p.main_grad.cpu().clone() for name, p in global_parameters(engine.model).items()},
             loss=first.mean,
             num_tokens=first.num_tokens,
             grad_norm=norm,
             after=after.mean,
             grads=grads,
-            place=dict(tp_rank=mesh.tp_rank, tp=layout.tp, shared_projections=config.pair.shared_projections),
+            metrics=metrics,
+            place=dict(coordinates(mesh), shared_projections=config.pair.shared_projections),
         )
+
+
+def overlapped_step(rank: int, *args, **kwargs):
+    """one_step whose gradients are reduced while the backward pass runs, as on GPUs."""
+    plain = engine_module.GradientBuffers
+
+    class Overlapped(plain):
+        def __init__(self, config, model, *, overlap: bool):
+            super().__init__(config, model, overlap=True)
+            config.no_sync_func = self.no_sync
+
+    engine_module.GradientBuffers = Overlapped
+    try:
+        return one_step(rank, *args, **kwargs)
+    finally:
+        engine_module.GradientBuffers = plain
 
 
 def check_equal(results: list[dict], whole: dict) -> None:
