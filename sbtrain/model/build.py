@@ -9,12 +9,12 @@ from parallel import mcore
 from parallel.cpu import on_meta
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from parallel.pipeline import split_layers
+from parallel.pipeline import stage_chunks
 from parallel.sequence.choose import choose
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
-from sbtrain.model.flops import flops_per_token, layer_flops
 from sbtrain.model.hybrid import HybridModel
+from sbtrain.model.stages import pipeline_chunks
 
 
 def transformer_config(model: ModelConfig, layout: Layout, precision: Precision) -> mcore.TransformerConfig:
@@ -40,6 +40,9 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision)
         pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        overlap_p2p_comm=layout.vpp > 1,  # without it the interleaved schedule mixes up what two stages exchange
+        batch_p2p_comm=layout.vpp == 1,
         context_parallel_size=layout.sp,
         expert_model_parallel_size=layout.ep,
         sequence_parallel=layout.tp_sequence_parallel,
@@ -51,14 +54,15 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision)
     )
 
 
-def stage_layers(model: ModelConfig, pp: int, *, seq_len: int) -> list[range]:
-    """Layers of each pipeline stage, balanced by FLOPs with the head counted on the last one."""
-    kinds = parse_pattern(model.pattern, model.num_layers)
-    costs = [sum(layer_flops(model, kind, seq_len).values()) for kind in kinds]
-    return split_layers(costs, pp=pp, last_extra=flops_per_token(model, seq_len)["lm_head"])
 
 
-def build_model(
+def build_model(model: ModelConfig, mesh: Mesh, **options) -> HybridModel:
+    """This rank's stage of the model where it is one chunk (layout.vpp is 1). options: those of build_chunks."""
+    (built,) = build_chunks(model, mesh, **options)
+    return built
+
+
+def build_chunks(
     model: ModelConfig,
     mesh: Mesh,
     *,
@@ -66,15 +70,15 @@ def build_model(
     recompute: Recompute = Recompute.none,
     seq_len: int,
     row_tokens: int | None = None,
-) -> HybridModel:
-    """This rank's stage of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill).
+) -> list[HybridModel]:
+    """This rank's chunks of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill).
 
     seq_len: of a document; row_tokens: of a row, None where that differs from call to call.
-    Collective: ranks time their links where layout.sp_algorithm is auto; model.sp_choices says what it chose and why.
+    Collective: ranks time their links where layout.sp_algorithm is auto; sp_choices of each chunk says what it chose
+    and why.
     """
     config = transformer_config(model, mesh.layout, precision)
     kinds = parse_pattern(model.pattern, model.num_layers)
-    layers = stage_layers(model, mesh.layout.pp, seq_len=seq_len)[mesh.pp_rank]
     sp_algorithm, reasons = choose(
         mesh.layout.sp_algorithm,
         {symbol for kind in kinds for symbol in kind.mixers},
@@ -87,27 +91,34 @@ def build_model(
         group=mesh.groups.cp,
         device=mesh.device,
     )
-    built = HybridModel(
-        config,
-        model,
-        kinds,
-        layers=layers,
-        groups=mesh.groups,
-        recompute=recompute,
-        sp_algorithm=sp_algorithm,
-    )
-    built.sp_choices = reasons
+    chunks = pipeline_chunks(model, mesh.layout, seq_len=seq_len)
+    built = []
+    for chunk in stage_chunks(chunks, mesh.pp_rank, pp=mesh.layout.pp):
+        built.append(
+            HybridModel(
+                config,
+                model,
+                kinds,
+                layers=chunk.layers,
+                groups=mesh.groups,
+                recompute=recompute,
+                sp_algorithm=sp_algorithm,
+            )
+        )
+        built[-1].sp_choices = reasons
     return built
 
 
-def global_parameters(model: HybridModel) -> dict[str, Tensor]:
+def global_parameters(*chunks: HybridModel) -> dict[str, Tensor]:
     """This rank's parameters by the name they have in the whole model: layer indices are global."""
-    first, prefix, named = model.decoder.first_layer, "decoder.layers.", {}
-    for name, parameter in model.named_parameters():
-        if name.startswith(prefix):
-            local, rest = name[len(prefix) :].split(".", 1)
-            name = f"{prefix}{int(local) + first}.{rest}"
-        named[name] = parameter
+    named = {}
+    for model in chunks:
+        first, prefix = model.decoder.first_layer, "decoder.layers."
+        for name, parameter in model.named_parameters():
+            if name.startswith(prefix):
+                local, rest = name[len(prefix) :].split(".", 1)
+                name = f"{prefix}{int(local) + first}.{rest}"
+            named[name] = parameter
     return named
 
 

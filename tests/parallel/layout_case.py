@@ -9,10 +9,11 @@ import torch
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.schedule import chunks_of
 from parallel.sequence.shard import IGNORE, Row
 from sbtrain.config.model_schema import GLAConfig, ModelConfig
 from sbtrain.config.schema import Precision, Recompute
-from sbtrain.model.build import build_model, global_parameters
+from sbtrain.model.build import build_chunks, global_parameters
 from sharding import global_state, local_shard
 
 ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=1.0, new_lr_scale=2.0)
@@ -56,10 +57,10 @@ def packed_rows(num_rows: int, num_tokens: int, vocab_size: int, *, seed: int = 
     return rows
 
 
-def fill(model, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
-    """Set this rank's parameters from the global random state."""
+def fill(chunks, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
+    """Set this rank's parameters from the global random state. chunks: of its stage, or the stage that is one."""
     state = global_state(config, seed=seed)
-    for name, parameter in global_parameters(model).items():
+    for name, parameter in global_parameters(*chunks_of(chunks)).items():
         source = "embedding.word_embeddings.weight" if name == "output_layer.weight" and config.tie_embeddings else name
         with torch.no_grad():
             parameter.copy_(local_shard(name, state[source], tp_rank=mesh.tp_rank, tp=mesh.layout.tp))
@@ -67,9 +68,9 @@ def fill(model, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
 
 def build_engine(config: ModelConfig, mesh: Mesh, *, seq_len: int, precision=Precision.fp32, recompute=Recompute.none):
     """An engine over the global random weights."""
-    model = build_model(config, mesh, precision=precision, recompute=recompute, seq_len=seq_len)
-    fill(model, config, mesh)
-    return Engine(model, mesh, adam=ADAM)
+    chunks = build_chunks(config, mesh, precision=precision, recompute=recompute, seq_len=seq_len)
+    fill(chunks, config, mesh)
+    return Engine(chunks, mesh, adam=ADAM)
 
 
 def one_step(
@@ -89,7 +90,7 @@ def one_step(
         mine = rows[mesh.dp_rank :: mesh.dp]
         first = engine.forward_backward(mine)
         engine.gather_gradients()
-        grads = {name: p.main_grad.cpu().clone() for name, p in global_parameters(engine.model).items()}
+        grads = {name: p.main_grad.cpu().clone() for name, p in global_parameters(*engine.models).items()}
         norm = engine.step(lr=1e-2)
         after = [engine.forward_backward(mine) for _ in range(num_steps)][-1]
         return dict(
