@@ -28,10 +28,11 @@ from sbtrain.convert.start import check_source, fill
 from sbtrain.data.loader import Loader, build_loader
 from sbtrain.metrics.meter import Meter
 from sbtrain.metrics.sinks import Sinks, open_sinks
-from sbtrain.model.build import build_model, global_parameters
+from sbtrain.model.build import build_chunks, global_parameters
 from sbtrain.model.flops import training_flops_per_token
 from sbtrain.plan.auto_layout import fit_world
 from sbtrain.plan.memory import checkpoint_bytes
+from sbtrain.plan.pipeline import pipeline_table
 from sbtrain.report.page import write_report
 from sbtrain.report.tables import summary_table
 from sbtrain.train.evaluate import Evaluations, HeldOut
@@ -90,7 +91,7 @@ def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations,
             return False
         state, finished = train_stage(recipe, state, engine, store, sinks, watch)
         if finished and evaluations.due(name):
-            finished = evaluations.add(name, engine.model, mesh, tokens=state.tokens, must_stop=watch.must_stop)
+            finished = evaluations.add(name, engine.models, mesh, tokens=state.tokens, must_stop=watch.must_stop)
     return finished
 
 
@@ -107,11 +108,11 @@ def convert(recipe: Recipe) -> Path:
         ledger = together(lambda: unbegun(recipe))
         layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
         mesh = stack.enter_context(Mesh.build(layout, patience_s=recipe.runtime.patience_s))
-        model = build_model(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
-        together(lambda: fill_start(recipe, model, mesh))
+        chunks = build_chunks(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
+        together(lambda: fill_start(recipe, chunks, mesh))
         describe(recipe)
         store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
-        store.save_weights(model, mesh, RunState(stage=name))
+        store.save_weights(chunks, mesh, RunState(stage=name))
     return ledger.checkpoint
 
 
@@ -222,7 +223,7 @@ def close_sinks(sinks: Sinks) -> None:
 def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
     """The recipe's model on the stage's layout, its weights still to be set."""
     with section("model"):
-        model = build_model(
+        chunks = build_chunks(
             recipe.model,
             mesh,
             precision=recipe.precision,
@@ -231,9 +232,11 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
             row_tokens=stage.row_tokens,
         )
         if mesh.rank == 0:
-            for symbol, choice in model.sp_choices.items():
+            for symbol, choice in chunks[0].sp_choices.items():
                 print(f"layout.sp_algorithm.{symbol}=auto: {choice}", flush=True)
-        return Engine(model, mesh, adam=asdict(recipe.optim))
+            if stage.layout.pp > 1:
+                print(pipeline_table(recipe.model, stage, dp=mesh.dp), flush=True)
+        return Engine(chunks, mesh, adam=asdict(recipe.optim))
 
 
 def begin_stage(
@@ -242,11 +245,11 @@ def begin_stage(
     """Restore the newest checkpoint, or start from the recipe's first weights (and judge them)."""
     state = store.restore(engine)
     if state is None:
-        fill_start(recipe, engine.model, engine.mesh)
+        fill_start(recipe, engine.models, engine.mesh)
         engine.weights_changed()
         state = RunState(stage=name)
     if state.step == 0 and evaluations.due("start"):
-        evaluations.add("start", engine.model, engine.mesh, tokens=0, must_stop=watch.must_stop)
+        evaluations.add("start", engine.models, engine.mesh, tokens=0, must_stop=watch.must_stop)
     if state.stage == name:
         return state
     if state.step > 0 and not store.ledger.is_done(state.stage):
@@ -257,12 +260,12 @@ def begin_stage(
     return state.entering(name)
 
 
-def fill_start(recipe: Recipe, model, mesh: Mesh) -> None:
+def fill_start(recipe: Recipe, chunks: list, mesh: Mesh) -> None:
     """Set this rank's parameters to the recipe's first weights."""
     with section("first weights", patient=True):
         fill(
-            global_parameters(model),
-            model=model.model_config,
+            global_parameters(*chunks),
+            model=chunks[0].model_config,
             path=recipe.start.path,
             seed=recipe.seed,
             tp_rank=mesh.tp_rank,
@@ -306,10 +309,10 @@ def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluat
     if not (recipe.evaluation.teacher and recipe.start.path and evaluations.due("teacher")):
         return
     teacher = replace(recipe.model, pattern="F")
-    model = build_model(teacher, mesh, precision=recipe.precision, seq_len=stage.seq_len)
-    fill_start(recipe, model, mesh)
-    evaluations.add("teacher", model, mesh, tokens=0, must_stop=watch.must_stop)
-    del model
+    chunks = build_chunks(teacher, mesh, precision=recipe.precision, seq_len=stage.seq_len)
+    fill_start(recipe, chunks, mesh)
+    evaluations.add("teacher", chunks, mesh, tokens=0, must_stop=watch.must_stop)
+    del chunks
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
 
