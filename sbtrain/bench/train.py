@@ -35,6 +35,7 @@ FILE = "bench_train.json"
 TOLERANCES = {Precision.bf16: (1e-3, 2e-2), Precision.fp32: (1e-5, 1e-4)}
 """Relative difference of the peers' first losses and gradient norms beyond which they do not run the same step."""
 NUM_PROFILED_STEPS = 2
+MATRIX_PARTS = ("projections", "gate", "mlp", "router", "experts", "shared_experts", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _profiled(name: str, peer, work: Work, options: TrainOptions) -> dict:
     parts = flops_per_token(work.model, work.seq_len)
     steps = TRAINING_FORWARDS * work.micro_batch * work.seq_len / work.layout.sp
     flops = {
-        "gemm": steps * sum(parts[part] for part in ("projections", "gate", "mlp", "lm_head")),
+        "gemm": steps * sum(parts[part] for part in MATRIX_PARTS),
         "attention": steps * (parts["full_attention"] + parts["sliding_window"]),
         "gla": steps * parts["gated_linear_attention"],
     }

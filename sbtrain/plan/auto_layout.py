@@ -2,8 +2,9 @@
 
 A stage whose own layout fits keeps it. Otherwise the first layout is taken that obeys all rules and, where the
 cluster's memory is known, fits into 90 % of it, in this order: fewest model ranks first (most data parallelism, the
-cheapest kind), then least tp x pp (sequence shards split the activations without splitting the model), then least tp.
-Where the memory is unknown, tp and pp stay 1 as long as any such layout is legal. tp stays inside one node.
+cheapest kind), then least tp x pp (sequence shards split the activations without splitting the model), then least tp,
+then least ep, whose experts are cut over ranks that hold other rows anyway. Where the memory is unknown, tp, pp and ep
+stay 1 as long as any such layout is legal. tp and ep stay inside one node.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import product
 from parallel.layout import Layout
 from sbtrain.config.rules import check_world, evaluation_problem, layout_problem, world_problem
 from sbtrain.config.schema import Recipe, Stage
+from sbtrain.model.flops import parameters
 from sbtrain.plan.memory import GIB, rank_memory
 
 USABLE_MEMORY = 0.9
@@ -43,7 +45,7 @@ def _fit_stage(recipe: Recipe, name: str, stage: Stage, world_size: int) -> Stag
     knows_memory = recipe.cluster.memory_gib > 0
     legal = [
         candidate
-        for sizes in _sizes(world_size, max_tp=recipe.cluster.gpus_per_node, model_ranks_first=knows_memory)
+        for sizes in _sizes(recipe, world_size, model_ranks_first=knows_memory)
         if not layout_problem(recipe.model, candidate := _resized(stage, sizes), candidate.layout)
         and not world_problem(candidate, world_size)
         and not evaluation_problem(recipe, candidate.layout)
@@ -68,17 +70,19 @@ def _resized(stage: Stage, sizes: Layout) -> Stage:
     return replace(stage, layout=replace(sizes, sp_algorithm=stage.layout.sp_algorithm))
 
 
-def _sizes(world_size: int, *, max_tp: int, model_ranks_first: bool) -> list[Layout]:
+def _sizes(recipe: Recipe, world_size: int, *, model_ranks_first: bool) -> list[Layout]:
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    in_node = [n for n in divisors if n <= recipe.cluster.gpus_per_node]
+    has_experts = parameters(recipe.model)["experts"] > 0
     layouts = [
-        Layout(tp=tp, pp=pp, sp=sp)
-        for tp, pp, sp in product(divisors, repeat=3)
-        if world_size % (tp * pp * sp) == 0 and tp <= max_tp
+        Layout(tp=tp, pp=pp, sp=sp, ep=ep)
+        for tp, pp, sp, ep in product(in_node, divisors, divisors, in_node if has_experts else [1])
+        if world_size % (tp * pp * sp) == 0 and (world_size // pp) % ep == 0
     ]
 
     def order(layout: Layout) -> tuple[int, ...]:
         split, ranks = layout.tp * layout.pp, layout.model_ranks
-        return (ranks, split, layout.tp) if model_ranks_first else (split, ranks, layout.tp)
+        return (*((ranks, split) if model_ranks_first else (split, ranks)), layout.tp, layout.ep)
 
     return sorted(layouts, key=order)
 

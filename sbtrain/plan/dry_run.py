@@ -11,7 +11,7 @@ from sbtrain.config.pattern import describe as describe_kind
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Recipe, Stage
 from sbtrain.model.build import count_parameters
-from sbtrain.model.flops import TRAINING_FORWARDS, flops_per_token, layer_parameters, parameters
+from sbtrain.model.flops import TRAINING_FORWARDS, active_parameters, flops_per_token, layer_parameters, parameters
 from sbtrain.plan.auto_layout import fit_world
 from sbtrain.plan.memory import GIB, rank_memory
 
@@ -57,9 +57,12 @@ def _layer_count(recipe: Recipe, kind) -> int:
 
 
 def _parameter_table(recipe: Recipe) -> str:
-    parts = parameters(recipe.model)
-    rows = [(part, f"{count:,}") for part, count in parts.items()]
-    return _table(("part", "parameters"), [*rows, ("total", f"{sum(parts.values()):,}")], left=(0,))
+    parts, always = parameters(recipe.model), ("embedding", "attention", "mlp", "norms")
+    rows = [(part, f"{count:,}") for part, count in parts.items() if count or part in always]
+    rows.append(("total", f"{sum(parts.values()):,}"))
+    if parts["experts"]:
+        rows.append(("active", f"{active_parameters(recipe.model):,}"))
+    return _table(("part", "parameters"), rows, left=(0,))
 
 
 def _stage_block(recipe: Recipe, name: str, stage: Stage) -> str:

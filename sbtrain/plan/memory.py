@@ -1,20 +1,23 @@
 """Bytes that one rank needs, by part: an estimate from the shape, the layout and the recompute mode.
 
-With P the parameters of a rank (tensors of a pipeline stage, divided by tp where tp cuts them), b the bytes of a
-weight (2 bf16, 4 fp32), t = row tokens / sp the tokens of a rank, and sizes D hidden, Q and KV all query and key/value
-channels, F ffn, V padded vocabulary:
+With P the dense parameters of a rank (tensors of a pipeline stage, divided by tp where tp cuts them), E those of its
+routed experts (divided by ep, never by tp), b the bytes of a weight (2 bf16, 4 fp32), t = row tokens / sp + meta tokens
+the tokens of a rank, and sizes D hidden, Q and KV all query and key/value channels, F ffn, V padded vocabulary:
 
-    weights       b P
-    gradients     4 P, summed in fp32 whatever the weights are
-    optimizer     12 P / (dp sp) for bf16: fp32 master weights and two moments, ZeRO-1; 8 P / (dp sp) for fp32, which
-                  needs no second copy of the weights
+    weights       b (P + E)
+    gradients     4 (P + E), summed in fp32 whatever the weights are
+    optimizer     12 (P / (dp sp) + E / (dp sp tp / ep)) for bf16: fp32 master weights and two moments, ZeRO-1 over the
+                  ranks that hold the same tensor; 8 for fp32, which needs no second copy of the weights
     activations   b t per layer and row in flight, by recompute mode:
                     none       4 D + [(Q + 2 KV) + (Q + KV) + Q + 3 F] / tp: residual and norms; q, k, v before and
                                after rotation or ReLU; mixer output; FFN
                     selective  the same without the FFN and its norm: 3 D + [...] / tp
                     full       D, the input of the layer
-                  L layers also keep the log decay and its logits in fp32: 8 KV / tp bytes a token. D is divided by tp
-                  under tp_sequence_parallel. Pipeline stage i of pp holds min(rows of a step, pp - i) rows in flight.
+                  A pair has the mixer's twice, q, k, v once if it shares them, and keeps the two outputs that it merges.
+                  L layers also keep the log decay and its logits in fp32: 8 KV / tp bytes a token. Experts take the
+                  place of the FFN: 3 F S / tp of S shared ones, and for each of top_k (2 D + 3 F) / tp: copies in and
+                  out, with balanced routing. D is divided by tp under tp_sequence_parallel. Pipeline stage i of pp
+                  holds min(rows of a step, pp - i) rows in flight.
     recomputed    one layer without recomputation, less what it keeps: alive while its backward pass runs
     logits        (b + 4) t V / tp on the last stage: the upper bound; a fused loss needs a small part of it
 
@@ -27,7 +30,14 @@ from parallel.layout import Layout
 from parallel.pipeline import split_layers
 from sbtrain.config.pattern import LayerKind, parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recipe, Recompute, Stage
-from sbtrain.model.flops import head_flops_per_token, layer_flops_per_token, layer_parameters
+from sbtrain.model.flops import (
+    expert_size,
+    head_flops_per_token,
+    layer_flops_per_token,
+    layer_parameters,
+    merge_norm_size,
+    num_projections,
+)
 
 GIB = 1024**3
 
@@ -45,13 +55,24 @@ def rank_memory(recipe: Recipe, stage: Stage, *, world_size: int) -> dict[str, f
 
 def rank_parameters(model: ModelConfig, layout: Layout, layers: range) -> float:
     """Parameters that a rank holds of the given layers, with the embedding and the head where they belong."""
+    return dense_parameters(model, layout, layers) + expert_parameters(model, layout, layers)
+
+
+def dense_parameters(model: ModelConfig, layout: Layout, layers: range) -> float:
+    """Those of a rank's parameters that all data-parallel ranks hold: all but the routed experts."""
     kinds = parse_pattern(model.pattern, model.num_layers)
     vocabulary = model.padded_vocab_size * model.hidden_size / layout.tp
     count = sum(_layer_share(model, kinds[i], layout.tp) for i in layers)
     first, last = layers.start == 0, layers.stop == model.num_layers
-    count += vocabulary if first else 0
+    count += vocabulary + model.meta.num_tokens * model.hidden_size if first else 0
     count += model.hidden_size if last else 0
     return count + (vocabulary if last and not (first and model.tie_embeddings) else 0)
+
+
+def expert_parameters(model: ModelConfig, layout: Layout, layers: range) -> float:
+    """Parameters of the routed experts that a rank holds: experts are cut by ep, whole on a tp rank."""
+    kinds = parse_pattern(model.pattern, model.num_layers)
+    return sum(layer_parameters(model, kinds[i]).get("experts", 0) for i in layers) / layout.ep
 
 
 def checkpoint_bytes(recipe: Recipe, *, optimizer: bool = True) -> int:
@@ -69,19 +90,36 @@ def layer_activation_bytes(
     residual = model.hidden_size / (layout.tp if layout.tp_sequence_parallel else 1)
     if recompute is Recompute.full:
         return element * residual
-    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    mixer = (3 * query + 3 * key_value) / layout.tp
+    key_value = model.num_kv_heads * model.head_dim
+    mixer = _mixer_channels(model, kind) / layout.tp
+    if len(kind.mixers) > 1:
+        mixer += 2 * (merge_norm_size(model) / layout.tp if model.pair.shared_projections else residual)
     gate = 8 * key_value / layout.tp if "L" in kind.mixers else 0
     if recompute is Recompute.selective:
         return element * (3 * residual + mixer) + gate
-    return element * (4 * residual + mixer + 3 * model.ffn_size / layout.tp) + gate
+    return element * (4 * residual + mixer + _ffn_channels(model, kind) / layout.tp) + gate
+
+
+def _mixer_channels(model: ModelConfig, kind: LayerKind) -> float:
+    """q, k, v of the projections; q and k with rotation or features and the output, of each mixer."""
+    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return num_projections(model, kind) * (query + 2 * key_value) + len(kind.mixers) * (2 * query + key_value)
+
+
+def _ffn_channels(model: ModelConfig, kind: LayerKind) -> float:
+    if not kind.moe:
+        return 3 * model.ffn_size
+    expert = 3 * expert_size(model)
+    return model.moe.num_shared_experts * expert + model.moe.top_k * (2 * model.hidden_size + expert)
 
 
 def _pipeline_rank(recipe: Recipe, stage: Stage, layers: range, *, index: int, world_size: int) -> dict[str, float]:
     model, layout, precision = recipe.model, stage.layout, recipe.precision
     kinds = [parse_pattern(model.pattern, model.num_layers)[i] for i in layers]
-    element, num_tokens, dp = _element_bytes(precision), stage.row_tokens / layout.sp, layout.dp(world_size)
-    count = rank_parameters(model, layout, layers)
+    element, dp = _element_bytes(precision), layout.dp(world_size)
+    num_tokens = stage.row_tokens / layout.sp + model.meta.num_tokens
+    dense, experts = dense_parameters(model, layout, layers), expert_parameters(model, layout, layers)
+    owned = dense / (dp * layout.sp) + experts / (dp * layout.sp * layout.tp / layout.ep)
     rows_in_flight = min(stage.num_rows // dp, layout.pp - index)
 
     def kept(kind: LayerKind, recompute: Recompute) -> float:
@@ -89,9 +127,9 @@ def _pipeline_rank(recipe: Recipe, stage: Stage, layers: range, *, index: int, w
 
     last = layers.stop == model.num_layers
     return {
-        "weights": element * count,
-        "gradients": 4 * count,
-        "optimizer": (12 if precision is Precision.bf16 else 8) * count / (dp * layout.sp),
+        "weights": element * (dense + experts),
+        "gradients": 4 * (dense + experts),
+        "optimizer": (12 if precision is Precision.bf16 else 8) * owned,
         "activations": rows_in_flight * sum(kept(kind, stage.recompute) for kind in kinds),
         "recomputed": max(kept(kind, Recompute.none) - kept(kind, stage.recompute) for kind in kinds),
         "logits": (element + 4) * num_tokens * model.padded_vocab_size / layout.tp if last else 0.0,
@@ -99,9 +137,13 @@ def _pipeline_rank(recipe: Recipe, stage: Stage, layers: range, *, index: int, w
 
 
 def _layer_share(model: ModelConfig, kind: LayerKind, tp: int) -> float:
-    """Parameters of one layer on one tp rank: norms and the bottleneck of the gate are whole on every rank."""
+    """Dense parameters of one layer on one tp rank: norms, router and the bottleneck of the gate are whole on each."""
     parts = layer_parameters(model, kind)
-    whole = parts["norms"] + (model.gla.gate_rank * model.hidden_size if "gate" in parts else 0)
+    parts.pop("experts", None)
+    whole = parts["norms"] + parts.get("router", 0)
+    if len(kind.mixers) > 1 and model.pair.shared_projections:  # these are cut with the heads that they scale
+        whole -= len(kind.mixers) * merge_norm_size(model)
+    whole += model.gla.gate_rank * model.hidden_size if "gate" in parts else 0
     return whole + (sum(parts.values()) - whole) / tp
 
 
