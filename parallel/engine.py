@@ -130,7 +130,7 @@ def _finalize_gradients(chunks, num_tokens=None, **options) -> None:
 
 
 def sharded_weights(model, mesh: Mesh) -> dict:
-    """The weights of this rank's stage, or of its chunks, as megatron's sharded state dict, under their global names."""
+    """The weights of this rank's stage or chunks as megatron's sharded state dict, under their global names."""
     states = [chunk.sharded_state_dict(metadata=_metadata(mesh)) for chunk in chunks_of(model)]
     return states[0] if len(states) == 1 else {f"chunk_{index}": state for index, state in enumerate(states)}
 

@@ -65,9 +65,9 @@ def _gather_bucket(optimizer, bucket, param_map: dict, whole: dict) -> None:
 def keeping_what_is_sent(communicate: Callable) -> Callable:
     """P2PCommunicator._communicate, sending through tensors of its own.
 
-    The interleaved schedule takes the memory from a stage's output (`output.data = ...`) before the send of it was waited
-    for. A send that is under way holds the tensor, not its memory, and gloo goes on reading what has been freed; so may
-    NCCL, depending on how torch protects the memory of asynchronous calls. An alias keeps the memory.
+    The interleaved schedule takes the memory from a stage's output (`output.data = ...`) before the send of it was
+    waited for. A send that is under way holds the tensor, not its memory, and gloo goes on reading what has been freed;
+    so may NCCL, depending on how torch protects the memory of asynchronous calls. An alias keeps the memory.
     """
 
     @wraps(communicate)

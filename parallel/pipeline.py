@@ -84,6 +84,7 @@ def most_in_flight(sizes: list[float], *, pp: int, stage: int, num_rows: int) ->
     chunk. num_rows: rows of a step.
     """
     held = most = 0.0
+    num_rows = min(num_rows, 3 * pp)  # more rows repeat what these do
     for action in actions(pp=pp, vpp=len(sizes), stage=stage, num_rows=num_rows):
         held += -sizes[action.chunk] if action.backward else sizes[action.chunk]
         most = max(most, held)
@@ -151,5 +152,7 @@ def _shortest_step(ends: list[int], pp: int, chunk_cost: Callable[[int, int], fl
 
 def _one_layer_moved(ends: list[int]) -> list[list[int]]:
     """The boundaries themselves, and with each of them a layer further left or right; every chunk keeps a layer."""
-    moved = [[end + by * (place == i) for place, end in enumerate(ends)] for i in range(len(ends) - 1) for by in (-1, 1)]
+    moved = [
+        [end + by * (place == i) for place, end in enumerate(ends)] for i in range(len(ends) - 1) for by in (-1, 1)
+    ]
     return [ends, *(option for option in moved if all(len(part) for part in ranges_between(option)))]

@@ -54,8 +54,6 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision)
     )
 
 
-
-
 def build_model(model: ModelConfig, mesh: Mesh, **options) -> HybridModel:
     """This rank's stage of the model where it is one chunk (layout.vpp is 1). options: those of build_chunks."""
     (built,) = build_chunks(model, mesh, **options)

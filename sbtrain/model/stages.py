@@ -9,7 +9,7 @@ from parallel.layout import Layout
 from parallel.pipeline import ranges_between, split_layers
 from sbtrain.config.model_schema import ModelConfig
 from sbtrain.config.pattern import LayerKind, parse_pattern
-from sbtrain.model.flops import flops_per_token, layer_flops
+from sbtrain.model.flops import flops_per_token, layer_flops_per_token
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def pipeline_chunks(model: ModelConfig, layout: Layout, *, seq_len: int) -> list
     seq_len: of a document, in tokens. Raises ValueError when there are fewer layers than chunks.
     """
     kinds = parse_pattern(model.pattern, model.num_layers)
-    costs = [sum(layer_flops(model, kind, seq_len).values()) for kind in kinds]
+    costs = layer_flops_per_token(model, seq_len)
     whole = flops_per_token(model, seq_len)
     ends = {"first_extra": whole["embedding"], "last_extra": whole["lm_head"]}
     if layout.pp_layers:
@@ -44,7 +44,9 @@ def pipeline_chunks(model: ModelConfig, layout: Layout, *, seq_len: int) -> list
     return [_chunk(part, kinds, costs, **ends) for part in layers]
 
 
-def _chunk(layers: range, kinds: list[LayerKind], costs: list[float], *, first_extra: float, last_extra: float) -> Chunk:
+def _chunk(
+    layers: range, kinds: list[LayerKind], costs: list[float], *, first_extra: float, last_extra: float
+) -> Chunk:
     has_embedding, has_head = layers.start == 0, layers.stop == len(kinds)
     flops = sum(costs[i] for i in layers) + first_extra * has_embedding + last_extra * has_head
     return Chunk(layers, tuple(kinds[i] for i in layers), has_embedding, has_head, flops)
