@@ -12,7 +12,7 @@ import torch.distributed as dist
 from parallel import mcore
 from parallel.gradients import GradientBuffers
 from parallel.mesh import Mesh
-from parallel.optimizer import allocate_state, build_optimizer, own_step_counts, step
+from parallel.optimizer import build_optimizer, load_state, sharded_state, step
 from parallel.place import primitive, section
 from parallel.schedule import LossSum, chunks_of, run_rows
 from parallel.sequence.shard import IGNORE, Row
@@ -39,6 +39,8 @@ class Engine:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if mesh.layout.vpp > 1 else no_sync[0]
         self.config.finalize_model_grads_func = _finalize_gradients
+        self.metrics: dict = {}
+        self.expert_steps = self.models[0].expert_steps.joined([chunk.expert_steps for chunk in self.models[1:]])
         self.optimizer, self._clip_grad = build_optimizer(self.chunks, **adam), adam["clip_grad"]
         self.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -62,7 +64,7 @@ class Engine:
         self.config.grad_scale_func = self.config.no_sync_func = self.config.finalize_model_grads_func = None
         for chunk in self.chunks:
             chunk.grad_accs.clear()
-        del self.models, self.chunks, self.optimizer
+        del self.models, self.chunks, self.optimizer, self.expert_steps
 
     def weights_changed(self) -> None:
         """Call after writing into the model's parameters: the fp32 master copies follow them."""
@@ -80,6 +82,7 @@ class Engine:
             for chunk in self.chunks:
                 chunk.train()
                 chunk.begin_step(loss_scale=loss_scale)
+            self.expert_steps.begin(num_tokens=self.mesh.dp * sum(len(row.tokens) for row in rows))
             total = run_rows(self.chunks, self.mesh, rows, loss_scale=loss_scale).sum(0)
             with primitive("sum of losses"):
                 dist.all_reduce(total, group=self.mesh.groups.dp_cp)
@@ -94,31 +97,33 @@ class Engine:
 
     def gather_gradients(self) -> None:
         """Make param.main_grad whole on every rank after forward_backward, for inspection: ZeRO leaves each a part."""
-        group = self.mesh.groups.dp_cp
-        for buffer in (buffer for chunk in self.chunks for buffer in chunk.buffers):
+        for buffer in (part for chunk in self.chunks for part in chunk.buffers + chunk.expert_parallel_buffers):
+            group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 parts = bucket.grad_data.chunk(group.size())
                 dist.all_gather(list(parts), parts[group.rank()].clone(), group=group)
 
     def step(self, *, lr: float) -> float:
-        """Clip, update the weights with this learning rate, and return the gradient norm before clipping."""
+        """Clip, update the weights with this learning rate, and return the gradient norm before clipping.
+
+        metrics then says what the model adds to the record of this step.
+        """
         with section("optimizer step"):
-            return step(self.optimizer, lr=lr, clip_grad=self._clip_grad)
+            grad_norm = step(self.optimizer, lr=lr, clip_grad=self._clip_grad)
+            self.metrics = self.expert_steps.end()
+            return grad_norm
 
     def sharded_state_dict(self, *, for_loading: bool = False) -> dict:
         """Model and optimizer as megatron's sharded state dict, to be saved or (for_loading) loaded into."""
-        allocate_state(self.optimizer)
-        model = sharded_weights(self.models, self.mesh)
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=for_loading, metadata=_metadata(self.mesh))
+        model, metadata = sharded_weights(self.models, self.mesh), _metadata(self.mesh)
+        optimizer = sharded_state(self.optimizer, model, metadata=metadata, for_loading=for_loading)
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what was loaded into the sharded state dict of this engine, or into the weights' part of it."""
         load_weights(self.models, state["model"])
         if "optimizer" in state:
-            with torch.no_grad():
-                self.optimizer.load_state_dict(state["optimizer"])
-            own_step_counts(self.optimizer)
+            load_state(self.optimizer, state["optimizer"])
         else:
             self.weights_changed()
 
@@ -126,6 +131,8 @@ class Engine:
 def _finalize_gradients(chunks, num_tokens=None, **options) -> None:
     """megatron's reduction over the groups, without its division by num_tokens: the loss carries it already."""
     with section("gradient reduction"):
+        for chunk in chunks:
+            chunk.module.expert_steps.before_reduction()
         mcore.finalize_model_grads(chunks, None, **options)
 
 

@@ -16,6 +16,11 @@ def gradient_buffer(weight: Tensor) -> GradientBuffer | None:
     return offered if offered is not None and offered.is_open else None
 
 
+def is_late(parameter) -> bool:
+    """Whether parameter's gradient is complete only after the backward pass: others hold copies (sbtrain.moe.hot)."""
+    return getattr(parameter, "has_copies", False)
+
+
 class GradientBuffers(mcore.DistributedDataParallel):
     """megatron's DDP without its zeroing pass: the first gradient of a step is written over the buffer, later ones add.
 
@@ -60,6 +65,10 @@ class GradientBuffers(mcore.DistributedDataParallel):
         for parameter in self.params_with_grad:
             if parameter not in self._written:
                 parameter.main_grad.zero_()
+        if self.ddp_config.overlap_grad_reduce:
+            for group in self.expert_parallel_bucket_groups:
+                if any(is_late(parameter) for parameter in group.params):
+                    group.start_grad_sync(force_all_reduce)
         super().finish_grad_sync(force_all_reduce=force_all_reduce)
 
     def _make_backward_post_hook(self, parameter):
@@ -82,7 +91,7 @@ class GradientBuffers(mcore.DistributedDataParallel):
 
     def register_ready(self, parameter) -> None:
         """One of the gradients that parameter gets from a micro-batch is complete: the reduction may start."""
-        if self.ddp_config.overlap_grad_reduce:
+        if self.ddp_config.overlap_grad_reduce and not is_late(parameter):
             self.param_to_bucket_group[parameter].register_grad_ready(parameter, self.force_all_reduce)
 
 

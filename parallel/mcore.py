@@ -56,11 +56,14 @@ from megatron.core.tensor_parallel import (  # noqa: E402, F401
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel import random as _random  # noqa: E402
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402, F401
 from megatron.core.transformer.module import MegatronModule  # noqa: E402, F401
+from megatron.core.transformer.moe import moe_utils as _moe_utils  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear  # noqa: E402, F401
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402, F401
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402, F401
 from megatron.core.transformer.utils import sharded_state_dict_default  # noqa: E402, F401
@@ -77,6 +80,8 @@ if _ON_CPU:
     cpu.patch_megatron(_random)
 
 
+if not hasattr(_moe_utils, "te_general_gemm"):  # without TransformerEngine every router raises NameError
+    _moe_utils.te_general_gemm = None
 DistributedOptimizer._set_main_param_and_optimizer_states = fixes.set_main_param_and_optimizer_states
 DistributedOptimizer.get_parameter_state_dp_zero = fixes.get_parameter_state_dp_zero
 P2PCommunicator._communicate = fixes.keeping_what_is_sent(P2PCommunicator._communicate)
@@ -97,4 +102,9 @@ def mark_tensor_parallel(module: torch.nn.Module) -> None:
         dim = 1 if isinstance(part, RowParallelLinear) else 0
         for weight in sharded:
             if weight is not None:
-                weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1
+                mark_sharded(weight, dim=dim)
+
+
+def mark_sharded(weight: torch.nn.Parameter, *, dim: int) -> None:
+    """Say that the weight is one tp rank's part of a larger one, cut along dim."""
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1

@@ -91,6 +91,11 @@ class Mesh:
         return self.groups.dp.rank()
 
     @property
+    def ep_rank(self) -> int:
+        """Which of the routed experts this process holds."""
+        return self.groups.ep.rank()
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this process holds the embedding."""
         return self.pp_rank == 0

@@ -85,16 +85,44 @@ def allocate_state(optimizer) -> None:
             group.pop("step", None)  # where apex and TransformerEngine count
 
 
-def own_step_counts(optimizer) -> None:
-    """Give each parameter its own Adam step tensor.
+def sharded_state(optimizer, weights: dict, *, metadata: dict, for_loading: bool = False) -> dict:
+    """Step count, master weights and moments under the names of their weights, which no layout changes.
 
-    After megatron 0.16.1 loads a checkpoint all parameters share one, which then advances once per parameter.
+    weights: the model's sharded state dict. megatron's own numbers its optimizers (one for experts, one for the rest)
+    and their groups, which differ between layouts, and between stages with and without experts.
     """
+    allocate_state(optimizer)
+    parts = [part.sharded_param_state_fully_reshardable(weights, for_loading, metadata) for part in _parts(optimizer)]
+    return {"step": _step_count(optimizer), "parts": dict(enumerate(parts))}
+
+
+@torch.no_grad()
+def load_state(optimizer, state: dict) -> None:
+    """Take over what was loaded into sharded_state."""
+    # checkpoints written before there were experts count steps where megatron does
+    step_count = state["step"] if "step" in state else state["optimizer"]["param_groups"][0]["step"]
+    for index, part in enumerate(_parts(optimizer)):
+        part.load_parameter_state_from_fully_reshardable(state["parts"].get(index, {}))  # a stage without experts
+        for moments in part.optimizer.state.values():
+            if "step" in moments:  # each has its own: a shared one would advance once per parameter
+                moments["step"] = torch.full_like(moments["step"], step_count)
+        for group in part.optimizer.param_groups:
+            if not isinstance(part.optimizer, torch.optim.AdamW):  # where apex and TransformerEngine count
+                group["step"] = step_count
+
+
+def _step_count(optimizer) -> int:
     for part in _parts(optimizer):
-        for state in part.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].detach().clone()
+        for moments in part.optimizer.state.values():
+            if "step" in moments:
+                return int(moments["step"])
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                return int(group["step"])
+    return 0
 
 
 def _parts(optimizer) -> list:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    """megatron's optimizers of this rank: dense weights, experts. A stage without experts has a stub for them."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]

@@ -34,8 +34,8 @@ def run_rows(model, mesh: Mesh, rows: list[Row], *, loss_scale: float | None = N
     loss_scale: gradients are those of the summed loss times this; None runs the forward pass alone.
 
     model: a stage of the model or the list of its chunks, wrapped for data parallelism or not; with several chunks the
-    number of rows is a multiple of layout.pp. Returns fp64 [rows, 2] of (summed loss, scored tokens) of this rank's
-    shard of each row, the same on all pipeline stages.
+    number of rows is a multiple of layout.pp (in_rounds). Returns fp64 [rows, 2] of (summed loss, scored tokens) of
+    this rank's shard of each row, the same on all pipeline stages.
     """
     chunks = chunks_of(model)
     num_tokens = {row.tokens.shape[0] for row in rows}
@@ -45,7 +45,7 @@ def run_rows(model, mesh: Mesh, rows: list[Row], *, loss_scale: float | None = N
         data_iterator=[iter(rows) for _ in chunks],
         model=chunks,
         num_microbatches=len(rows),
-        seq_length=num_tokens.pop(),
+        seq_length=tokens_between_stages(chunks[0], mesh, num_tokens.pop()),
         micro_batch_size=1,
         forward_only=loss_scale is None,
     )
@@ -62,6 +62,17 @@ def chunks_of(model) -> list:
     return list(model) if isinstance(model, (list, tuple)) else [model]
 
 
+def in_rounds(num_rows: int, mesh: Mesh) -> int:
+    """num_rows rounded up to what a data-parallel rank can run: with several chunks a stage, a multiple of pp."""
+    at_once = mesh.layout.pp if mesh.layout.vpp > 1 else 1
+    return -(-num_rows // at_once) * at_once
+
+
+def tokens_between_stages(model, mesh: Mesh, num_tokens: int) -> int:
+    """Rows of the sp ranks' hidden states together, which megatron cuts over sp: each has its own meta tokens."""
+    return num_tokens + mesh.layout.sp * getattr(model, "module", model).num_meta
+
+
 @torch.no_grad()
 def evaluate_rows(model, mesh: Mesh, rows: list[Row]) -> list[LossSum]:
     """The loss of each row, without gradients. Every rank passes the same rows and gets the same answer.
@@ -69,9 +80,7 @@ def evaluate_rows(model, mesh: Mesh, rows: list[Row]) -> list[LossSum]:
     model: as run_rows takes it. Rows are dealt over the data-parallel ranks; ranks that get fewer run a row again
     without counting it.
     """
-    num_rounds = -(-len(rows) // mesh.dp)
-    if mesh.layout.vpp > 1:  # the interleaved schedule takes pp rows at a time
-        num_rounds = -(-num_rounds // mesh.layout.pp) * mesh.layout.pp
+    num_rounds = in_rounds(-(-len(rows) // mesh.dp), mesh)
     mine = [rows[min(i * mesh.dp + mesh.dp_rank, len(rows) - 1)] for i in range(num_rounds)]
     chunks = chunks_of(model)
     was_training = chunks[0].training

@@ -16,6 +16,7 @@ from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh, device, start_distributed
 from parallel.place import primitive, section
+from parallel.sequence.shard import Row
 from parallel.watch import RankWatch
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.run_dir import Exit, check_folder, check_owner, describe_run, record_exit, run_folder
@@ -23,12 +24,14 @@ from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store, check_room, read_state
 from sbtrain.config.rules import check_training, world_problem
 from sbtrain.config.schema import Recipe, Stage
+from sbtrain.convert.calibrate import teacher_of
 from sbtrain.convert.export import export_checkpoint
-from sbtrain.convert.start import check_source, fill
+from sbtrain.convert.first import FirstWeights, fill_model
+from sbtrain.convert.start import check_source
 from sbtrain.data.loader import Loader, build_loader
 from sbtrain.metrics.meter import Meter
 from sbtrain.metrics.sinks import Sinks, open_sinks
-from sbtrain.model.build import build_chunks, global_parameters
+from sbtrain.model.build import build_chunks
 from sbtrain.model.flops import training_flops_per_token
 from sbtrain.plan.auto_layout import fit_world
 from sbtrain.plan.memory import checkpoint_bytes
@@ -85,8 +88,12 @@ def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations,
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(stage.layout, patience_s=recipe.runtime.patience_s))
         judge_teacher(recipe, stage, mesh, evaluations, watch)
+        first = None
+        if store.ledger.checkpoint is None:
+            first = first_weights(recipe, name, stage, mesh)
+            first.prepare()
         engine = stack.enter_context(closing(build_engine(recipe, stage, mesh)))
-        state = begin_stage(recipe, name, engine, store, evaluations, watch)
+        state = begin_stage(name, engine, store, evaluations, watch, first)
         if watch.must_stop():
             return False
         state, finished = train_stage(recipe, state, engine, store, sinks, watch)
@@ -108,9 +115,12 @@ def convert(recipe: Recipe) -> Path:
         ledger = together(lambda: unbegun(recipe))
         layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
         mesh = stack.enter_context(Mesh.build(layout, patience_s=recipe.runtime.patience_s))
+        first = first_weights(recipe, name, stage, mesh)
+        first.prepare()
         chunks = build_chunks(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
-        together(lambda: fill_start(recipe, chunks, mesh))
+        together(lambda: first.fill(chunks))
         describe(recipe)
+        first.check(chunks)
         store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
         store.save_weights(chunks, mesh, RunState(stage=name))
     return ledger.checkpoint
@@ -228,6 +238,7 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
             mesh,
             precision=recipe.precision,
             recompute=stage.recompute,
+            experts=stage.experts,
             seq_len=stage.seq_len,
             row_tokens=stage.row_tokens,
         )
@@ -240,13 +251,14 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
 
 
 def begin_stage(
-    recipe: Recipe, name: str, engine: Engine, store: Store, evaluations: Evaluations, watch: Watch
+    name: str, engine: Engine, store: Store, evaluations: Evaluations, watch: Watch, first: FirstWeights | None
 ) -> RunState:
     """Restore the newest checkpoint, or start from the recipe's first weights (and judge them)."""
     state = store.restore(engine)
     if state is None:
-        fill_start(recipe, engine.models, engine.mesh)
+        first.fill(engine.models)
         engine.weights_changed()
+        first.check(engine.models)
         state = RunState(stage=name)
     if state.step == 0 and evaluations.due("start"):
         evaluations.add("start", engine.models, engine.mesh, tokens=0, must_stop=watch.must_stop)
@@ -260,17 +272,15 @@ def begin_stage(
     return state.entering(name)
 
 
-def fill_start(recipe: Recipe, chunks: list, mesh: Mesh) -> None:
-    """Set this rank's parameters to the recipe's first weights."""
-    with section("first weights", patient=True):
-        fill(
-            global_parameters(*chunks),
-            model=chunks[0].model_config,
-            path=recipe.start.path,
-            seed=recipe.seed,
-            tp_rank=mesh.tp_rank,
-            tp=mesh.layout.tp,
-        )
+def first_weights(recipe: Recipe, name: str, stage: Stage, mesh: Mesh) -> FirstWeights:
+    """The first weights of a run that begins with this stage."""
+
+    def read(num_tokens: int) -> list[Row]:
+        few = replace(stage, global_batch_tokens=-(-num_tokens // stage.row_tokens) * stage.row_tokens)
+        with closing(stage_loader(recipe, name, few, dp_rank=0, dp=1)) as loader:
+            return loader.next_step()
+
+    return FirstWeights(recipe, mesh, seq_len=stage.seq_len, read_rows=read if recipe.data.sources else None)
 
 
 def train_stage(
@@ -308,9 +318,8 @@ def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluat
     """Judge the unconverted source once, if the recipe asks for it."""
     if not (recipe.evaluation.teacher and recipe.start.path and evaluations.due("teacher")):
         return
-    teacher = replace(recipe.model, pattern="F")
-    chunks = build_chunks(teacher, mesh, precision=recipe.precision, seq_len=stage.seq_len)
-    fill_start(recipe, chunks, mesh)
+    chunks = build_chunks(teacher_of(recipe.model), mesh, precision=recipe.precision, seq_len=stage.seq_len)
+    fill_model(recipe, chunks, mesh)
     evaluations.add("teacher", chunks, mesh, tokens=0, must_stop=watch.must_stop)
     del chunks
     if mesh.device.type == "cuda":

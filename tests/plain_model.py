@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sbtrain.config.model_schema import FeatureMap, Gate, MetaPositions, RouterScore
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig
 
@@ -22,6 +23,10 @@ def plain_logits(state: dict[str, Tensor], model: ModelConfig, tokens: Tensor, c
     state: tensors under the names of the Hugging Face source family (Qwen2, Qwen3, Llama), and for every L layer i
         model.layers.{i}.self_attn.gk_proj.0.weight [rank, D], .gk_proj.1.weight [Hkv*hd, rank], .gk_proj.1.bias,
         and model.layers.{i}.self_attn.g_norm.weight [hd]. Without lm_head.weight the embedding is used.
+        A pair has la_q_proj, swa_q_proj (of S) or fa_q_proj (of F) and so on for each branch, or one q_proj and so
+        on for both, and la_merge_norm, swa_merge_norm or fa_merge_norm; of meta tokens, model.meta_tokens [M, D].
+        A mixture of experts has mlp.router.weight [E, D] (and router.expert_bias [E]), mlp.experts.{j}.gate_proj and so
+        on, and mlp.shared_expert.gate_proj and so on, the shared experts side by side.
     cu_seqlens: [N+1] boundaries of the documents of each row; None means one document.
     """
     if tokens.dim() == 2:
@@ -32,19 +37,57 @@ def plain_logits(state: dict[str, Tensor], model: ModelConfig, tokens: Tensor, c
 
 
 def _document(state: dict[str, Tensor], model: ModelConfig, tokens: Tensor) -> Tensor:
-    embedding = state["model.embed_tokens.weight"]
+    """The meta tokens are simply the first rows of every document."""
+    embedding, num_meta = state["model.embed_tokens.weight"], model.meta.num_tokens
     x = embedding[tokens]
-    for i, layer_kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
-        (kind,) = layer_kind.mixers
+    if num_meta:
+        x = torch.cat([state["model.meta_tokens"], x])
+    for i, kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
         weights = _below(state, f"model.layers.{i}.")
         normed = _norm(x, weights["input_layernorm.weight"], model.norm_eps)
-        attention = _below(weights, "self_attn.")
-        x = x + (_gla(attention, model, normed) if kind == "L" else _softmax(attention, model, normed, kind))
+        x = x + _mixer(_below(weights, "self_attn."), model, normed, kind.mixers)
         normed = _norm(x, weights["post_attention_layernorm.weight"], model.norm_eps)
-        gate = F.silu(normed @ weights["mlp.gate_proj.weight"].T)
-        x = x + (gate * (normed @ weights["mlp.up_proj.weight"].T)) @ weights["mlp.down_proj.weight"].T
-    x = _norm(x, state["model.norm.weight"], model.norm_eps)
+        x = x + (_experts if kind.moe else _ffn)(_below(weights, "mlp."), model, normed)
+    x = _norm(x[num_meta:], state["model.norm.weight"], model.norm_eps)
     return x @ state.get("lm_head.weight", embedding).T
+
+
+def _ffn(weights: dict[str, Tensor], model: ModelConfig, x: Tensor) -> Tensor:
+    gate = F.silu(x @ weights["gate_proj.weight"].T)
+    return (gate * (x @ weights["up_proj.weight"].T)) @ weights["down_proj.weight"].T
+
+
+def _experts(weights: dict[str, Tensor], model: ModelConfig, x: Tensor) -> Tensor:
+    """Every expert sees every token; a weight of zero leaves out those that it does not go to."""
+    moe, logits = model.moe, x @ weights["router.weight"].T
+    scores = logits.softmax(-1) if moe.score is RouterScore.softmax else logits.sigmoid()
+    best = (scores + weights.get("router.expert_bias", 0)).argsort(-1, descending=True)[:, : moe.top_k]
+    chosen = torch.zeros_like(scores).scatter(1, best, 1.0) * scores
+    if moe.renormalize:
+        chosen = chosen / chosen.sum(-1, keepdim=True)
+    out = _ffn(_below(weights, "shared_expert."), model, x) if moe.num_shared_experts else 0
+    return out + sum(
+        chosen[:, j, None] * _ffn(_below(weights, f"experts.{j}."), model, x) for j in range(moe.num_experts)
+    )
+
+
+def _mixer(weights: dict[str, Tensor], model: ModelConfig, x: Tensor, kinds: tuple[str, ...]) -> Tensor:
+    if len(kinds) == 1:
+        return _heads_of(weights, model, x, kinds[0]) @ weights["o_proj.weight"].T
+    merged = 0
+    for kind in kinds:
+        branch = {"L": "la_", "S": "swa_", "F": "fa_"}[kind]
+        own = {**weights, **_below(weights, branch)}
+        o = _heads_of(own, model, x, kind)
+        if not model.pair.shared_projections:
+            o = o @ own["o_proj.weight"].T
+        merged = merged + _norm(o, own["merge_norm.weight"], model.norm_eps) / 2
+    return merged @ weights["o_proj.weight"].T if model.pair.shared_projections else merged
+
+
+def _heads_of(weights: dict[str, Tensor], model: ModelConfig, x: Tensor, kind: str) -> Tensor:
+    """What the output projection reads."""
+    return _gla(weights, model, x) if kind == "L" else _softmax(weights, model, x, kind)
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -65,15 +108,17 @@ def _softmax(weights: dict[str, Tensor], model: ModelConfig, x: Tensor, kind: st
     if model.qk_norm:
         q, k = _norm(q, weights["q_norm.weight"], model.norm_eps), _norm(k, weights["k_norm.weight"], model.norm_eps)
     q, k = _rope(q, model), _rope(k, model)
-    t = torch.arange(x.shape[0])
+    t, num_meta = torch.arange(x.shape[0]), model.meta.num_tokens
     age = t[:, None] - t[None, :]
     visible = (age >= 0) & (age < (model.window if kind == "S" else x.shape[0]))
+    visible[:, :num_meta] = True
+    visible[:num_meta, num_meta:] = False
     outputs = []
     for h in range(model.num_heads):
         j = h // (model.num_heads // model.num_kv_heads)
         scores = (q[:, h] @ k[:, j].T / math.sqrt(model.head_dim)).masked_fill(~visible, float("-inf"))
         outputs.append(torch.softmax(scores, -1) @ v[:, j])
-    return torch.cat(outputs, -1) @ weights["o_proj.weight"].T
+    return torch.cat(outputs, -1)
 
 
 def _rope(x: Tensor, model: ModelConfig) -> Tensor:
@@ -82,7 +127,10 @@ def _rope(x: Tensor, model: ModelConfig) -> Tensor:
     frequency = torch.tensor([model.rope_theta ** (-c / half) for c in range(half)], dtype=torch.float64)
     if model.rope_scaling is not None:
         frequency = torch.tensor([_llama3(f, model.rope_scaling) for f in frequency.tolist()], dtype=torch.float64)
-    angle = torch.arange(x.shape[0], dtype=torch.float64)[:, None] * frequency
+    position = torch.arange(x.shape[0], dtype=torch.float64)
+    if model.meta.positions is MetaPositions.unrotated:
+        position = (position - model.meta.num_tokens).clamp(min=0)
+    angle = position[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -101,15 +149,22 @@ def _llama3(frequency: float, scaling) -> float:
 
 def _gla(weights: dict[str, Tensor], model: ModelConfig, x: Tensor) -> Tensor:
     q, k, v = (_heads(weights, name, x, model.head_dim) for name in ("q_proj", "k_proj", "v_proj"))
-    q, k = torch.relu(q) / math.sqrt(model.head_dim), torch.relu(k)
-    gate = F.linear(x @ weights["gk_proj.0.weight"].T, weights["gk_proj.1.weight"], weights["gk_proj.1.bias"])
-    decay = torch.sigmoid(gate).pow(1 / model.gla.gate_normalizer).unflatten(-1, (-1, model.head_dim))
+    feature_map = torch.relu if model.gla.feature_map is FeatureMap.relu else torch.sigmoid
+    q, k = feature_map(q) / math.sqrt(model.head_dim), feature_map(k)
+    if model.gla.gate is Gate.tied:
+        decay = model.gla.lower_bound + (1 - model.gla.lower_bound) * (1 - k)
+        k = 1 - decay
+    else:
+        gate = F.linear(x @ weights["gk_proj.0.weight"].T, weights["gk_proj.1.weight"], weights["gk_proj.1.bias"])
+        decay = torch.sigmoid(gate).pow(1 / model.gla.gate_normalizer).unflatten(-1, (-1, model.head_dim))
     group = model.num_heads // model.num_kv_heads
     q = q.unflatten(1, (model.num_kv_heads, group))
-    state = x.new_zeros(model.num_kv_heads, model.head_dim, model.head_dim)
-    outputs = []
+    nothing = x.new_zeros(model.num_kv_heads, model.head_dim, model.head_dim)
+    state, outputs = nothing, []
     for t in range(x.shape[0]):
+        if t == model.meta.num_tokens and not model.meta.in_state:
+            state = nothing
         state = decay[t][:, :, None] * state + k[t][:, :, None] * v[t][:, None, :]
         outputs.append(torch.einsum("jgk,jkv->jgv", q[t], state))
     o = _norm(torch.stack(outputs).flatten(1, 2), weights["g_norm.weight"], model.norm_eps)
-    return o.flatten(1) @ weights["o_proj.weight"].T
+    return o.flatten(1)

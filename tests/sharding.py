@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sbtrain.config.model_schema import Gate
+from sbtrain.config.pattern import parse_pattern
+
 _ROWS = (
     "word_embeddings.weight",
     "linear_qkv.weight",
@@ -13,15 +16,30 @@ _ROWS = (
     "gate_up.bias",
     "output_layer.weight",
 )
+_EXPERTS = ("experts.linear_fc1", "experts.linear_fc2")
 _COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
 
-def local_shard(name: str, whole: Tensor, *, tp_rank: int, tp: int) -> Tensor:
-    """The tensor-parallel shard of a global tensor under one of our parameter names."""
+def local_shard(
+    name: str,
+    whole: Tensor,
+    *,
+    tp_rank: int,
+    tp: int,
+    ep_rank: int = 0,
+    ep: int = 1,
+    shared_projections: bool = False,
+) -> Tensor:
+    """The shard of a global tensor under one of our parameter names: experts by ep, all else by tp.
+
+    shared_projections: of pairs, whose norms then come before the output projection and are cut like its columns.
+    """
+    if name.endswith(_EXPERTS):
+        return whole.chunk(ep)[ep_rank]
     if name.endswith("linear_fc1.weight"):
         gate, up = whole.chunk(2)
         return torch.cat([gate.chunk(tp)[tp_rank], up.chunk(tp)[tp_rank]])
-    if name.endswith(_ROWS):
+    if name.endswith(_ROWS) or ("merge_norms" in name and shared_projections):
         return whole.chunk(tp)[tp_rank]
     return whole.chunk(tp, dim=1)[tp_rank] if name.endswith(_COLUMNS) else whole
 
@@ -30,33 +48,63 @@ def global_state(model, *, seed: int = 0, dtype=torch.float32) -> dict[str, Tens
     """Random weights of a small model under our global names, norms near one."""
     generator = torch.Generator().manual_seed(seed)
     hidden, head, kv = model.hidden_size, model.head_dim, model.num_kv_heads
-    rows = (model.num_heads + 2 * kv) * head
+    rows, norm = (model.num_heads + 2 * kv) * head, hidden
+    shared = model.pair.shared_projections
+    if shared:
+        norm = model.num_heads * head
 
     def random(*shape, scale=0.15, shift=0.0):
         return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift).to(dtype)
 
     state = {"embedding.word_embeddings.weight": random(model.padded_vocab_size, hidden, scale=0.5)}
-    symbols = (model.pattern * model.num_layers)[: model.num_layers]
-    for i, symbol in enumerate(symbols):
+
+    def projections(prefix: str):
+        state[prefix + "linear_qkv.weight"] = random(rows, hidden)
+        if model.qkv_bias:
+            state[prefix + "linear_qkv.bias"] = random(rows)
+        state[prefix + "linear_proj.weight"] = random(hidden, model.num_heads * head)
+
+    def core(prefix: str, symbol: str):
+        if symbol == "L":
+            if model.gla.gate is Gate.low_rank:
+                state[prefix + "gate_down.weight"] = random(model.gla.gate_rank, hidden)
+                state[prefix + "gate_up.weight"] = random(kv * head, model.gla.gate_rank, scale=1)
+                state[prefix + "gate_up.bias"] = random(kv * head)
+            state[prefix + "out_norm.weight"] = random(head, shift=1)
+        elif model.qk_norm:
+            state[prefix + "q_norm.weight"] = random(head, shift=1)
+            state[prefix + "k_norm.weight"] = random(head, shift=1)
+
+    if model.meta.num_tokens:
+        state["embedding.meta_tokens"] = random(model.meta.num_tokens, hidden, scale=0.5)
+    for i, kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
         mixer = f"decoder.layers.{i}.self_attention."
         state[f"decoder.layers.{i}.input_layernorm.weight"] = random(hidden, shift=1)
-        state[mixer + "linear_qkv.weight"] = random(rows, hidden)
-        if model.qkv_bias:
-            state[mixer + "linear_qkv.bias"] = random(rows)
-        state[mixer + "linear_proj.weight"] = random(hidden, model.num_heads * head)
-        if symbol == "L":
-            state[mixer + "gate_down.weight"] = random(model.gla.gate_rank, hidden)
-            state[mixer + "gate_up.weight"] = random(kv * head, model.gla.gate_rank, scale=1)
-            state[mixer + "gate_up.bias"] = random(kv * head)
-            state[mixer + "out_norm.weight"] = random(head, shift=1)
-        elif model.qk_norm:
-            state[mixer + "q_norm.weight"], state[mixer + "k_norm.weight"] = (
-                random(head, shift=1),
-                random(head, shift=1),
-            )
+        if len(kind.mixers) == 1:
+            projections(mixer)
+            core(mixer, kind.mixers[0])
+        else:
+            if shared:
+                projections(mixer)
+            for symbol in kind.mixers:
+                if not shared:
+                    projections(f"{mixer}branches.{symbol}.")
+                core(f"{mixer}branches.{symbol}.", symbol)
+                state[f"{mixer}merge_norms.{symbol}.weight"] = random(norm, shift=1)
         state[f"decoder.layers.{i}.pre_mlp_layernorm.weight"] = random(hidden, shift=1)
-        state[f"decoder.layers.{i}.mlp.linear_fc1.weight"] = random(2 * model.ffn_size, hidden)
-        state[f"decoder.layers.{i}.mlp.linear_fc2.weight"] = random(hidden, model.ffn_size)
+        mlp = f"decoder.layers.{i}.mlp."
+        if not kind.moe:
+            state[mlp + "linear_fc1.weight"] = random(2 * model.ffn_size, hidden)
+            state[mlp + "linear_fc2.weight"] = random(hidden, model.ffn_size)
+            continue
+        moe, width = model.moe, model.moe.expert_ffn_size or model.ffn_size
+        state[mlp + "router.weight"] = random(moe.num_experts, hidden)
+        state[mlp + "experts.linear_fc1"] = random(moe.num_experts, 2 * width, hidden)
+        state[mlp + "experts.linear_fc2"] = random(moe.num_experts, hidden, width)
+        if moe.num_shared_experts:
+            side = moe.num_shared_experts * width
+            state[mlp + "shared_experts.linear_fc1.weight"] = random(2 * side, hidden)
+            state[mlp + "shared_experts.linear_fc2.weight"] = random(hidden, side)
     state["decoder.final_layernorm.weight"] = random(hidden, shift=1)
     if not model.tie_embeddings:
         state["output_layer.weight"] = random(model.padded_vocab_size, hidden)
@@ -71,15 +119,10 @@ def hf_state(state: dict[str, Tensor], model) -> dict[str, Tensor]:
     }
     if "output_layer.weight" in state:
         out["lm_head.weight"] = state["output_layer.weight"][: model.vocab_size]
+    if "embedding.meta_tokens" in state:
+        out["model.meta_tokens"] = state["embedding.meta_tokens"]
     renamed = {
         "input_layernorm.weight": "input_layernorm.weight",
-        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-        "self_attention.gate_down.weight": "self_attn.gk_proj.0.weight",
-        "self_attention.gate_up.weight": "self_attn.gk_proj.1.weight",
-        "self_attention.gate_up.bias": "self_attn.gk_proj.1.bias",
-        "self_attention.out_norm.weight": "self_attn.g_norm.weight",
-        "self_attention.q_norm.weight": "self_attn.q_norm.weight",
-        "self_attention.k_norm.weight": "self_attn.k_norm.weight",
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
         "mlp.linear_fc2.weight": "mlp.down_proj.weight",
     }
@@ -93,8 +136,34 @@ def hf_state(state: dict[str, Tensor], model) -> dict[str, Tensor]:
         elif rest == "mlp.linear_fc1.weight":
             out[to + "mlp.gate_proj.weight"], out[to + "mlp.up_proj.weight"] = tensor.chunk(2)
         else:
-            heads = tensor.unflatten(0, (model.num_kv_heads, -1, model.head_dim))
-            kind = rest.rsplit(".", 1)[1]
-            for part, piece in (("q", heads[:, :-2]), ("k", heads[:, -2]), ("v", heads[:, -1])):
-                out[f"{to}self_attn.{part}_proj.{kind}"] = piece.reshape(-1, *tensor.shape[1:])
+            mixer = _hf_mixer(rest.removeprefix("self_attention."), tensor, model)
+            out.update({f"{to}self_attn.{theirs}": piece for theirs, piece in mixer.items()})
     return out
+
+
+_BRANCHES = {"L": "la_", "S": "swa_", "F": "fa_"}
+
+
+def _hf_mixer(name: str, tensor: Tensor, model) -> dict[str, Tensor]:
+    """One tensor of a mixer: of a branch of a pair, what both have is told apart by la_, swa_ and fa_."""
+    branch = ""
+    if name.startswith("branches."):
+        _, symbol, name = name.split(".", 2)
+        branch = _BRANCHES[symbol]
+    if name.startswith("merge_norms."):
+        return {f"{_BRANCHES[name.split('.')[1]]}merge_norm.weight": tensor}
+    renamed = {
+        "linear_proj.weight": f"{branch}o_proj.weight",
+        "gate_down.weight": "gk_proj.0.weight",
+        "gate_up.weight": "gk_proj.1.weight",
+        "gate_up.bias": "gk_proj.1.bias",
+        "out_norm.weight": "g_norm.weight",
+        "q_norm.weight": f"{branch}q_norm.weight",
+        "k_norm.weight": f"{branch}k_norm.weight",
+    }
+    if name in renamed:
+        return {renamed[name]: tensor}
+    heads = tensor.unflatten(0, (model.num_kv_heads, -1, model.head_dim))
+    parts = {"q": heads[:, :-2], "k": heads[:, -2], "v": heads[:, -1]}
+    kind = name.rsplit(".", 1)[1]
+    return {f"{branch}{part}_proj.{kind}": piece.reshape(-1, *tensor.shape[1:]) for part, piece in parts.items()}

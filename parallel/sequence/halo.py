@@ -43,17 +43,18 @@ class Plan:
     cu_seqlens: Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, cu_seqlens: Tensor, group) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, cu_seqlens: Tensor, group, **sinks: Tensor) -> Tensor:
     """ops.attention with a window on one shard of a row, the shards of the group's ranks side by side: [1,T/sp,Hq,V].
 
     q [1, T/sp, Hq, D], k [1, T/sp, Hkv, D], v [1, T/sp, Hkv, V], rotated already; cu_seqlens int32 [N+1] of the whole
-    row. Collective, and so is its backward pass. Any number of heads goes with any sp.
+    row; sinks: sink_k and sink_v of ops.attention, the same on every rank, whose gradients add up over the ranks.
+    Collective, and so is its backward pass. Any number of heads goes with any sp.
     """
     if group.size() == 1:
-        return ops.attention(q, k, v, window=window, cu_seqlens=cu_seqlens)
+        return ops.attention(q, k, v, window=window, cu_seqlens=cu_seqlens, **sinks)
     plan = plan_of(cu_seqlens, window=window, rank=group.rank(), size=group.size())
     k, v = _Fetch.apply(k, v, plan, group)
-    return ops.attention(q, k, v, window=window, cu_seqlens=plan.cu_seqlens)
+    return ops.attention(q, k, v, window=window, cu_seqlens=plan.cu_seqlens, **sinks)
 
 
 def plan_of(cu_seqlens: Tensor, *, window: int, rank: int, size: int) -> Plan:

@@ -6,7 +6,7 @@ the whole row's documents (after an exchange over heads) or its own shard of tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,11 +41,24 @@ class Documents:
 
     keepers: with a cache, the sp ranks on which it is to hold what the row of shards leaves behind; None where there
     are no shards and this rank alone continues its cache.
+    num_meta: rows of meta tokens before those of the shard, the same on every sp rank; positions begins with theirs.
     """
 
     cu_seqlens: Tensor
     positions: Tensor
     keepers: range | None = None
+    num_meta: int = 0
+
+    def with_meta(self, num_meta: int, *, rotated: bool, rows: bool = True) -> Documents:
+        """Documents that begin behind num_meta tokens at positions 0, 1, ..., or where those are not rotated at 0.
+
+        rows: whether the meta tokens' rows come with the shard's; otherwise caches have what is known of them.
+        """
+        positions = self.positions + num_meta if rotated else self.positions
+        if not rows:
+            return replace(self, positions=positions)
+        own = torch.arange(num_meta, device=positions.device) * int(rotated)  # a rotation by 0 is none
+        return replace(self, positions=torch.cat([own, positions]), num_meta=num_meta)
 
 
 def positions_of(cu_seqlens: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ and their gradients the same one from the right, on the gradients of the enterin
 exchange's business (lasp2, zeco); they give the same bits. A document that starts in a shard has decay -inf there
 (ops.gla_state), so nothing crosses it, and every rank makes the same calls whatever its documents are.
 
+A state that every document starts from is the same on every rank: a document adds it where it starts, as the part of
+state[r] that is left of it at the end of the shard. Nothing more travels.
+
 With overlap, the rank computes what its shard gives without the states while they travel, forward and backward
 (ops.gla), and adds their part last (ops.gla_carry). That part costs more than the waiting where links are fast: without
 overlap, the default inside a host, it waits and computes all at once (ops.gla_output).
@@ -26,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import ops
+from ops.documents import bounds
 from parallel.collectives import from_last
 from parallel.sequence.shard import shard_documents
 
@@ -44,32 +48,65 @@ def gla(
     group,
     exchange: Exchange,
     overlap: bool,
+    initial_state: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """ops.gla on one shard of a row, the shards of the group's ranks side by side: o [1, T/sp, Hq, V].
 
     q [1, T/sp, Hq, K], k and log_decay [1, T/sp, Hkv, K], v [1, T/sp, Hkv, V]; cu_seqlens int32 [N+1] of the whole row.
     Collective, and so is its backward pass. Any number of heads goes with any sp.
+    initial_state [Hkv, K, V]: of every document, the same on every rank, its gradients add up over the ranks; None: 0.
     return_state, of a row of one document: (o, the state [1, Hkv, K, V] after the row, on every rank and without
     gradients); the last rank broadcasts it, Hkv * K * V elements in fp32.
     """
     if group.size() == 1:
-        o, state = ops.gla(q, k, v, log_decay, cu_seqlens=cu_seqlens, output_final_state=return_state)
+        first = None if initial_state is None else of_each(initial_state, cu_seqlens)
+        about = dict(initial_state=first, cu_seqlens=cu_seqlens)
+        o, state = ops.gla(q, k, v, log_decay, **about, output_final_state=return_state)
         return (o, state) if return_state else o
     documents = shard_documents(cu_seqlens, rank=group.rank(), size=group.size())
     state, decay = ops.gla_state(k, v, log_decay, cu_seqlens=documents)
+    starting = None
+    if initial_state is not None:
+        starting = _starting(initial_state, documents, begins=group.rank() == 0)
+        if group.rank() == 0 or len(starting) > 1:
+            state = state + _left_of(initial_state, log_decay, documents)
     passage = _Passage(exchange, group)
     ticket = _Leave.apply(state, decay, passage)
-    o = ops.gla(q, k, v, log_decay, cu_seqlens=documents)[0] if overlap else None
+    o = ops.gla(q, k, v, log_decay, initial_state=starting, cu_seqlens=documents)[0] if overlap else None
     state_in, q = _Enter.apply(ticket, q, passage)
     if overlap:
         o = ops.gla_carry(o, q, log_decay, state_in, cu_seqlens=documents)
-    else:
+    elif starting is None:
         o = ops.gla_output(q, k, v, log_decay, state_in, cu_seqlens=documents)
+    else:
+        starting = torch.cat([starting[:1] + state_in, starting[1:]])
+        o, _ = ops.gla(q, k, v, log_decay, initial_state=starting, cu_seqlens=documents)
     if not return_state:
         return o
     leaving = torch.addcmul(state, decay.exp()[..., None], state_in).detach()
     return o, from_last(leaving[None], group=group, name="broadcast of the last state")
+
+
+def of_each(initial_state: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """A state [Hkv, K, V] for each document, [N, Hkv, K, V]."""
+    return initial_state.expand(len(cu_seqlens) - 1, *initial_state.shape)
+
+
+def _starting(initial_state: Tensor, documents: Tensor, *, begins: bool) -> Tensor:
+    """The state that each of a shard's documents starts from, [N, Hkv, K, V].
+
+    It is 0 for the one that enters from the left, unless the row begins there.
+    """
+    everyone = of_each(initial_state, documents)
+    return everyone if begins else torch.cat([torch.zeros_like(everyone[:1]), everyone[1:]])
+
+
+def _left_of(initial_state: Tensor, log_decay: Tensor, documents: Tensor) -> Tensor:
+    """What the document that leaves a shard, and starts in it, takes along of the state it started from."""
+    start = bounds(documents)[-2]
+    decay = log_decay[0, start:].to(initial_state.dtype).sum(0)
+    return decay.exp()[..., None] * initial_state
 
 
 def spans_hosts(group) -> bool:

@@ -20,7 +20,10 @@ Mixing = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
 Collective in a group of several ranks, and so is the backward pass. Those of L also take return_state=True, for a row
 of one document that decoding continues: (o, state [1, Hkv, K, V] after the row), the state on every rank and without
-gradients. What S and F leave behind is the same for every algorithm: the end of k and v (tail.py)."""
+gradients. What S and F leave behind is the same for every algorithm: the end of k and v (tail.py).
+
+What meta tokens leave for every document is an argument too, the same on every rank: initial_state [Hkv, K, V] of L,
+sink_k and sink_v [S, Hkv, D] of S and F. Its gradients add up over the ranks; nothing of it travels."""
 
 
 def mixing(
@@ -68,9 +71,19 @@ def candidates(symbol: str) -> list[SequenceAlgorithm]:
 def _gla_by_heads(*, num_heads: int, num_kv_heads: int, window: None, group) -> Mixing:
     exchange = Ulysses(num_heads=num_heads, num_kv_heads=num_kv_heads, group=group)
 
-    def gla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, cu_seqlens: Tensor, return_state: bool = False):
+    def gla(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        *,
+        cu_seqlens: Tensor,
+        initial_state: Tensor | None = None,
+        return_state: bool = False,
+    ):
         inputs = exchange.gather(q, k, v, log_decay)
-        o, state = ops.gla(*inputs, cu_seqlens=cu_seqlens, output_final_state=return_state)
+        first = None if initial_state is None else states.of_each(exchange.own(initial_state, dim=0), cu_seqlens)
+        o, state = ops.gla(*inputs, initial_state=first, cu_seqlens=cu_seqlens, output_final_state=return_state)
         o = exchange.scatter(o)
         return (o, exchange.all_heads(state)) if return_state else o
 
@@ -84,8 +97,9 @@ def _gla_by_states(exchange: states.Exchange, *, num_heads: int, num_kv_heads: i
 def _attention_by_heads(*, num_heads: int, num_kv_heads: int, window: int | None, group) -> Mixing:
     exchange = Ulysses(num_heads=num_heads, num_kv_heads=num_kv_heads, group=group)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor) -> Tensor:
-        return exchange.scatter(ops.attention(*exchange.gather(q, k, v), window=window, cu_seqlens=cu_seqlens))
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, **sinks: Tensor) -> Tensor:
+        inputs, sinks = exchange.gather(q, k, v), {name: exchange.own(x, dim=1) for name, x in sinks.items()}
+        return exchange.scatter(ops.attention(*inputs, window=window, cu_seqlens=cu_seqlens, **sinks))
 
     return attention
 

@@ -71,6 +71,19 @@ class Ulysses:
             return o
         return to_tokens(o, self.q_heads, self.num_heads, self.group)
 
+    def own(self, x: Tensor, *, dim: int) -> Tensor:
+        """Of what every rank has for all Hkv heads in dim, what goes with this rank's heads inside, Hkv' of them.
+
+        Nothing travels. Gradients are of the heads that this rank has: those of all ranks add up to the whole.
+        """
+        if self.group.size() == 1:
+            return x
+        num_own = len(self.kv_heads) // self.group.size()
+        heads = self.kv_heads[self.group.rank() * num_own :][:num_own]
+        if PAD in heads:
+            x = torch.cat([x, torch.zeros_like(x.narrow(dim, 0, 1))], dim=dim)
+        return x[(slice(None),) * dim + (heads,)]
+
     def all_heads(self, state: Tensor) -> Tensor:
         """What a row leaves behind, by kv head: this rank's [1,Hkv',...] -> [1,Hkv,...]. Without gradients.
 

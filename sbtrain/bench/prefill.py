@@ -126,7 +126,7 @@ def _measure(built: HybridModel, mesh: Mesh, num_tokens: int, options: PrefillOp
     def step(mark) -> None:
         # documents are made anew, as for every prompt: what kernels derive from them is part of the time
         shard, documents, _ = shard_prompt(tokens, rank=mesh.sp_rank, size=options.sp, keepers=range(options.sp))
-        built.decoder(built.embedding(shard), documents, cache)
+        built.hidden(shard, documents, cache)
         mark("forward")
 
     try:

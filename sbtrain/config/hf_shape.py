@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sbtrain.config.export_shape import contradiction, is_export, model_of_export
 from sbtrain.config.model_schema import ModelConfig, RopeScaling
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -73,7 +74,7 @@ def complete_shape(model: ModelConfig, folder: str, *, may_be_absent: bool = Fal
     """
     shape: dict[str, Any] = {}
     if folder and not (may_be_absent and not Path(folder).exists()):
-        shape = read_shape(folder)
+        shape = _shape_of_export(model, folder) if is_export(read_config(folder)) else read_shape(folder)
     for field, theirs in shape.items():
         ours = getattr(model, field)
         if field == "max_positions" and ours is not None:  # what training extends, no part of the shape
@@ -101,6 +102,16 @@ def complete_shape(model: ModelConfig, folder: str, *, may_be_absent: bool = Fal
                 f"model.{field} is not known: {where}; set start.path to a Hugging Face folder, or give model.{field}"
             )
     return model
+
+
+def _shape_of_export(model: ModelConfig, folder: str) -> dict[str, Any]:
+    """The fields that a recipe may leave open, of a folder that sbtrain has exported; it has the recipe's layers."""
+    theirs = model_of_export(read_config(folder), Path(folder) / "config.json")
+    problem = contradiction(model, theirs)
+    if problem:
+        raise ValueError(f"{problem} of start.path={folder}; a model that sbtrain has exported goes on as it is")
+    open_fields = ("num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_scaling", "max_positions")
+    return {field: getattr(theirs, field) for field in (*_KEYS, *open_fields, "tie_embeddings", "qkv_bias", "qk_norm")}
 
 
 def _refuse_other_blocks(config: dict[str, Any], family: str, path: Path) -> None:

@@ -14,10 +14,15 @@ from pathlib import Path
 import ops
 from parallel.layout import Layout
 from parallel.sequence.table import pair_problem
+from sbtrain.config.export_shape import is_export
+from sbtrain.config.hf_shape import read_config
+from sbtrain.config.mixer_rules import check_mixers, cut_problem
+from sbtrain.config.moe_rules import check_moe, experts_problem, has_experts
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
 
 TRAINABLE_MIXERS = ("F", "S", "L")
+TRAINABLE_PAIRS = ("(LS)", "(LF)")
 OBJECTIVES = (Objective.ce,)
 LARGEST_WORLD = 65536
 """Where the search for a world size that fits ends."""
@@ -29,6 +34,7 @@ def check(recipe: Recipe) -> None:
     """All rules that hold for any world. Raises ValueError: one line with the key and the fix."""
     check_shape(recipe.model)
     check_pattern(recipe.model)
+    check_moe(recipe.model)
     check_start(recipe)
     check_optim(recipe)
     check_counts(recipe)
@@ -41,7 +47,7 @@ def check(recipe: Recipe) -> None:
         check_objective(name, stage)
         check_schedule(name, stage)
         check_blend(recipe, name, stage)
-        problem = layout_problem(recipe.model, stage, stage.layout)
+        problem = layout_problem(recipe.model, stage, stage.layout) or experts_problem(recipe.model, stage)
         if problem:
             raise ValueError(f"stages.{name}.{problem}")
         check_evaluation(recipe, name, stage.layout)
@@ -83,6 +89,11 @@ def world_problem(stage: Stage, world_size: int) -> str | None:
     if world_size % layout.model_ranks:
         return f"{ranks} do not divide the world of {world_size}"
     dp = world_size // layout.model_ranks
+    if world_size // layout.pp % layout.ep:
+        return (
+            f"layout ep {layout.ep} does not divide the {world_size // layout.pp} ranks of a pipeline stage, "
+            f"dp {dp} x sp {layout.sp} x tp {layout.tp}"
+        )
     if stage.num_rows % dp:
         return (
             f"global_batch_tokens={stage.global_batch_tokens} are {stage.num_rows} rows of micro_batch x seq_len = "
@@ -145,17 +156,16 @@ def check_shape(model: ModelConfig) -> None:
         )
     if model.head_dim % 2:
         raise ValueError(f"model.head_dim={model.head_dim} is odd; rotary embeddings need an even one")
-    if model.gla.gate_rank < 1 or model.gla.gate_normalizer <= 0:
-        raise ValueError("model.gla.gate_rank and model.gla.gate_normalizer must be greater than 0")
+    check_mixers(model)
 
 
 def check_pattern(model: ModelConfig) -> None:
     """The pattern parses, fits num_layers and holds only layers that can be trained."""
     for index, kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
-        if len(kind.mixers) > 1 or kind.moe or kind.mixers[0] not in TRAINABLE_MIXERS:
+        if kind.symbol not in (*TRAINABLE_MIXERS, *TRAINABLE_PAIRS):
             raise ValueError(
                 f"model.pattern '{model.pattern}': layer {index} is {kind.symbol}, which is not trainable yet; "
-                f"use {', '.join(TRAINABLE_MIXERS)}"
+                f"use {', '.join((*TRAINABLE_MIXERS, *TRAINABLE_PAIRS))}"
             )
 
 
@@ -164,6 +174,10 @@ def check_start(recipe: Recipe) -> None:
     path = recipe.start.path
     if path and not recipe.dry_run and not Path(path).is_dir():
         raise ValueError(f"start.path={path} does not exist; put the Hugging Face folder there or set start.path")
+    if path and recipe.evaluation.teacher and Path(path).is_dir() and is_export(read_config(path)):
+        raise ValueError(
+            f"evaluation.teacher=true: start.path={path} is an export of sbtrain, which has no teacher; set false"
+        )
 
 
 def check_optim(recipe: Recipe) -> None:
@@ -189,10 +203,8 @@ def check_evaluation(recipe: Recipe, name: str, layout: Layout) -> None:
 def evaluation_problem(recipe: Recipe, layout: Layout) -> str | None:
     """Why held-out rows cannot be judged on a layout, or None. Without evaluation.seq_len the longest stage counts."""
     seq_len = recipe.evaluation.seq_len or max(stage.seq_len for stage in recipe.stages.values())
-    parts = layout.sp * (layout.tp if layout.tp_sequence_parallel else 1)
-    if recipe.evaluation.tokens > 0 and seq_len % parts:
-        return f"{seq_len} tokens cannot be cut into the {parts} shards"
-    return None
+    problem = cut_problem(recipe.model, layout, row_tokens=seq_len) if recipe.evaluation.tokens > 0 else None
+    return problem and f"{seq_len} tokens{problem}"
 
 
 def check_ops(recipe: Recipe) -> None:
@@ -362,10 +374,14 @@ def _chunks_problem(model: ModelConfig, layout: Layout, chunks: str) -> str | No
 
 
 def _expert_problem(model: ModelConfig, layout: Layout) -> str | None:
-    moe = any(kind.moe for kind in parse_pattern(model.pattern, model.num_layers))
-    if layout.ep > 1 and not moe:
+    if layout.ep > 1 and not has_experts(model):
         return (
             f"layout.ep={layout.ep} needs mixture-of-experts layers, which model.pattern '{model.pattern}' lacks; set 1"
+        )
+    if model.moe.num_experts % layout.ep:
+        return (
+            f"layout.ep={layout.ep} does not divide model.moe.num_experts={model.moe.num_experts}; "
+            "choose an ep that does"
         )
     return None
 
@@ -373,10 +389,10 @@ def _expert_problem(model: ModelConfig, layout: Layout) -> str | None:
 def _sequence_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str | None:
     if stage.seq_len % layout.sp:
         return f"layout.sp={layout.sp} does not divide seq_len={stage.seq_len}; choose an sp that does"
-    shards = layout.sp * (layout.tp if layout.tp_sequence_parallel else 1)
-    if stage.row_tokens % shards:
+    problem = cut_problem(model, layout, row_tokens=stage.row_tokens)
+    if problem:
         return (
-            f"layout.sp={layout.sp} x tp={layout.tp} under tp_sequence_parallel cut a row of {stage.row_tokens} tokens "
-            "unevenly; choose a seq_len or micro_batch that they divide"
+            f"layout.sp={layout.sp} x tp={layout.tp} under tp_sequence_parallel: a row of {stage.row_tokens} "
+            f"tokens{problem}; choose a seq_len or micro_batch that they divide"
         )
     return algorithm_problem(model, layout, seq_len=stage.seq_len)

@@ -12,6 +12,7 @@ from typing import Dict
 
 from parallel.layout import Layout
 from sbtrain.config.model_schema import ModelConfig
+from sbtrain.config.moe_schema import ExpertsConfig
 
 
 class Precision(Enum):
@@ -22,9 +23,14 @@ class Precision(Enum):
 
 
 class Recompute(Enum):
-    """What the backward pass computes again: nothing, the FFN of every layer, or whole layers."""
+    """What the backward pass computes again.
+
+    none: nothing. activations: the FFN's activations and routers. selective: also the FFNs, those of experts included,
+    without sending rows to experts again. full: whole layers.
+    """
 
     none = "none"
+    activations = "activations"
     selective = "selective"
     full = "full"
 
@@ -132,6 +138,7 @@ class Stage:
     layout: ranks per kind of parallelism.
     schedule: learning rate.
     recompute: what the backward pass computes again to save memory.
+    experts: how mixtures of experts are run.
     blend: weights of data.sources by name, for this stage; empty keeps theirs.
     """
 
@@ -143,6 +150,7 @@ class Stage:
     layout: Layout = field(default_factory=Layout)
     schedule: Schedule = field(default_factory=Schedule)
     recompute: Recompute = Recompute.none
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     blend: Dict[str, float] = field(default_factory=dict)
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 
 
 def build(kind: type, value: Any, key: str = "") -> Any:
-    """`value` (what YAML gives) as an instance of `kind`: dataclass, Dict, Tuple, Optional, Enum, int, float, bool, str.
+    """`value` (what YAML gives) as an instance of `kind`: dataclass, Dict, Tuple, Optional, Enum or a plain type.
 
     An int is taken where a float is wanted, and nothing else is converted. Raises ValueError naming `key`.
     """

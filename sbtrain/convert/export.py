@@ -1,9 +1,8 @@
 """From a training checkpoint to a Hugging Face folder that transformers runs.
 
-Two formats. `gla_swa` is the one of the released SpikingBrain-7B: its config.json and key names, so its modeling code
-loads the folder as well as ours does. `sbtrain` is our own superset for models that the released code cannot express.
-Tensors stream one by one into a folder beside the target, are read back, and the folder gets its name at the end:
-a target that exists is complete.
+Three formats, see sbtrain.convert.export_config: `gla_swa` is the one of the released SpikingBrain-7B, `sbtrain` is
+our own superset of it, `sbtrain_moe` is for pairs of mixers, meta tokens and experts. Tensors stream one by one into a
+folder beside the target, are read back, and the folder gets its name at the end: a target that exists is complete.
 """
 
 from __future__ import annotations
@@ -13,19 +12,20 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sbtrain.checkpoint.files import read_json, write_json
 from sbtrain.config.schema import ModelConfig, Recipe
+from sbtrain.convert.export_config import MODEL_TYPES, choose_format, config_of, modeling_files
+from sbtrain.convert.names import exported_name
 from sbtrain.convert.reader import CheckpointReader
 from sbtrain.convert.shards import DTYPES, ShardWriter
-from sbtrain.convert.weights import EMBEDDING, symbols, table
+from sbtrain.convert.weights import EMBEDDING, table
 from sbtrain.data import tokenizer as tokenizers
 
-FORMATS = ("hf", "gla_swa", "sbtrain")
 _MODELING = Path(__file__).parent / "hf_model"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,13 +39,6 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_RENAMED = {
-    "embed_tokens": "embeddings",
-    "input_layernorm": "attn_norm",
-    "self_attn": "attn",
-    "post_attention_layernorm": "mlp_norm",
-}
-_RELEASED_GATE = (16, 16.0)
 
 
 class GlobalReader(Protocol):
@@ -65,16 +58,16 @@ def export(
     format: str = "hf",
     max_shard_bytes: int = 5_000_000_000,
 ) -> str:
-    """Write the folder `out` and return the format it has, gla_swa or sbtrain.
+    """Write the folder `out` and return the format it has, gla_swa, sbtrain or sbtrain_moe.
 
     out: must not exist or be empty. tokenizer_dir: its tokenizer files are taken along; "" takes none.
     source_dir: generation_config.json and the special token ids of config.json are its own, or else tokenizer_dir's.
     dtype: bf16, fp16 or fp32.
-    format: hf writes gla_swa where the released code can hold the model, else sbtrain.
+    format: hf writes the first of gla_swa, sbtrain and sbtrain_moe that can hold the model.
     Raises ValueError, one line, before anything is written where that is possible; never leaves a partial `out`.
     """
     out = Path(out)
-    form = _choose_format(format, model)
+    form = choose_format(format, model)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is not known; choose one of {', '.join(DTYPES)}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -118,58 +111,31 @@ def export_checkpoint(
     )
 
 
-def gla_swa_refusal(model: ModelConfig) -> str | None:
-    """Why the released SpikingBrain-7B modeling code cannot hold this model; None if it can."""
-    gate = (model.gla.gate_rank, model.gla.gate_normalizer)
-    reasons = [
-        (model.qk_norm, "its attention has no q/k norms"),
-        ("F" in symbols(model), "it has no full-attention layers"),
-        (model.num_heads * model.head_dim != model.hidden_size, "its head_dim is hidden_size / num_heads"),
-        (model.rope_scaling is not None, "its RoPE has no scaling"),
-        ("L" in symbols(model) and gate != _RELEASED_GATE, "its gate has rank 16 and normalizer 16"),
-    ]
-    return next((reason for refused, reason in reasons if refused), None)
-
-
 def export_tensors(reader: GlobalReader, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The model under the names of its Hugging Face source family, one tensor at a time, vocabulary padding removed.
 
-    The parameters of L layers that the family does not know are self_attn.gk_proj.0, gk_proj.1 and g_norm. A tied
+    What the family does not know has the names of `sbtrain.convert.weights.table`, such as self_attn.g_norm. A tied
     model has no lm_head.
     """
     for row in table(model):
         yield from row.export(reader.get(row.name)).items()
 
 
-def released_name(name: str) -> str:
-    """A name of the source family in the naming of the released SpikingBrain-7B, which both formats use."""
-    return ".".join(_RENAMED.get(part, part) for part in name.split("."))
-
-
-def _choose_format(format: str, model: ModelConfig) -> str:
-    if format not in FORMATS:
-        raise ValueError(f"format={format} is not known; choose one of {', '.join(FORMATS)}")
-    reason = gla_swa_refusal(model)
-    if format == "gla_swa" and reason:
-        raise ValueError(f"format=gla_swa: the released code cannot hold this model, {reason}; use format=hf")
-    if format == "hf":
-        return "sbtrain" if reason else "gla_swa"
-    return format
-
-
 @torch.no_grad()
 def _write(
     folder: Path, reader: GlobalReader, *, model: ModelConfig, form: str, dtype: str, max_shard_bytes: int, out: Path
 ) -> None:
-    added = _added(model) if form == "gla_swa" else {}
-    shapes = {released_name(source.name): source.shape for row in table(model) for source in row.sources}
+    added, model_type = _added(model) if form == "gla_swa" else {}, MODEL_TYPES[form]
+    rows = table(model)
+    shapes = {exported_name(source.name, model_type): source.shape for row in rows for source in row.sources}
     shapes |= added
-    writer = ShardWriter(folder, shapes, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
+    wide = frozenset(exported_name(source.name, model_type) for row in rows if row.buffer for source in row.sources)
+    writer = ShardWriter(folder, shapes, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes, wide=wide)
     free_bytes = shutil.disk_usage(folder).free
     if writer.size_bytes > free_bytes:
         raise ValueError(f"out={out}: {free_bytes} bytes are free, the export needs {writer.size_bytes}; free space")
     for name, tensor in export_tensors(reader, model):
-        writer.append(released_name(name), tensor)
+        writer.append(exported_name(name, model_type), tensor)
     for name, shape in added.items():
         is_output = name == "lm_head.weight"
         writer.append(name, reader.get(EMBEDDING)[: model.vocab_size] if is_output else torch.zeros(shape))
@@ -191,10 +157,9 @@ def _added(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _write_config(folder: Path, model: ModelConfig, *, form: str, dtype: str) -> None:
-    write_json(folder / "config.json", _config(model, form=form, dtype=dtype))
-    for path in _MODELING.glob("*.py"):
-        if path.name != "__init__.py":
-            shutil.copyfile(path, folder / path.name)
+    write_json(folder / "config.json", config_of(model, form=form, dtype=dtype))
+    for name in modeling_files(form):
+        shutil.copyfile(_MODELING / name, folder / name)
 
 
 def _take_along(folder: Path, places: list[Path], tokenizer_dir: str | Path) -> None:
@@ -211,65 +176,3 @@ def _take_along(folder: Path, places: list[Path], tokenizer_dir: str | Path) -> 
     if config["eos_token_id"] is None and (folder / "tokenizer.json").is_file():
         config["eos_token_id"] = tokenizers.load(tokenizer_dir).eos_id  # what training has put behind every document
     write_json(folder / "config.json", config)
-
-
-def _config(model: ModelConfig, *, form: str, dtype: str) -> dict[str, Any]:
-    """config.json: the released fields, and for our own format what they cannot say."""
-    kinds = "".join(symbols(model))
-    name = "GLAswa" if form == "gla_swa" else "SbtrainHybrid"
-    config = {
-        "architectures": [f"{name}ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"configuration_gla_swa.{name}Config",
-            "AutoModelForCausalLM": f"modeling_gla_swa.{name}ForCausalLM",
-        },
-        "model_type": "gla_swa" if form == "gla_swa" else "sbtrain_hybrid",
-        "attention_dropout": 0.0,
-        "attn_layers": [layer for layer, kind in enumerate(kinds) if kind == "S"],
-        "attn_mode": "chunk",
-        "bos_token_id": None,
-        "conv_size": 4,
-        "elementwise_affine": True,
-        "eos_token_id": None,
-        "fuse_cross_entropy": True,
-        "gate_logit_normalizer": model.gla.gate_normalizer,
-        "gate_low_rank_dim": model.gla.gate_rank,
-        "hidden_act": "swish",
-        "hidden_size": model.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": model.ffn_size,
-        "max_position_embeddings": model.max_positions,
-        "norm_eps": model.norm_eps,
-        "num_attention_heads": model.num_heads,
-        "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.num_kv_heads,
-        "pad_token_id": None,
-        "rope_theta": model.rope_theta,
-        "sliding_window": model.window - 1,
-        "tie_word_embeddings": False,
-        "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        "use_cache": True,
-        "use_short_conv": False,
-        "vocab_size": model.vocab_size,
-    }
-    if form == "sbtrain":
-        config |= _own_config(model, kinds)
-    return config
-
-
-def _own_config(model: ModelConfig, kinds: str) -> dict[str, Any]:
-    scaling = model.rope_scaling
-    return {
-        "layer_kinds": kinds,
-        "head_dim": model.head_dim,
-        "qkv_bias": model.qkv_bias,
-        "qk_norm": model.qk_norm,
-        "tie_word_embeddings": model.tie_embeddings,
-        "llama3_rope": scaling
-        and {
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_positions": scaling.original_max_positions,
-        },
-    }

@@ -2,12 +2,14 @@
 
 A mapping shows its parameter as views that have the layout of the source tensors. Copying a source into its view is
 the import, reading the view is the export, so the two directions cannot disagree. Tensor-parallel shards are cut along
-the first dimension of each view (or the given one), which is why the same views work on a shard.
+the first dimension of each view (or the given one), which is why the same views work on a shard. Experts are cut along
+their own first dimension, by expert parallelism: see sbtrain.convert.upcycle.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -42,55 +44,86 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part of a model's cut parameters one rank holds."""
+
+    tp_rank: int = 0
+    tp: int = 1
+    ep_rank: int = 0
+    ep: int = 1
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class Mapping(ABC):
     """One parameter. name: ours, global. shape: unsharded. new: the source checkpoint does not have it.
 
-    tp_dim: the dimension of the parameter that tensor parallelism cuts, None if it is replicated.
+    cut_dim: the dimension of the parameter that tensor parallelism cuts, None if it is replicated.
+    std: of a new matrix's normal values; None: xavier, as the released code starts its gates.
+    buffer: no parameter but a buffer of the model, fp32 in every precision.
     """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
-    tp_dim: int | None = None
+    cut_dim: int | None = None
     fill: Fill = Fill.matrix
     new: bool = False
+    std: float | None = None
+    buffer: bool = False
 
     @property
     def unit(self) -> int:
-        """Shards are multiples of this many entries along tp_dim."""
+        """Shards are multiples of this many entries along cut_dim."""
         return 1
 
     @abstractmethod
     def views(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The parameter (or a tensor-parallel shard of it) as one view per source, in the sources' order."""
+        """The parameter (or a shard of it) as one view per source, in the sources' order."""
 
-    def local_shape(self, tp: int) -> tuple[int, ...]:
-        """Shape of one rank's shard. Raises ValueError when tp does not divide it."""
-        if self.tp_dim is None:
+    def cut(self, part: Part) -> tuple[int, int, str]:
+        """This rank's place among the ranks that cut the parameter, their number, and the layout's key for it."""
+        return part.tp_rank, part.tp, "tp"
+
+    def local_shape(self, part: Part = WHOLE) -> tuple[int, ...]:
+        """Shape of one rank's shard. Raises ValueError when the layout does not divide it."""
+        if self.cut_dim is None:
             return self.shape
-        size, rest = divmod(self.shape[self.tp_dim], tp)
+        _, ranks, axis = self.cut(part)
+        size, rest = divmod(self.shape[self.cut_dim], ranks)
         if rest or size % self.unit:
-            raise ValueError(f"layout.tp {tp} does not divide {self.name}, shape {list(self.shape)}; choose a divisor")
-        return self.shape[: self.tp_dim] + (size,) + self.shape[self.tp_dim + 1 :]
+            raise ValueError(
+                f"layout.{axis} {ranks} does not divide {self.name}, shape {list(self.shape)}; choose a divisor"
+            )
+        return self.shape[: self.cut_dim] + (size,) + self.shape[self.cut_dim + 1 :]
 
-    def copy_into(self, local: Tensor, reader: Reader, *, tp_rank: int, tp: int) -> None:
+    def copy_into(self, local: Tensor, reader: Reader, part: Part = WHOLE) -> None:
         """Read this rank's part of every source into local, one source at a time.
 
         Raises ValueError naming a source whose shape is not the model's.
         """
         for source, view in zip(self.sources, self.views(local)):
-            _check(source, reader)
-            view.copy_(self._read(reader, source, view.shape, tp_rank=tp_rank, tp=tp))
+            check_shape(source, reader)
+            view.copy_(self._read(reader, source, view.shape, part))
 
     def check(self, reader: Reader) -> None:
         """Raise ValueError naming a source whose shape is not the model's."""
         for source in self.sources:
-            _check(source, reader)
+            check_shape(source, reader)
 
-    def shard_into(self, local: Tensor, whole: Tensor, *, tp_rank: int, tp: int) -> None:
+    def draw_into(self, local: Tensor, draw: Callable[[str, tuple[int, ...]], Tensor], part: Part = WHOLE) -> None:
+        """Copy this rank's part of drawn values into local. draw(name, shape): the same tensor on every rank."""
+        self.shard_into(local, draw(self.name, self.shape), part)
+
+    def shard_into(self, local: Tensor, whole: Tensor, part: Part = WHOLE) -> None:
         """Copy this rank's part of the unsharded parameter into local."""
+        rank = self.cut(part)[0]
         for view, full in zip(self.views(local), self.views(whole)):
-            view.copy_(full if self.tp_dim is None else _part(full, self.tp_dim, view.shape[self.tp_dim], tp_rank))
+            if self.cut_dim is not None:
+                full = full.narrow(self.cut_dim, rank * view.shape[self.cut_dim], view.shape[self.cut_dim])
+            view.copy_(full)
 
     def export(self, tensor: Tensor) -> dict[str, Tensor]:
         """The unsharded parameter as source tensors. Raises ValueError when it has another shape."""
@@ -98,25 +131,23 @@ class Mapping(ABC):
             raise ValueError(f"{self.name} has shape {list(tensor.shape)}, the recipe's model has {list(self.shape)}")
         return {source.name: view.reshape(source.shape) for source, view in zip(self.sources, self.views(tensor))}
 
-    def _read(self, reader: Reader, source: Source, view_shape: Size, *, tp_rank: int, tp: int) -> Tensor:
-        if self.tp_dim is None or tp == 1:
+    def _read(self, reader: Reader, source: Source, view_shape: Size, part: Part) -> Tensor:
+        rank, ranks, _ = self.cut(part)
+        if self.cut_dim is None or ranks == 1:
             return reader.get(source.name).view(view_shape)
-        size = source.shape[self.tp_dim] // tp
-        part = reader.get_slice(source.name, self.tp_dim, tp_rank * size, (tp_rank + 1) * size)
-        return part if part.shape == view_shape else part.reshape(view_shape)
+        size = source.shape[self.cut_dim] // ranks
+        piece = reader.get_slice(source.name, self.cut_dim, rank * size, (rank + 1) * size)
+        return piece if piece.shape == view_shape else piece.reshape(view_shape)
 
 
-def _check(source: Source, reader: Reader) -> None:
+def check_shape(source: Source, reader: Reader) -> None:
+    """Raise ValueError, one line, unless the checkpoint's tensor has the shape that the model needs."""
     shape = tuple(reader.shape(source.name))
     if shape != source.shape:
         raise ValueError(
             f"tensor {source.name} has shape {list(shape)} in the checkpoint, the model in the recipe needs "
             f"{list(source.shape)}; make model.* agree with start.path/config.json"
         )
-
-
-def _part(full: Tensor, dim: int, size: int, rank: int) -> Tensor:
-    return full.narrow(dim, rank * size, size)
 
 
 @dataclass(frozen=True)
@@ -150,6 +181,11 @@ class QKV(Mapping):
 class GateUp(Mapping):
     """Gate rows, then up rows; a shard holds its part of each."""
 
+    @property
+    def unit(self) -> int:
+        """One row of each half."""
+        return 2
+
     def views(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """gate [F, D], up [F, D]."""
         return tensor.chunk(2)
@@ -163,21 +199,25 @@ class Vocab(Mapping):
         """The rows that the source has; only meant for the whole tensor, shards end at different rows."""
         return (tensor[: self.sources[0].shape[0]],)
 
-    def copy_into(self, local: Tensor, reader: Reader, *, tp_rank: int, tp: int) -> None:
+    def copy_into(self, local: Tensor, reader: Reader, part: Part = WHOLE) -> None:
         """See Mapping; rows beyond the source become zero."""
         source = self.sources[0]
-        _check(source, reader)
-        start, stop = self._rows(local, tp_rank)
+        check_shape(source, reader)
+        start, stop = self._rows(local, part)
         if stop > start:
             local[: stop - start].copy_(reader.get_slice(source.name, 0, start, stop))
         local[stop - start :].zero_()
 
-    def shard_into(self, local: Tensor, whole: Tensor, *, tp_rank: int, tp: int) -> None:
+    def draw_into(self, local: Tensor, draw: Callable[[str, tuple[int, ...]], Tensor], part: Part = WHOLE) -> None:
+        """See Mapping; what is drawn does not depend on the padding."""
+        self.shard_into(local, draw(self.name, self.sources[0].shape), part)
+
+    def shard_into(self, local: Tensor, whole: Tensor, part: Part = WHOLE) -> None:
         """See Mapping; rows beyond the source become zero."""
-        start, stop = self._rows(local, tp_rank)
+        start, stop = self._rows(local, part)
         local[: stop - start].copy_(whole[start:stop])
         local[stop - start :].zero_()
 
-    def _rows(self, local: Tensor, tp_rank: int) -> tuple[int, int]:
-        start = tp_rank * local.shape[0]
+    def _rows(self, local: Tensor, part: Part) -> tuple[int, int]:
+        start = part.tp_rank * local.shape[0]
         return start, max(start, min(start + local.shape[0], self.sources[0].shape[0]))

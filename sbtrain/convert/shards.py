@@ -34,14 +34,23 @@ class _Shard:
 class ShardWriter:
     """Writes tensors, in the announced order, into as many files as they need.
 
-    folder: exists. shapes: every tensor to come. dtype: what they become. max_shard_bytes: no file holds more, unless
-    one tensor alone does. Use: append() for every tensor, then close(); check() reads all back.
+    folder: exists. shapes: every tensor to come. dtype: what they become, but for those in `wide`, which become fp32.
+    max_shard_bytes: no file holds more, unless one tensor alone does. Use: append() for every tensor, then close();
+    check() reads all back.
     """
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, max_shard_bytes: int):
+    def __init__(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple[int, ...]],
+        *,
+        dtype: torch.dtype,
+        max_shard_bytes: int,
+        wide: frozenset[str] = frozenset(),
+    ):
         self._folder = folder
-        self._dtype = dtype
-        self._shards = _plan(shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        self._dtypes = {name: torch.float32 if name in wide else dtype for name in shapes}
+        self._shards = _plan(shapes, self._dtypes, max_shard_bytes=max_shard_bytes)
         self._order = [(shard, name) for shard in self._shards for name in shard.shapes]
         self._file = None
         self._checksums: dict[str, int] = {}
@@ -52,12 +61,12 @@ class ShardWriter:
         return sum(shard.size_bytes for shard in self._shards)
 
     def append(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor, converted to the writer's dtype."""
+        """Write the next tensor, converted to its dtype here."""
         shard, expected = self._order[len(self._checksums)]
         assert name == expected and tuple(tensor.shape) == shard.shapes[name], (name, expected, tensor.shape)
         if name == next(iter(shard.shapes)):
             self._open(shard)
-        data = _bytes_of(tensor.to(self._dtype))
+        data = _bytes_of(tensor.to(self._dtypes[name]))
         self._file.write(data)
         self._checksums[name] = zlib.crc32(data)
 
@@ -76,15 +85,16 @@ class ShardWriter:
         assert sorted(self._checksums) == written.names()
         for name, checksum in self._checksums.items():
             tensor = written.get(name)
-            if tensor.dtype != self._dtype or zlib.crc32(_bytes_of(tensor)) != checksum:
+            if tensor.dtype != self._dtypes[name] or zlib.crc32(_bytes_of(tensor)) != checksum:
                 raise ValueError(f"export: tensor {name} reads back differently from {self._folder}; check the disk")
 
     def _open(self, shard: _Shard) -> None:
         self._close_file()
         header, end = {"__metadata__": {"format": "pt"}}, 0
         for name, shape in shard.shapes.items():
-            start, end = end, end + prod(shape) * self._dtype.itemsize
-            header[name] = {"dtype": _NAMES[self._dtype], "shape": list(shape), "data_offsets": [start, end]}
+            dtype = self._dtypes[name]
+            start, end = end, end + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
         self._file = (self._folder / shard.file).open("wb")
@@ -97,10 +107,10 @@ class ShardWriter:
             self._file.close()
 
 
-def _plan(shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, max_shard_bytes: int) -> list[_Shard]:
+def _plan(shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype], *, max_shard_bytes: int) -> list[_Shard]:
     shards = [_Shard("")]
     for name, shape in shapes.items():
-        size_bytes = prod(shape) * dtype.itemsize
+        size_bytes = prod(shape) * dtypes[name].itemsize
         if shards[-1].shapes and shards[-1].size_bytes + size_bytes > max_shard_bytes:
             shards.append(_Shard(""))
         shards[-1].shapes[name] = shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.pipeline import stage_chunks
 from parallel.sequence.choose import choose
+from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
 from sbtrain.model.hybrid import HybridModel
@@ -20,6 +23,7 @@ from sbtrain.model.stages import pipeline_chunks
 def transformer_config(model: ModelConfig, layout: Layout, precision: Precision) -> mcore.TransformerConfig:
     """megatron's configuration of our model: no biases but q/k/v's, SwiGLU, losses weighted by tokens."""
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    moe = any(kind.moe for kind in parse_pattern(model.pattern, model.num_layers))
     return mcore.TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -44,7 +48,12 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision)
         overlap_p2p_comm=layout.vpp > 1,  # without it the interleaved schedule mixes up what two stages exchange
         batch_p2p_comm=layout.vpp == 1,
         context_parallel_size=layout.sp,
-        expert_model_parallel_size=layout.ep,
+        expert_model_parallel_size=layout.ep if moe else 1,  # a dense model of the same layout: the teacher
+        expert_tensor_parallel_size=1,
+        num_moe_experts=model.moe.num_experts if moe else None,
+        moe_ffn_hidden_size=(model.moe.expert_ffn_size or model.ffn_size) if moe else None,
+        moe_router_dtype="fp32",
+        moe_router_pre_softmax=True,
         sequence_parallel=layout.tp_sequence_parallel,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
@@ -68,6 +77,7 @@ def build_chunks(
     recompute: Recompute = Recompute.none,
     seq_len: int,
     row_tokens: int | None = None,
+    experts: ExpertsConfig = PLAIN,
 ) -> list[HybridModel]:
     """This rank's chunks of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill).
 
@@ -101,6 +111,7 @@ def build_chunks(
                 groups=mesh.groups,
                 recompute=recompute,
                 sp_algorithm=sp_algorithm,
+                experts=experts,
             )
         )
         built[-1].sp_choices = reasons
@@ -109,14 +120,24 @@ def build_chunks(
 
 def global_parameters(*chunks: HybridModel) -> dict[str, Tensor]:
     """This rank's parameters by the name they have in the whole model: layer indices are global."""
-    named = {}
+    return _global(chunks, lambda model: model.named_parameters())
+
+
+def global_buffers(*chunks: HybridModel) -> dict[str, Tensor]:
+    """The same of this rank's buffers, such as the routers' balancing biases."""
+    return _global(chunks, lambda model: model.named_buffers())
+
+
+def _global(
+    chunks: Iterable[HybridModel], named_in: Callable[[HybridModel], Iterable[tuple[str, Tensor]]]
+) -> dict[str, Tensor]:
+    prefix, named = "decoder.layers.", {}
     for model in chunks:
-        first, prefix = model.decoder.first_layer, "decoder.layers."
-        for name, parameter in model.named_parameters():
+        for name, tensor in named_in(model):
             if name.startswith(prefix):
                 local, rest = name[len(prefix) :].split(".", 1)
-                name = f"{prefix}{int(local) + first}.{rest}"
-            named[name] = parameter
+                name = f"{prefix}{int(local) + model.decoder.first_layer}.{rest}"
+            named[name] = tensor
     return named
 
 

@@ -12,11 +12,16 @@ from torch import Tensor
 
 @dataclass
 class LayerCache:
-    """state: fp32 [1,Hkv,K,V] of L layers. key, value: [1,t,Hkv,D] after RoPE of S and F layers."""
+    """state: fp32 [1,Hkv,K,V] of L layers. key, value: [1,t,Hkv,D] after RoPE of S and F layers.
+
+    sinks: sink_k and sink_v [num_meta,Hkv,D] after RoPE of S and F layers, the meta tokens'; empty without them. The
+    state of the meta tokens is where state begins.
+    """
 
     state: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
+    sinks: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

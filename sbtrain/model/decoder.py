@@ -9,6 +9,7 @@ from parallel import mcore
 from parallel.layout import SequenceAlgorithms
 from parallel.recompute import recomputed
 from parallel.sequence.shard import Documents
+from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.config.pattern import LayerKind
 from sbtrain.config.schema import ModelConfig, Recompute
 from sbtrain.model.cache import Cache
@@ -40,17 +41,25 @@ class DecoderLayer(mcore.MegatronModule):
         groups,
         recompute: Recompute,
         sp_algorithm: SequenceAlgorithms,
+        experts: ExpertsConfig,
     ):
         super().__init__(config)
         self.kind, self.index, self.recompute = kind, index, recompute
+        self.tp_rank = groups.tp.rank()
         self.input_layernorm = residual_norm(config, model)
         self.self_attention, self.mlp = layer_modules(
-            kind, config, model=model, groups=groups, sp_algorithm=sp_algorithm
+            kind,
+            config,
+            model=model,
+            groups=groups,
+            sp_algorithm=sp_algorithm,
+            recompute=recompute,
+            experts=experts,
         )
         self.pre_mlp_layernorm = residual_norm(config, model)
 
     def forward(self, x: Tensor, documents: Documents, cache: Cache | None = None) -> Tensor:
-        """x [T,1,D] -> [T,1,D]."""
+        """x [num_meta+T,1,D] -> the same; see Mixer.forward."""
         if self.recompute is Recompute.full and torch.is_grad_enabled():
             return recomputed(self._run, x, documents, cache)
         return self._run(x, documents, cache)
@@ -58,14 +67,20 @@ class DecoderLayer(mcore.MegatronModule):
     def _run(self, x: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         layer_cache = None if cache is None else cache.layer(self.index)
         mixed = self.self_attention(self.input_layernorm(x), documents, layer_cache)
-        if self.recompute is Recompute.selective and torch.is_grad_enabled():
+        # a mixture of experts sees to it itself: rows must not travel again
+        if self.recompute is Recompute.selective and not self.kind.moe and torch.is_grad_enabled():
             x = x + mixed
-            return x + recomputed(self._ffn, x)
+            return x + recomputed(self._ffn, x, self._num_meta(x, documents))
         normed, x = self.pre_mlp_layernorm(mixed, residual=x)
-        return x + self.mlp(normed)
+        return x + self.mlp(normed, self._num_meta(x, documents))
 
-    def _ffn(self, x: Tensor) -> Tensor:
-        return self.mlp(self.pre_mlp_layernorm(x))
+    def _ffn(self, x: Tensor, num_meta: int) -> Tensor:
+        return self.mlp(self.pre_mlp_layernorm(x), num_meta)
+
+    def _num_meta(self, x: Tensor, documents: Documents) -> int:
+        """How many of this rank's rows x are meta tokens': the first ones, over all ranks of tp_sequence_parallel."""
+        before = self.tp_rank * x.shape[0] if self.config.sequence_parallel else 0
+        return min(max(documents.num_meta - before, 0), x.shape[0])
 
 
 class Decoder(mcore.MegatronModule):
@@ -85,6 +100,7 @@ class Decoder(mcore.MegatronModule):
         groups,
         recompute: Recompute,
         sp_algorithm: SequenceAlgorithms,
+        experts: ExpertsConfig,
     ):
         super().__init__(config)
         self.first_layer = layers.start
@@ -97,6 +113,7 @@ class Decoder(mcore.MegatronModule):
                 groups=groups,
                 recompute=recompute,
                 sp_algorithm=sp_algorithm,
+                experts=experts,
             )
             for i in layers
         )

@@ -24,8 +24,8 @@ The passage of the meta tokens themselves is left out: it does not depend on the
 
 from __future__ import annotations
 
-from sbtrain.config.pattern import LayerKind, parse_pattern
 from sbtrain.config.model_schema import Gate, ModelConfig
+from sbtrain.config.pattern import LayerKind, parse_pattern
 
 TRAINING_FORWARDS = 3
 """A training step in forwards: 1 forward + 2 for the gradients of inputs and weights."""

@@ -1,7 +1,11 @@
-"""L: grouped-query gated linear attention as in SpikingBrain-7B (report section 3.1; released modeling code).
+"""L: grouped-query gated linear attention as in SpikingBrain-7B (report section 3.1; released modeling code) or 76B.
 
-q = relu(Wq x), k = relu(Wk x), v = Wv x, no RoPE; a decay per kv head and key channel from a low-rank gate,
-log decay = logsigmoid(W1 W0 x + b) / 16 in fp32; the output is RMS-normalized per head with one shared weight.
+q = f(Wq x), k = f(Wk x), v = Wv x, no RoPE; f is relu (7B) or sigmoid (76B). The decay per kv head and key channel
+comes from a low-rank gate, log decay = logsigmoid(W1 W0 x + b) / 16 (7B), or is tied to the key, decay = 1 - k (76B):
+log decay = -softplus(Wk x), from the pre-activation since 1 - k rounds to 0. Log decays are fp32. The output is
+RMS-normalized per head with one shared weight.
+
+Meta tokens come before every document: the state that they leave behind, from zero, is the one a document starts from.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ from parallel import mcore
 from parallel.layout import SequenceAlgorithm
 from parallel.sequence.shard import Documents
 from parallel.sequence.table import mixing
-from sbtrain.config.schema import ModelConfig
+from sbtrain.config.model_schema import FeatureMap, Gate, ModelConfig
 from sbtrain.model.cache import LayerCache
+from sbtrain.model.mixer import Mixer, split_meta
 from sbtrain.model.norm import RMSNorm
-from sbtrain.model.projections import linear_proj, linear_qkv, split_qkv
+from sbtrain.model.projections import split_qkv
+
+FEATURE_MAPS = {FeatureMap.relu: F.relu, FeatureMap.sigmoid: torch.sigmoid}
 
 
 class GateDown(nn.Module):
@@ -38,27 +45,33 @@ class GateDown(nn.Module):
         return F.linear(x, self.weight)
 
 
-class GatedLinearAttention(mcore.MegatronModule):
+class GatedLinearAttention(Mixer):
     """The L mixer. Parameters the teacher does not have carry `is_new = True` for their own learning rate."""
 
-    def __init__(self, config: mcore.TransformerConfig, *, model: ModelConfig, groups, sp_algorithm: SequenceAlgorithm):
-        super().__init__(config)
-        self.head_dim, self.gate_normalizer = model.head_dim, model.gla.gate_normalizer
-        self.num_heads, self.num_kv_heads = (n // groups.tp.size() for n in (model.num_heads, model.num_kv_heads))
+    def __init__(
+        self,
+        config: mcore.TransformerConfig,
+        *,
+        model: ModelConfig,
+        groups,
+        sp_algorithm: SequenceAlgorithm,
+        own_projections: bool = True,
+    ):
+        super().__init__(config, model=model, groups=groups, own_projections=own_projections)
+        self.gla, self.meta_in_state = model.gla, model.meta.in_state
         heads = dict(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
         self.mix = mixing("L", sp_algorithm, **heads, group=groups.cp)
-        self.linear_qkv = linear_qkv(config, groups.tp)
-        self.linear_proj = linear_proj(config, groups.tp)
-        self.gate_down = GateDown(config, model.gla.gate_rank)
-        self.gate_up = mcore.ColumnParallelLinear(
-            model.gla.gate_rank,
-            model.num_kv_heads * model.head_dim,
-            config=config,
-            init_method=config.init_method,
-            bias=True,
-            gather_output=False,
-            tp_group=groups.tp,
-        )
+        if self.gla.gate is Gate.low_rank:
+            self.gate_down = GateDown(config, model.gla.gate_rank)
+            self.gate_up = mcore.ColumnParallelLinear(
+                model.gla.gate_rank,
+                model.num_kv_heads * model.head_dim,
+                config=config,
+                init_method=config.init_method,
+                bias=True,
+                gather_output=False,
+                tp_group=groups.tp,
+            )
         self.out_norm = RMSNorm(
             model.head_dim,
             eps=model.norm_eps,
@@ -66,24 +79,46 @@ class GatedLinearAttention(mcore.MegatronModule):
             device=torch.cuda.current_device(),
             over_heads=lambda weight: mcore.copy_to_tensor_model_parallel_region(weight, group=groups.tp),
         )
-        for module in (self.gate_down, self.gate_up, self.out_norm):
+        new = [self.gate_down, self.gate_up, self.out_norm] if self.gla.gate is Gate.low_rank else [self.out_norm]
+        for module in new:
             for parameter in module.parameters():
                 parameter.is_new = True
 
-    def forward(self, x: Tensor, documents: Documents, cache: LayerCache | None = None) -> Tensor:
-        """x [T/(sp·tp with tp_sequence_parallel),1,D] -> the same. cache: read and replaced (see Documents.keepers);
-        then the row is one document.
-        """
-        qkv, _ = self.linear_qkv(x)
+    def core(self, x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:
+        """See Mixer.core."""
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
-        gate, _ = self.gate_up(self.gate_down(x))
-        log_decay = F.logsigmoid(gate.float()).view(*k.shape) / self.gate_normalizer
-        q, k = F.relu(q), F.relu(k)
-        if cache is None:
+        q, k, log_decay = self._features(x, q, k)
+        if documents.num_meta:
+            o = self._scan_with_meta(cache, (q, k, v, log_decay), documents)
+        elif cache is None:
             o = self.mix(q, k, v, log_decay, cu_seqlens=documents.cu_seqlens)
         elif documents.keepers is not None:
-            o, cache.state = self.mix(q, k, v, log_decay, cu_seqlens=documents.cu_seqlens, return_state=True)
+            first = {} if cache.state is None else {"initial_state": cache.state[0]}
+            o, cache.state = self.mix(q, k, v, log_decay, cu_seqlens=documents.cu_seqlens, return_state=True, **first)
         else:
             o, cache.state = ops.gla(q, k, v, log_decay, initial_state=cache.state, output_final_state=True)
         o = self.out_norm(o)
-        return self.linear_proj(o.reshape(o.shape[1], 1, -1))[0]
+        return o.reshape(o.shape[1], 1, -1)
+
+    def _features(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, k, log_decay in fp32) from the mixer's input and its projections to queries and keys."""
+        activation = FEATURE_MAPS[self.gla.feature_map]
+        if self.gla.gate is Gate.low_rank:
+            gate, _ = self.gate_up(self.gate_down(x))
+            log_decay = F.logsigmoid(gate.float()).view(*k.shape) / self.gla.gate_normalizer
+            return activation(q), activation(k), log_decay
+        bound = self.gla.lower_bound
+        if bound == 0.0:
+            return activation(q), activation(k), F.logsigmoid(-k.float())
+        log_decay = (bound + (1 - bound) * torch.sigmoid(-k.float())).log()
+        return activation(q), (1 - bound) * activation(k), log_decay
+
+    def _scan_with_meta(self, cache: LayerCache | None, inputs: tuple[Tensor, ...], documents: Documents) -> Tensor:
+        """inputs: q, k, v, log_decay."""
+        meta, others = split_meta(documents, *inputs)
+        o, state = ops.gla(*meta, output_final_state=self.meta_in_state)
+        if cache is not None:
+            cache.state = state
+            return o
+        first = {} if state is None else {"initial_state": state[0]}
+        return torch.cat([o, self.mix(*others, cu_seqlens=documents.cu_seqlens, **first)], dim=1)

@@ -1,4 +1,8 @@
-"""Softmax attention mixers: F, full causal, and S, a sliding window (`window` keys, the query itself included)."""
+"""Softmax attention mixers: F, full causal, and S, a sliding window (`window` keys, the query itself included).
+
+Meta tokens see one another, both ways, and nothing else; every other query sees their keys too, whatever its document
+and its window, in one softmax with those of its own (SpikingBrain report, section 2.2).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ from parallel.sequence.table import mixing
 from parallel.sequence.tail import tail
 from sbtrain.config.schema import ModelConfig
 from sbtrain.model.cache import LayerCache
+from sbtrain.model.mixer import Mixer, split_meta
 from sbtrain.model.norm import RMSNorm
-from sbtrain.model.projections import linear_proj, linear_qkv, split_qkv
+from sbtrain.model.projections import split_qkv
 from sbtrain.model.rotary import inverse_frequencies
 
 
-class SoftmaxAttention(mcore.MegatronModule):
+class SoftmaxAttention(Mixer):
     """Grouped-query attention with RoPE, optional q/k norms before it, and an optional window."""
 
     def __init__(
@@ -29,14 +34,12 @@ class SoftmaxAttention(mcore.MegatronModule):
         groups,
         sp_algorithm: SequenceAlgorithm,
         window: int | None,
+        own_projections: bool = True,
     ):
-        super().__init__(config)
-        self.window, self.head_dim, self.sp_group = window, model.head_dim, groups.cp
-        self.num_heads, self.num_kv_heads = (n // groups.tp.size() for n in (model.num_heads, model.num_kv_heads))
+        super().__init__(config, model=model, groups=groups, own_projections=own_projections)
+        self.window, self.sp_group = window, groups.cp
         heads = dict(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
         self.mix = mixing("F" if window is None else "S", sp_algorithm, **heads, window=window, group=groups.cp)
-        self.linear_qkv = linear_qkv(config, groups.tp)
-        self.linear_proj = linear_proj(config, groups.tp)
         self.q_norm = self._head_norm(model, groups.tp) if model.qk_norm else None
         self.k_norm = self._head_norm(model, groups.tp) if model.qk_norm else None
         self.inv_freq = inverse_frequencies(model)
@@ -50,11 +53,8 @@ class SoftmaxAttention(mcore.MegatronModule):
             over_heads=lambda weight: mcore.copy_to_tensor_model_parallel_region(weight, group=tp_group),
         )
 
-    def forward(self, x: Tensor, documents: Documents, cache: LayerCache | None = None) -> Tensor:
-        """x [T/(sp·tp with tp_sequence_parallel),1,D] -> the same. cache: read and extended (see Documents.keepers);
-        then the row is one document.
-        """
-        qkv, _ = self.linear_qkv(x)
+    def core(self, x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:
+        """See Mixer.core."""
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -62,18 +62,31 @@ class SoftmaxAttention(mcore.MegatronModule):
             inv_freq = self.inv_freq = self.inv_freq.to(q.device)
         positions = documents.positions[None]
         q, k = ops.rope(q, positions, inv_freq), ops.rope(k, positions, inv_freq)
-        if cache is None:
+        if documents.num_meta:
+            o = self._attend_with_meta(cache, q, k, v, documents)
+        elif cache is None:
             o = self.mix(q, k, v, cu_seqlens=documents.cu_seqlens)
         elif documents.keepers is not None:
             o = self._attend_over_shards(cache, q, k, v, documents)
         else:
             o = self._attend_with(cache, q, k, v)
-        return self.linear_proj(o.reshape(o.shape[1], 1, -1))[0]
+        return o.reshape(o.shape[1], 1, -1)
+
+    def _attend_with_meta(
+        self, cache: LayerCache | None, q: Tensor, k: Tensor, v: Tensor, documents: Documents
+    ) -> Tensor:
+        (meta_q, meta_k, meta_v), (q, k, v) = split_meta(documents, q, k, v)
+        o = _see_all(meta_q, [meta_k], [meta_v])
+        if cache is not None:
+            cache.sinks = {"sink_k": meta_k[0], "sink_v": meta_v[0]}
+            return o
+        others = self.mix(q, k, v, cu_seqlens=documents.cu_seqlens, sink_k=meta_k[0], sink_v=meta_v[0])
+        return torch.cat([o, others], dim=1)
 
     def _attend_over_shards(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         kept = None if self.window is None else self.window - 1
         cache.key, cache.value = (tail(x, kept, keepers=documents.keepers, group=self.sp_group) for x in (k, v))
-        return self.mix(q, k, v, cu_seqlens=documents.cu_seqlens)
+        return self.mix(q, k, v, cu_seqlens=documents.cu_seqlens, **cache.sinks)
 
     def _attend_with(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if cache.key is not None:
@@ -84,14 +97,20 @@ class SoftmaxAttention(mcore.MegatronModule):
             v[:, -kept:] if kept else v[:, :0],
         )
         if q.shape[1] == 1:
-            return _decode(q, k, v)
+            keys, values = ([sinks[None]] for sinks in cache.sinks.values()) if cache.sinks else ([], [])
+            return _see_all(q, [*keys, k], [*values, v])
         # views would keep the whole chunk alive, q/k/v projection included
         cache.key, cache.value = cache.key.clone(), cache.value.clone()
-        return ops.attention(q, k, v, window=self.window)
+        return ops.attention(q, k, v, window=self.window, **cache.sinks)
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One query against every given key. q [1,1,Hq,D], k and v [1,t,Hkv,D] -> [1,1,Hq,D]; softmax in fp32."""
-    grouped = q.view(1, k.shape[2], -1, q.shape[-1]).float() * q.shape[-1] ** -0.5
-    probabilities = torch.einsum("bhgd,bthd->bhgt", grouped, k.float()).softmax(-1)
-    return torch.einsum("bhgt,bthd->bhgd", probabilities, v.float()).to(q.dtype).view_as(q)
+def _see_all(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """Every query against every given key, for a few queries: softmax in fp32.
+
+    q [1,Q,Hq,D], keys and values [1,t,Hkv,D] in parts -> [1,Q,Hq,D].
+    """
+    grouped = q.unflatten(2, (keys[0].shape[2], -1)).float() * q.shape[-1] ** -0.5
+    scores = torch.cat([torch.einsum("bqhgd,bthd->bhgqt", grouped, k.float()) for k in keys], dim=-1)
+    parts = scores.softmax(-1).split([k.shape[1] for k in keys], dim=-1)
+    o = sum(torch.einsum("bhgqt,bthd->bqhgd", part, v.float()) for part, v in zip(parts, values))
+    return o.to(q.dtype).flatten(2, 3)

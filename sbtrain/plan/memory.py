@@ -13,7 +13,7 @@ the tokens of a rank, and sizes D hidden, Q and KV all query and key/value chann
                                after rotation or ReLU; mixer output; FFN
                     selective  the same without the FFN and its norm: 3 D + [...] / tp
                     full       D, the input of the layer
-                  A pair has the mixer's twice, q, k, v once if it shares them, and keeps the two outputs that it merges.
+                  A pair has the mixer's twice, q, k, v once if it shares them, and the two outputs that it merges.
                   L layers also keep the log decay and its logits in fp32: 8 KV / tp bytes a token. Experts take the
                   place of the FFN: 3 F S / tp of S shared ones, and for each of top_k (2 D + 3 F) / tp: copies in and
                   out, with balanced routing. D is divided by tp under tp_sequence_parallel. Pipeline stage i of pp

@@ -47,6 +47,7 @@ def train(
                 grad_norm=grad_norm,
                 lr=lr,
                 step_tokens=stage.global_batch_tokens,
+                extra=engine.metrics,
             )
         )
         if watch.must_stop() and state.stage_tokens < stage.tokens:

@@ -41,14 +41,14 @@ def message(args: list[str]) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", ["7b_cpt", "demo", "qwen2_5_0_5b_cpt"])
+@pytest.mark.parametrize("name", ["76b_cpt", "7b_cpt", "demo", "moe_demo", "qwen2_5_0_5b_cpt"])
 def test_recipes_with_a_shape_load_without_weights(name):
     recipe = load([f"recipe={name}", "dry_run=true"])
     assert recipe.name == name and recipe.run_dir == f"runs/{name}" and list(recipe.stages)
 
 
 def test_every_recipe_is_covered_above_or_below():
-    assert recipe_names() == ["7b_cpt", "cpt", "demo", "qwen2_5_0_5b_cpt"]
+    assert recipe_names() == ["76b_cpt", "7b_cpt", "cpt", "demo", "moe_demo", "qwen2_5_0_5b_cpt"]
 
 
 def test_the_generic_recipe_takes_its_shape_from_the_checkpoint(checkpoint):
@@ -131,7 +131,7 @@ def test_the_recipe_is_frozen():
         load(DRY).stages["ctx_8k"].layout.tp = 2
 
 
-@pytest.mark.parametrize("name", ["7b_cpt", "demo", "qwen2_5_0_5b_cpt"])
+@pytest.mark.parametrize("name", ["76b_cpt", "7b_cpt", "demo", "moe_demo", "qwen2_5_0_5b_cpt"])
 def test_a_saved_recipe_loads_to_an_equal_one(name, tmp_path):
     recipe = load([f"recipe={name}", "dry_run=true", "+data.sources.x.path='some (odd), path'", "ops.gla=reference"])
     save(recipe, tmp_path / "recipe.yaml")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from plain_model import plain_logits
 from sbtrain.config.model_schema import GLAConfig, ModelConfig, RopeScaling
 from sbtrain.convert import export as export_module
-from sbtrain.convert.export import export, gla_swa_refusal
+from sbtrain.convert.export import export
+from sbtrain.convert.export_config import gla_swa_refusal
 from sharding import global_state, hf_state
 from tiny_checkpoints import DictReader, filled, model_of, save_tiny
 from tiny_corpus import write_tokenizer
@@ -255,7 +256,7 @@ def test_a_model_with_qk_norms_does_not_fit_the_released_code(pattern):
 
 def test_bad_arguments_write_nothing(tmp_path):
     reader, out = DictReader(global_state(RELEASED)), tmp_path / "out"
-    with pytest.raises(ValueError, match="format=gguf is not known; choose one of hf, gla_swa, sbtrain"):
+    with pytest.raises(ValueError, match="format=gguf is not known; choose one of hf, gla_swa, sbtrain, sbtrain_moe"):
         export(reader, model=RELEASED, out=out, format="gguf")
     with pytest.raises(ValueError, match="dtype=int8 is not known; choose one of bf16, fp16, fp32"):
         export(reader, model=RELEASED, out=out, dtype="int8")

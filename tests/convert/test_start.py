@@ -154,6 +154,7 @@ import torch
 torch.set_num_threads(1)
 from sbtrain.config.hf_shape import read_shape
 from sbtrain.config.schema import ModelConfig
+from sbtrain.convert.mapping import Part
 from sbtrain.convert.start import fill
 from sbtrain.convert.weights import table
 
@@ -162,11 +163,13 @@ model = ModelConfig(pattern="LS", **read_shape(folder))
 rows = table(model)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-warm = {row.name: torch.empty(row.local_shape(tp), dtype=torch.bfloat16) for row in rows if "final" in row.name}
+def empty(row):
+    return torch.empty(row.local_shape(Part(tp=tp)), dtype=torch.bfloat16)
+warm = {row.name: empty(row) for row in rows if "final" in row.name}
 fill(warm, model=model, path=folder, seed=0, tp_rank=0, tp=tp)
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 before = resident()
-shard = {row.name: torch.empty(row.local_shape(tp), dtype=torch.bfloat16) for row in rows}
+shard = {row.name: empty(row) for row in rows}
 fill(shard, model=model, path=folder, seed=0, tp_rank=tp - 1, tp=tp)
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 largest = max(s.shape[0] * s.shape[-1] * 2 for row in rows for s in row.sources)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sbtrain.config.schema import ModelConfig
 from sbtrain.convert.export import export_tensors
-from sbtrain.convert.weights import symbols, table
+from sbtrain.convert.weights import table
 from sharding import hf_state, local_shard
 from tiny_checkpoints import FAMILIES, DictReader, filled, model_of, save_tiny
 
@@ -52,11 +52,11 @@ def test_tied_model_has_no_output_matrix():
     assert "output_layer.weight" not in names and len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("pattern", ["LB", "(LS)", "L:m"])
+@pytest.mark.parametrize("pattern", ["LB", "(LE)", "LF:mE:mS"])
 def test_unknown_layer_kinds_are_refused(pattern):
     model = dataclasses.replace(TINY, pattern=pattern, num_layers=4)
-    with pytest.raises(ValueError, match="model.pattern .* layer [01] is .*import and export know dense F, S and L"):
-        symbols(model)
+    with pytest.raises(ValueError, match=r"model.pattern .* layer [012] is .*import and export know F, S and L, alone"):
+        table(model)
 
 
 @pytest.mark.parametrize("pattern", ["F", "LS"])

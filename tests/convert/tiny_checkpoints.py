@@ -17,6 +17,7 @@ from transformers import (
 
 from sbtrain.config.hf_shape import read_shape
 from sbtrain.config.schema import ModelConfig
+from sbtrain.convert.mapping import Part
 from sbtrain.convert.start import fill
 from sbtrain.convert.weights import table
 
@@ -58,7 +59,7 @@ def model_of(folder: Path, *, pattern: str = "LS", window: int = 9, vocab_multip
 
 def filled(model: ModelConfig, path: str, *, tp_rank: int = 0, tp: int = 1, seed: int = 0, dtype=torch.float32):
     """All parameters of one tensor-parallel rank, filled; what fill misses stays NaN."""
-    local = {row.name: torch.full(row.local_shape(tp), float("nan"), dtype=dtype) for row in table(model)}
+    local = {row.name: torch.full(row.local_shape(Part(tp=tp)), float("nan"), dtype=dtype) for row in table(model)}
     fill(local, model=model, path=path, seed=seed, tp_rank=tp_rank, tp=tp)
     return local
 

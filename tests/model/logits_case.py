@@ -10,6 +10,7 @@ from torch import Tensor
 from parallel import mcore
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.schedule import tokens_between_stages
 from parallel.sequence.shard import IGNORE, Row, shard_row
 from sbtrain.config.schema import ModelConfig, Precision
 from sbtrain.convert.start import fill
@@ -29,11 +30,12 @@ def as_row(tokens: Tensor, cu_seqlens: Tensor | None = None) -> Row:
 
 def fill_random(model, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
     """Set this rank's parameters from global_state(config, seed)."""
-    state = global_state(config, seed=seed)
+    state, shared = global_state(config, seed=seed), config.pair.shared_projections
     for name, parameter in global_parameters(model).items():
         source = "embedding.word_embeddings.weight" if name == "output_layer.weight" and config.tie_embeddings else name
         with torch.no_grad():
-            parameter.copy_(local_shard(name, state[source], tp_rank=mesh.tp_rank, tp=mesh.layout.tp))
+            where = dict(tp_rank=mesh.tp_rank, tp=mesh.layout.tp, shared_projections=shared)
+            parameter.copy_(local_shard(name, state[source], **where))
 
 
 def fill_from(model, config: ModelConfig, mesh: Mesh, path: str) -> None:
@@ -55,7 +57,7 @@ def forward_rows(model, mesh: Mesh, rows: list[Row]) -> list[Tensor]:
         data_iterator=iter(rows),
         model=model,
         num_microbatches=len(rows),
-        seq_length=len(rows[0].tokens),
+        seq_length=tokens_between_stages(model, mesh, len(rows[0].tokens)),
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,

@@ -16,11 +16,23 @@ from parallel.schedule import evaluate_rows
 from parallel.sequence.shard import IGNORE, Documents, positions_of
 from plain_model import plain_logits
 from sbtrain.config.hf_shape import read_shape
-from sbtrain.config.model_schema import GLAConfig, ModelConfig, RopeScaling
+from sbtrain.config.model_schema import (
+    FeatureMap,
+    Gate,
+    GLAConfig,
+    MetaConfig,
+    MetaPositions,
+    ModelConfig,
+    PairConfig,
+    RopeScaling,
+)
 from sbtrain.config.schema import Precision
 from sbtrain.model.build import build_model, global_parameters
 from sharding import global_state, hf_state
 
+TIED = GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied)
+META = MetaConfig(num_tokens=5)
+SHARED = PairConfig(shared_projections=True)
 BASE = ModelConfig(
     pattern="LS", vocab_size=90, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48,
     norm_eps=1e-5, rope_theta=1e4, max_positions=256, tie_embeddings=False, qkv_bias=False, qk_norm=False, window=7,
@@ -37,6 +49,20 @@ MODELS = {
     "L_slow_gate": replace(BASE, pattern="L", gla=GLAConfig(gate_rank=3, gate_normalizer=64.0)),
     "F_llama3": replace(BASE, pattern="F", rope_scaling=RopeScaling(original_max_positions=16)),
     "S_self_only": replace(BASE, pattern="S", window=1),
+    "L_sigmoid": replace(BASE, pattern="L", gla=replace(BASE.gla, feature_map=FeatureMap.sigmoid)),
+    "LS_tied_gate": replace(BASE, gla=TIED),
+    "L_tied_gate_above_a_bound": replace(BASE, pattern="L", gla=replace(TIED, lower_bound=0.3)),
+    "pair_LS": replace(BASE, pattern="(LS)", gla=TIED, qkv_bias=True),
+    "pair_LF_qk_norm_low_rank": replace(BASE, pattern="(LF)", qk_norm=True),
+    "pairs_among_plain_layers": replace(BASE, pattern="(LS)L(LF)S", gla=TIED, num_heads=9, num_kv_heads=3),
+    "pair_LS_shared": replace(BASE, pattern="(LS)", gla=TIED, qkv_bias=True, pair=SHARED),
+    "pairs_shared_qk_norm_low_rank": replace(BASE, pattern="(LS)(LF)", qk_norm=True, pair=SHARED),
+    "meta_LSF": replace(BASE, pattern="LSFS", meta=META),
+    "meta_pairs": replace(BASE, pattern="(LS)(LF)", gla=TIED, meta=META),
+    "meta_pairs_shared": replace(BASE, pattern="(LS)(LF)", gla=TIED, meta=META, pair=SHARED),
+    "meta_unrotated": replace(BASE, pattern="(LS)(LF)", meta=replace(META, positions=MetaPositions.unrotated)),
+    "meta_outside_of_the_state": replace(BASE, pattern="(LS)L", gla=TIED, meta=replace(META, in_state=False)),
+    "meta_one": replace(BASE, meta=MetaConfig(num_tokens=1)),
 }
 BOUNDS = torch.tensor([0, 1, 24, 24, 61, 80], dtype=torch.int32)  # odd lengths, one token alone, an empty document
 

@@ -12,8 +12,10 @@ from parallel.mesh import Mesh
 from parallel.schedule import chunks_of
 from parallel.sequence.shard import IGNORE, Row
 from sbtrain.config.model_schema import GLAConfig, ModelConfig
+from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.schema import Precision, Recompute
 from sbtrain.model.build import build_chunks, global_parameters
+from sbtrain.moe.router import Router
 from sharding import global_state, local_shard
 
 ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=1.0, new_lr_scale=2.0)
@@ -59,16 +61,31 @@ def packed_rows(num_rows: int, num_tokens: int, vocab_size: int, *, seed: int = 
 
 def fill(chunks, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
     """Set this rank's parameters from the global random state. chunks: of its stage, or the stage that is one."""
-    state = global_state(config, seed=seed)
+    state, shared = global_state(config, seed=seed), config.pair.shared_projections
     for name, parameter in global_parameters(*chunks_of(chunks)).items():
         source = "embedding.word_embeddings.weight" if name == "output_layer.weight" and config.tie_embeddings else name
         with torch.no_grad():
-            parameter.copy_(local_shard(name, state[source], tp_rank=mesh.tp_rank, tp=mesh.layout.tp))
+            where = dict(coordinates(mesh), shared_projections=shared)
+            parameter.copy_(local_shard(name, state[source], **where))
 
 
-def build_engine(config: ModelConfig, mesh: Mesh, *, seq_len: int, precision=Precision.fp32, recompute=Recompute.none):
+def coordinates(mesh: Mesh) -> dict[str, int]:
+    """Where this rank stands among the shards of a tensor."""
+    return dict(tp_rank=mesh.tp_rank, tp=mesh.layout.tp, ep_rank=mesh.groups.ep.rank(), ep=mesh.groups.ep.size())
+
+
+def build_engine(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    seq_len: int,
+    precision=Precision.fp32,
+    recompute=Recompute.none,
+    experts: ExpertsConfig = PLAIN,
+):
     """An engine over the global random weights."""
-    chunks = build_chunks(config, mesh, precision=precision, recompute=recompute, seq_len=seq_len)
+    options = dict(precision=precision, recompute=recompute, experts=experts)
+    chunks = build_chunks(config, mesh, seq_len=seq_len, **options)
     fill(chunks, config, mesh)
     return Engine(chunks, mesh, adam=ADAM)
 
@@ -81,24 +98,35 @@ def one_step(
     recompute=Recompute.none,
     num_steps: int = 1,
     precision: Precision = Precision.fp32,
+    experts: ExpertsConfig = PLAIN,
+    forced: list[float] | None = None,
 ):
     """Loss, gradient norm, this rank's gradients by global name with its tp coordinates, and the loss after a step."""
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(layout))
-        engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), recompute=recompute, precision=precision)
+        options = dict(recompute=recompute, precision=precision, experts=experts)
+        engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), **options)
+        for module in (module for model in engine.models for module in model.modules()):
+            if isinstance(module, Router) and forced is not None:
+                module.forced = torch.tensor(forced)
         stack.callback(engine.close)
         mine = rows[mesh.dp_rank :: mesh.dp]
         first = engine.forward_backward(mine)
         engine.gather_gradients()
         grads = {name: p.main_grad.cpu().clone() for name, p in global_parameters(*engine.models).items()}
         norm = engine.step(lr=1e-2)
-        after = [engine.forward_backward(mine) for _ in range(num_steps)][-1]
+        metrics = [engine.metrics]
+        after = engine.forward_backward(mine)
+        for _ in range(num_steps - 1):
+            engine.step(lr=1e-2)
+            metrics.append(engine.metrics)
+            after = engine.forward_backward(mine)
         return dict(
             loss=first.mean,
             num_tokens=first.num_tokens,
             grad_norm=norm,
             after=after.mean,
             grads=grads,
-            tp_rank=mesh.tp_rank,
-            tp=layout.tp,
+            metrics=metrics,
+            **coordinates(mesh),
         )

@@ -55,7 +55,8 @@ def check_equal(results: list[dict], whole: dict) -> None:
             tied = name == "output_layer.weight" and name not in grads
             seen.add(name)
             source = grads["embedding.word_embeddings.weight" if tied else name]
-            expected = local_shard(name, source, tp_rank=result["tp_rank"], tp=result["tp"])
+            place = {key: result[key] for key in ("tp_rank", "tp", "ep_rank", "ep")}
+            expected = local_shard(name, source, **place)
             distance = float((grad - expected).norm())
             assert distance <= 1e-4 * max(float(expected.norm()), floor), name
     assert seen >= set(grads)

@@ -90,14 +90,16 @@ def gated_linear_attention(q, k, v, log_decay, state=None):
     return torch.cat(outputs, 1), state
 
 
-def windowed_attention(q, k, v, valid, window):
+def windowed_attention(q, k, v, valid, window, sinks=None):
     """Causal softmax attention of the last T positions of S.
 
     q [B, H, T, K]; k, v [B, J, S, K]; valid [B, S] bool, False at padding; window: visible keys, the query's own
-    included, or None. Blocks of queries, so a window costs T * window and not T * T. Returns [B, H, T, K].
+    included, or None. sinks: keys and values [J, M, K] that every query sees besides, or None. Blocks of queries, so a
+    window costs T * window and not T * T. Returns [B, H, T, K].
     """
     group, past = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    sinks = [] if sinks is None else [x.repeat_interleave(group, 0).expand(len(q), -1, -1, -1) for x in sinks]
     outputs = []
     for start in range(0, q.shape[2], QUERY_BLOCK):
         block = q[:, :, start : start + QUERY_BLOCK]
@@ -108,7 +110,11 @@ def windowed_attention(q, k, v, valid, window):
         if window is not None:
             visible = visible & (age < window)
         visible = visible | (age == 0)  # a padded query sees itself, or its softmax would be 0 / 0
-        outputs.append(F.scaled_dot_product_attention(block, k[:, :, first:stop], v[:, :, first:stop], visible))
+        keys, values = k[:, :, first:stop], v[:, :, first:stop]
+        if sinks:
+            keys, values = torch.cat([sinks[0], keys], 2), torch.cat([sinks[1], values], 2)
+            visible = F.pad(visible, (keys.shape[2] - visible.shape[-1], 0), value=True)
+        outputs.append(F.scaled_dot_product_attention(block, keys, values, visible))
     return torch.cat(outputs, 2)
 
 

@@ -14,14 +14,15 @@ from .mixers_gla_swa import GatedLinearAttention, HybridCache, RMSNorm, SoftmaxA
 class GLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config):
+    def __init__(self, config, size=None):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        size = size or config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        """x [B, T, D] -> [B, T, D]."""
+        """x [..., D] -> [..., D]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
