@@ -1,7 +1,7 @@
 """What is compared: a training step of the engine, and the same step assembled by hand. Both start from equal weights.
 
 A peer is built, stepped and closed; close() leaves nothing on the device. step(mark) runs one optimizer step on the
-batch and returns (loss, gradient norm before clipping), numbers or tensors.
+batch and returns (loss, gradient norm before clipping), numbers or tensors; metrics is what the model says of it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ from sbtrain.bench.hand_model import HandModel
 from sbtrain.bench.hand_optimizer import MasterAdamW
 from sbtrain.bench.timing import Mark
 from sbtrain.bench.weights import draw, global_shapes
+from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.schema import ModelConfig, OptimConfig, Precision, Recompute
 from sbtrain.model.build import build_model, global_parameters
+from sbtrain.moe.router import Router
 
 LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step: the model, and for every data-parallel rank micro_batch documents of seq_len random tokens."""
+    """One step: the model, and for every data-parallel rank micro_batch documents of seq_len random tokens.
+
+    experts: how mixtures of experts are run. forced: the share of tokens that each expert gets, None for the router's.
+    """
 
     model: ModelConfig
     precision: Precision
@@ -39,6 +44,8 @@ class Work:
     micro_batch: int
     seq_len: int
     layout: Layout = Layout()
+    experts: ExpertsConfig = PLAIN
+    forced: list[float] | None = None
 
     def batch(self, dp_rank: int = 0) -> tuple[Tensor, Tensor]:
         """Tokens and labels int64 [documents, seq_len] on the CPU; the last token of each predicts nothing."""
@@ -68,7 +75,11 @@ class EnginePeer:
                 recompute=work.recompute,
                 seq_len=work.seq_len,
                 row_tokens=work.micro_batch * work.seq_len,
+                experts=work.experts,
             )
+            for part in model.modules() if work.forced is not None else ():
+                if isinstance(part, Router):
+                    part.forced = torch.tensor(work.forced, dtype=torch.float64, device=self.mesh.device)
             self.engine = Engine(model, self.mesh, adam=asdict(OptimConfig()))
             with torch.no_grad():
                 for name, parameter in global_parameters(model).items():
@@ -78,6 +89,7 @@ class EnginePeer:
             self.close()
             raise
         self.rows, self.sp_choices = [work.row(self.mesh.dp_rank)], model.sp_choices
+        self.metrics: dict = {}
 
     def step(self, mark: Mark):
         """See the module."""
@@ -87,6 +99,7 @@ class EnginePeer:
         with record_function("bench: optimizer"):
             norm = self.engine.step(lr=LEARNING_RATE)
         mark("optimizer")
+        self.metrics = self.engine.metrics
         return loss, norm
 
     def close(self) -> None:
@@ -101,6 +114,7 @@ class HandPeer:
     """The same parts without a framework, on one rank."""
 
     sp_choices: dict[str, str] = {}
+    metrics: dict = {}
 
     def __init__(self, work: Work):
         place = device()

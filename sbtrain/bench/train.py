@@ -9,7 +9,7 @@ gradient norms must agree, or the comparison is void.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ import ops
 from parallel.collectives import together
 from parallel.layout import Layout
 from parallel.mesh import device, start_distributed
+from sbtrain.bench.expert_load import ExpertLoad, forced_shares
 from sbtrain.bench.hand_kernels import kernel_names
 from sbtrain.bench.layouts import check_world, sequence_layout_of
 from sbtrain.bench.options import demand_positive
@@ -27,7 +28,9 @@ from sbtrain.bench.profile import profile_steps
 from sbtrain.bench.record import aligned, machine, peak_tflops, save, shown
 from sbtrain.bench.shapes import model_config
 from sbtrain.bench.timing import release_memory, spread, time_steps
-from sbtrain.config.schema import ModelConfig, Precision, Recompute
+from sbtrain.config.moe_rules import experts_problem, has_experts
+from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
+from sbtrain.config.schema import ModelConfig, Precision, Recompute, Stage
 from sbtrain.config.typed import plain
 from sbtrain.model.flops import TRAINING_FORWARDS, flops_per_token, training_flops_per_token
 
@@ -45,7 +48,10 @@ class TrainOptions:
     model: `tiny` or a recipe whose shape is taken (7b: Qwen2.5-7B). layers: depth. patterns: layer patterns, run one
     after the other. seq_len: tokens of a document on each of its ranks; micro_batch: documents a row. sp: over how many
     ranks a document is cut, with seq_len tokens on each: N, or N:lasp2, N:zeco, N:ulysses for the way of its linear
-    attention; several are run one after the other, each on all ranks of torchrun. steps: timed ones, after warmup.
+    attention; several are run one after the other, each on all ranks of torchrun. ep: over how many of the ranks the
+    experts of layers marked `:m` are spread; experts.*: how they are run (docs/moe.md); expert_load: natural, as the
+    router of random weights deals, or forced: balanced, or skewed, where the first expert gets the share hot_share
+    and the others the rest evenly. MFU counts the parameters that a token meets. steps: timed ones, after warmup.
     rounds: how often all peers run. profile: where the time of each peer goes, in the first round.
     peak_tflops: of the device; 0 takes it by the device's name. out: folder of bench_train.json and profiles.
     """
@@ -56,6 +62,10 @@ class TrainOptions:
     seq_len: int = 8192
     micro_batch: int = 1
     sp: tuple[str, ...] = ("1",)
+    ep: int = 1
+    experts: ExpertsConfig = PLAIN
+    expert_load: ExpertLoad = ExpertLoad.natural
+    hot_share: float = 0.5
     precision: Precision = Precision.bf16
     recompute: Recompute = Recompute.none
     steps: int = 10
@@ -69,7 +79,7 @@ class TrainOptions:
 
 def bench_train(options: TrainOptions, command: str) -> int:
     """Measure, print and save. Returns 0, or 1 if the peers did not agree. Raises ValueError for bad options."""
-    demand_positive(options, "layers", "seq_len", "micro_batch", "steps", "rounds")
+    demand_positive(options, "layers", "seq_len", "micro_batch", "steps", "rounds", "ep")
     if options.warmup < 1:
         raise ValueError(f"warmup={options.warmup} must be at least 1, because the first step compiles")
     unknown = [peer for peer in options.peers if peer not in PEERS]
@@ -77,8 +87,9 @@ def bench_train(options: TrainOptions, command: str) -> int:
         raise ValueError(f"peers={unknown[0]} is not known; choose from: {', '.join(PEERS)}")
     models = [model_config(options.model, num_layers=options.layers, pattern=name) for name in options.patterns]
     start_distributed()
-    layouts = {name: sequence_layout_of(name) for name in options.sp}
+    layouts = {name: replace(sequence_layout_of(name), ep=options.ep) for name in options.sp}
     check_world(layouts, options.peers)
+    check_experts(options, models)
     report = {
         "benchmark": "train",
         "command": command,
@@ -101,6 +112,26 @@ def bench_train(options: TrainOptions, command: str) -> int:
     return 0 if all(comparison["agree"] for comparison in report["comparisons"]) else 1
 
 
+def check_experts(options: TrainOptions, models: list[ModelConfig]) -> None:
+    """Raise ValueError for keys of experts that these models or this world cannot follow."""
+    if options.ep > 1 and dist.get_world_size() % options.ep:
+        raise ValueError(f"ep={options.ep} does not divide the {dist.get_world_size()} ranks of torchrun")
+    for model in models:
+        stage = Stage(layout=Layout(ep=options.ep), recompute=options.recompute, experts=options.experts)
+        problem = experts_problem(model, stage)
+        if problem:
+            raise ValueError(problem)
+        if not has_experts(model):
+            if options.ep > 1 or options.expert_load is not ExpertLoad.natural:
+                raise ValueError(f"ep and expert_load need layers with :m, which patterns={model.pattern} lacks")
+        elif model.moe.num_experts % options.ep:
+            raise ValueError(f"ep={options.ep} does not divide the {model.moe.num_experts} experts")
+        elif "hand" in options.peers:
+            raise ValueError("peers=hand knows no mixtures of experts; write peers=engine")
+    if not 0 < options.hot_share <= 1:
+        raise ValueError(f"hot_share={options.hot_share} must be above 0 and at most 1")
+
+
 def _keep(options: TrainOptions, report: dict) -> Path | None:
     """Save the report, on rank 0; all ranks raise what it raises."""
     return together(lambda: save(options.out, FILE, report) if dist.get_rank() == 0 else None)
@@ -115,10 +146,13 @@ def _bench_model(model: ModelConfig, sp: str, layout: Layout, options: TrainOpti
     """All rounds of one pattern on one layout; the report is saved after every peer."""
     seq_len = options.seq_len * layout.sp
     work = Work(model, options.precision, options.recompute, options.micro_batch, seq_len, layout)
+    if has_experts(model):
+        forced = forced_shares(options.expert_load, model.moe.num_experts, hot_share=options.hot_share)
+        work = replace(work, experts=options.experts, forced=forced)
     for number in range(1, options.rounds + 1):
         by_peer = {}
         for name in options.peers:
-            result = {"pattern": model.pattern, "round": number, "peer": name, "sp": sp}
+            result = {"pattern": model.pattern, "round": number, "peer": name, "sp": sp, "ep": layout.ep}
             result.update(_measure(name, work, options, peak=report["peak_tflops"], profiled=number == 1))
             by_peer[name] = result
             report["results"].append(result)
@@ -163,6 +197,7 @@ def _timed(name: str, work: Work, options: TrainOptions, *, peak: float, profile
         **speed(work, spread(timing.steps_ms)["median"], peak),
         "peak_memory_bytes": memory,
         "sp_choices": peer.sp_choices,
+        "model_metrics": peer.metrics,
         "losses": [loss for loss, _ in results],
         "grad_norms": [norm for _, norm in results],
         "whole_s": seconds,
@@ -227,7 +262,7 @@ def _title(report: dict) -> str:
 
 
 def _line(result: dict) -> str:
-    start = f"{result['pattern']} round {result['round']} {result['peer']} sp {result['sp']}"
+    start = f"{result['pattern']} round {result['round']} {result['peer']} sp {result['sp']} ep {result['ep']}"
     if "error" in result:
         return f"{start}: {result['error']}"
     held = f", {result['memory_before_bytes'] / 2**30:.1f} GiB in use before" if result["memory_before_bytes"] else ""

@@ -68,13 +68,13 @@ class Router(mcore.MegatronModule):
 
     def _with_losses(self, weights: Tensor, logits: Tensor, shares: Tensor, counted: Tensor) -> Tensor:
         """The weights, whose backward pass also brings the gradients of the losses."""
-        loss, mask = None, counted[:, None]
+        loss, mask, num_tokens = None, counted[:, None], max(self.step_tokens, 1)
         if self.moe.aux_loss_coeff > 0:
-            scale = self.moe.aux_loss_coeff * self.num_experts / self.step_tokens
+            scale = self.moe.aux_loss_coeff * self.num_experts / num_tokens
             loss = scale * ((shares * mask).sum(0) * self.load).sum()
         if self.moe.z_loss_coeff > 0:
             squares = logits.logsumexp(-1, keepdim=True).square() * mask
-            z_loss = self.moe.z_loss_coeff / self.step_tokens * squares.sum()
+            z_loss = self.moe.z_loss_coeff / num_tokens * squares.sum()
             loss = z_loss if loss is None else loss + z_loss
         return weights if loss is None else mcore.MoEAuxLossAutoScaler.apply(weights, loss)
 

@@ -84,13 +84,7 @@ def run_layer(
             weight.main_grad += weight.grad
         layer.hot.hand_over()
         found = {name: weight.main_grad for name, weight in layer.named_parameters()}
-        return dict(
-            y=y.detach(),
-            x_grad=x.grad,
-            grads=found,
-            tally=layer.router.tally.take(),
-            experts=(experts.start, experts.stop),
-        )
+        return dict(y=y.detach(), x_grad=x.grad, grads=found, tally=layer.router.tally.take())
 
 
 def plain_layer(moe: MoEConfig, weights: dict[str, Tensor], x: Tensor, *, load: list[float] | None, num_meta: int = 0):
