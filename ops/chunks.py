@@ -55,8 +55,7 @@ def into_chunks(tensors: tuple, ids: Optional[Tensor], max_tokens: int) -> tuple
 
 
 def one_by_one(run: Callable, tensors: tuple, state: Optional[Tensor], cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """run(*tensors, state) -> (o [1, T, ...], final [1, ...]) on each document: generation and evaluation, where each
-    document has a state of its own; never a training step."""
+    """run(*tensors, state) -> (o [1, T, ...], final [1, ...]) on each document, where each has a state of its own."""
     parts = [
         run(*(x[:, a:b] for x in tensors), None if state is None else state[n : n + 1])
         for n, (a, b) in enumerate(_spans(cu_seqlens))

@@ -8,6 +8,7 @@ import pytest
 
 from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from sbtrain.config.load import load
+from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig
 from sbtrain.config.rules import check, check_training, check_world, layout_problem, smallest_world
 
 
@@ -30,6 +31,7 @@ def changed(value, path: str, new):
 
 
 S = "stages.ctx_8k"
+TIED = GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied)
 HEADS = SequenceAlgorithms(*[SequenceAlgorithm.ulysses] * 3)
 REFUSALS = [
     ({"model.hidden_size": 0}, ["model.hidden_size=0"]),
@@ -40,7 +42,13 @@ REFUSALS = [
     ({"model.pattern": "LSX"}, ["model.pattern", "position 3"]),
     ({"model.pattern": "LB x 14"}, ["layer 1 is B", "not trainable yet", "F, S, L"]),
     ({"model.pattern": "LE"}, ["layer 1 is E"]),
-    ({"model.pattern": "(LS)"}, ["layer 0 is (LS)"]),
+    ({"model.pattern": "(SF)"}, ["layer 0 is (SF)", "(LS), (LF)"]),
+    ({"model.pattern": "(SL)"}, ["layer 0 is (SL)", "(LS), (LF)"]),
+    ({"model.gla.gate": Gate.tied}, ["model.gla.gate=tied", "model.gla.feature_map=sigmoid"]),
+    ({"model.gla.lower_bound": 0.5}, ["model.gla.lower_bound=0.5", "model.gla.gate=tied"]),
+    ({"model.gla": replace(TIED, lower_bound=1.0)}, ["model.gla.lower_bound=1.0", "less than 1"]),
+    ({"model.meta.num_tokens": -1}, ["model.meta.num_tokens", "0 or more"]),
+    ({"model.pair.calibration_tokens": 0}, ["model.pair.calibration_tokens=0"]),
     ({"model.pattern": "L S:m"}, ["layer 1 is S:m"]),
     ({"dry_run": False}, ["start.path=models/Qwen2.5-7B does not exist"]),
     ({"optim.beta1": 1.0}, ["optim.beta1=1.0"]),
@@ -121,7 +129,28 @@ REFUSALS = [
         {f"{S}.layout": Layout(tp=4, tp_sequence_parallel=True), f"{S}.seq_len": 6, f"{S}.global_batch_tokens": 6},
         ["tp=4 under tp_sequence_parallel", "row of 6 tokens"],
     ),
+    (
+        {f"{S}.layout": Layout(tp=4, tp_sequence_parallel=True), "model.meta.num_tokens": 3},
+        ["tp=4 under tp_sequence_parallel", "model.meta.num_tokens=3 before each", "tp 4 holds equal parts"],
+    ),
 ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.pattern": "(LS) x 6 (LF)", "model.gla": TIED},
+        {"model.meta.num_tokens": 128, f"{S}.layout": Layout(tp=4, sp=2, tp_sequence_parallel=True)},
+        {  # neither the tokens of a shard nor the meta tokens go evenly to 4 ranks, together they do
+            "model.meta.num_tokens": 2, f"{S}.layout": Layout(tp=4, tp_sequence_parallel=True), f"{S}.seq_len": 8190,
+            f"{S}.global_batch_tokens": 8190,
+        },
+    ],
+)  # fmt: skip
+def test_pairs_and_meta_tokens_are_trainable(recipe, changes):
+    for path, new in changes.items():
+        recipe = changed(recipe, path, new)
+    check(recipe)
 
 
 @pytest.mark.parametrize(("changes", "parts"), REFUSALS, ids=[" ".join(changes) for changes, _ in REFUSALS])

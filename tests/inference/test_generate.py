@@ -9,6 +9,7 @@ import torch
 
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, MetaPositions, PairConfig
 from sbtrain.inference.generate import Speed, advance, fork, generate_ids, generate_text, prefill
 from sbtrain.inference.sampling import Sampling
 from sbtrain.model.cache import Cache
@@ -43,13 +44,49 @@ def storage_bytes(cache: Cache, kinds: str, pattern: str) -> int:
     ("pattern", "window"), [("LS", 1), ("LS", 7), ("LS", 30), ("LS", 64), ("FS", 7), ("FS", 64), ("LF", 7)]
 )
 def test_pieces_equal_the_whole_and_plain_torch(mesh, pattern, window, pieces):
-    config = replace(MODEL, pattern=pattern, window=window, qk_norm=pattern == "FS", tie_embeddings=pattern == "LF")
+    about = dict(pattern=pattern, window=window, qk_norm=pattern == "FS", tie_embeddings=pattern == "LF")
+    check_pieces(mesh, replace(MODEL, **about), pieces)
+
+
+def check_pieces(mesh, config, pieces: str) -> None:
     model, tokens = build(config, mesh), torch.randint(config.vocab_size, (TOTAL,))
     cache = Cache()
     stepped = torch.cat([advance(model, piece, cache, num_logits=None) for piece in tokens.split(SPLITS[pieces])])
     assert cache.num_tokens == TOTAL
     torch.testing.assert_close(stepped, parallel_logits(model, tokens), atol=3e-5, rtol=0)
     torch.testing.assert_close(stepped.double(), exact_logits(config, tokens), atol=3e-5, rtol=0)
+
+
+PAIRS = dict(pattern="(LS)(LF)", gla=GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied))
+META = MetaConfig(num_tokens=6)
+WITH_META = {
+    "pairs": PAIRS,
+    "shared": dict(**PAIRS, pair=PairConfig(shared_projections=True), qk_norm=True),
+    "meta": dict(**PAIRS, meta=META),
+    "meta_plain": dict(pattern="LSF", num_layers=3, meta=META),
+    "meta_plain_unrotated": dict(pattern="LSF", num_layers=3, meta=replace(META, positions=MetaPositions.unrotated)),
+    "meta_outside_of_the_state": dict(**PAIRS, meta=replace(META, in_state=False)),
+}
+
+
+@pytest.mark.parametrize("pieces", SPLITS)
+@pytest.mark.parametrize("changes", WITH_META.values(), ids=WITH_META)
+def test_pieces_of_pairs_and_meta_tokens(mesh, changes, pieces):
+    check_pieces(mesh, replace(MODEL, **changes), pieces)
+
+
+def test_what_is_known_of_meta_tokens_is_computed_once_and_forgotten_by_training(mesh):
+    model, tokens = build(replace(MODEL, **WITH_META["meta"]), mesh), torch.randint(MODEL.vocab_size, (9,))
+    first, second = prefill(model, tokens)[1], prefill(model, tokens)[1]
+    assert all(first.layers[i].sinks["sink_k"] is second.layers[i].sinks["sink_k"] for i in range(MODEL.num_layers))
+    before = prefill(model, tokens)[0]
+    model.train()
+    with torch.no_grad():
+        model.embedding.meta_tokens.neg_()
+    model.eval()
+    after = prefill(model, tokens)[0]
+    torch.testing.assert_close(after, parallel_logits(model, tokens)[-1], atol=1e-4, rtol=0)
+    assert (after - before).abs().max() > 1e-2
 
 
 def test_chunked_prefill_gives_the_last_logits(mesh):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from parallel.mesh import Mesh
+from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, PairConfig
 from sbtrain.config.schema import ModelConfig, Precision
 from sbtrain.inference.generate import advance, generate_ids, prefill
 from sbtrain.inference.sampling import Sampling
@@ -17,6 +18,8 @@ from sbtrain.model.cache import Cache
 from tiny_model import MODEL, build
 
 ODD_HEADS = dict(num_heads=9, num_kv_heads=3, hidden_size=36, head_dim=4)
+TIED = dict(gla=GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied))
+META = MetaConfig(num_tokens=6)
 TOLERANCE = 2e-5
 NUM_GREEDY = 5
 
@@ -34,6 +37,11 @@ CASES = [
     (4, OWN, dict(pattern="LS", **ODD_HEADS)),
     (4, OWN, dict(pattern="LFSS", window=30)),
     (3, replace(OWN, L=SequenceAlgorithm.zeco), dict(pattern="LS", **ODD_HEADS)),
+    (2, OWN, dict(pattern="(LS)(LF)", **TIED)),
+    (2, ULYSSES, dict(pattern="(LS)(LF)", pair=PairConfig(shared_projections=True), **TIED, **ODD_HEADS)),
+    (3, OWN, dict(pattern="(LS)(LF)", meta=META, **TIED, **ODD_HEADS)),
+    (2, ULYSSES, dict(pattern="(LS)(LF)", meta=META, **TIED, **ODD_HEADS)),
+    (3, replace(OWN, L=SequenceAlgorithm.zeco), dict(pattern="LS", meta=replace(META, in_state=False))),
 ]
 """sp; algorithms; the model. Its window of 7 is longer than some shards and prompts, 30 than more of them."""
 LENGTHS = (1, 2, 3, 4, 5, 8, 13, 29, 48, 53)
@@ -47,7 +55,9 @@ def prompt_of(num_tokens: int) -> Tensor:
 
 def contents(cache: Cache) -> dict[str, Tensor]:
     """Every tensor of a cache, copied: decoding goes on in it."""
-    layers = {index: vars(layer).items() for index, layer in sorted(cache.layers.items())}
+    layers = {
+        index: {**vars(layer), **layer.sinks, "sinks": None}.items() for index, layer in sorted(cache.layers.items())
+    }
     return {f"{i} {name}": x.cpu().clone() for i, fields in layers.items() for name, x in fields if x is not None}
 
 

@@ -86,6 +86,23 @@ def test_forward_equals_plain_torch(name):
     check_close(logits, plain_logits(state, model, tokens, BOUNDS))
 
 
+@pytest.mark.parametrize("name", ["meta_pairs", "meta_pairs_shared", "meta_LSF", "L_tied_gate_above_a_bound"])
+def test_gradients_equal_plain_torch(name):
+    """Of every parameter, the meta tokens' among them: all documents add up."""
+    model, tokens = MODELS[name], packed_tokens()
+    weights = torch.randn(len(tokens), model.vocab_size, generator=torch.Generator().manual_seed(2))
+    with Mesh.build(Layout()) as mesh:
+        built = build_model(model, mesh, precision=Precision.fp32, seq_len=80)
+        fill_random(built, model, mesh)
+        (built(tokens, Documents(BOUNDS, positions_of(BOUNDS))) * weights).sum().backward()
+        grads = {parameter: p.grad for parameter, p in global_parameters(built).items()}
+    state = {name: x.requires_grad_() for name, x in global_state(model, dtype=torch.float64).items()}
+    (plain_logits(hf_state(state, model), model, tokens, BOUNDS) * weights).sum().backward()
+    for parameter, grad in grads.items():
+        expected = state[parameter].grad
+        assert float((grad - expected).norm()) <= 2e-5 * float(expected.norm()), parameter
+
+
 CONVERTED = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, "LS"),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, "LSF"),
@@ -121,10 +138,11 @@ def test_a_converted_checkpoint_equals_plain_torch_on_the_teachers_own_tensors(t
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("pattern", ["F", "S", "L", "LS"])
-def test_changing_one_document_changes_no_logits_of_another(run_ranks, pattern, num_ranks):
+@pytest.mark.parametrize("meta", [MetaConfig(), META], ids=["", "meta"])
+def test_changing_one_document_changes_no_logits_of_another(run_ranks, meta, pattern, num_ranks):
     """Under sp the document lies on both ranks: the shards meet at token 40, inside the changed one. Running sums of
     decays begin with a chunk, not with a document: their rounding may show in the last digit."""
-    model = replace(BASE, pattern=pattern, num_layers=2, window=30)
+    model = replace(BASE, pattern=pattern, num_layers=2, window=30, meta=meta)
     tokens = packed_tokens()
     start, stop = int(BOUNDS[3]), int(BOUNDS[4])
     changed = torch.cat([tokens[:start], (tokens[start:stop] + 1) % 90, tokens[stop:]])
@@ -137,9 +155,10 @@ def test_changing_one_document_changes_no_logits_of_another(run_ranks, pattern, 
 
 
 @pytest.mark.parametrize("pattern", ["F", "S", "L"])
-def test_a_document_does_not_know_where_in_the_row_it_lies(pattern):
+@pytest.mark.parametrize("meta", [MetaConfig(), META], ids=["", "meta"])
+def test_a_document_does_not_know_where_in_the_row_it_lies(meta, pattern):
     """Positions and states begin anew: packed or alone, a document has the same logits."""
-    model, tokens = replace(BASE, pattern=pattern, num_layers=2), packed_tokens()
+    model, tokens = replace(BASE, pattern=pattern, num_layers=2, meta=meta), packed_tokens()
     document = tokens[24:61]
     with Mesh.build(Layout()) as mesh:
         built = build_model(model, mesh, precision=Precision.fp32, seq_len=80)

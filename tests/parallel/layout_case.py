@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 
+import pytest
 import torch
 
 from parallel.engine import Engine
@@ -101,7 +103,7 @@ def one_step(
     experts: ExpertsConfig = PLAIN,
     forced: list[float] | None = None,
 ):
-    """Loss, gradient norm, this rank's gradients by global name with its tp coordinates, and the loss after a step."""
+    """Loss, gradient norm, this rank's gradients by global name, what cuts them, and the loss after a step."""
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(layout))
         options = dict(recompute=recompute, precision=precision, experts=experts)
@@ -128,5 +130,25 @@ def one_step(
             after=after.mean,
             grads=grads,
             metrics=metrics,
-            **coordinates(mesh),
+            place=dict(coordinates(mesh), shared_projections=config.pair.shared_projections),
         )
+
+
+def check_equal(results: list[dict], whole: dict) -> None:
+    """The design's equality: loss 1e-5 relative, each gradient within 1e-4 of max(its norm, a share of the total)."""
+    grads = whole["grads"]
+    total = math.sqrt(sum(float(g.double().pow(2).sum()) for g in grads.values()))
+    floor = 1e-3 * total / math.sqrt(len(grads))
+    seen = set()
+    for result in results:
+        assert result["num_tokens"] == whole["num_tokens"]
+        for key in ("loss", "grad_norm", "after"):
+            assert result[key] == pytest.approx(whole[key], rel=1e-5), key
+        for name, grad in result["grads"].items():
+            tied = name == "output_layer.weight" and name not in grads
+            seen.add(name)
+            source = grads["embedding.word_embeddings.weight" if tied else name]
+            expected = local_shard(name, source, **result["place"])
+            distance = float((grad - expected).norm())
+            assert distance <= 1e-4 * max(float(expected.norm()), floor), name
+    assert seen >= set(grads)

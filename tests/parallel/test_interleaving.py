@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from layout_case import build_engine, one_step, packed_rows, small_model
+from layout_case import build_engine, check_equal, one_step, packed_rows, small_model
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.schedule import evaluate_rows
 from sbtrain.config.schema import Recompute
-from test_layouts import HEADS, check_equal
+from test_layouts import HEADS
 
 CASES = {
     "pp2_vpp2": (2, Layout(pp=2, vpp=2)),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from layout_case import one_step, packed_rows, small_model
+from layout_case import check_equal, one_step, packed_rows, small_model
 from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from sbtrain.config.schema import Recompute
-from sharding import local_shard
 
 HEADS = SequenceAlgorithms(*[SequenceAlgorithm.ulysses] * 3)
 STATES = SequenceAlgorithms(S=SequenceAlgorithm.halo, L=SequenceAlgorithm.lasp2)
@@ -39,27 +36,6 @@ LAYOUTS = {
     "sp8": (8, Layout(sp=8, sp_algorithm=HEADS)),
     "sp8_zeco": (8, Layout(sp=8, sp_algorithm=SCAN)),
 }
-
-
-def check_equal(results: list[dict], whole: dict) -> None:
-    """The design's equality: loss 1e-5 relative, each gradient within 1e-4 of max(its norm, a share of the total)."""
-    grads = whole["grads"]
-    total = math.sqrt(sum(float(g.double().pow(2).sum()) for g in grads.values()))
-    floor = 1e-3 * total / math.sqrt(len(grads))
-    seen = set()
-    for result in results:
-        assert result["num_tokens"] == whole["num_tokens"]
-        for key in ("loss", "grad_norm", "after"):
-            assert result[key] == pytest.approx(whole[key], rel=1e-5), key
-        for name, grad in result["grads"].items():
-            tied = name == "output_layer.weight" and name not in grads
-            seen.add(name)
-            source = grads["embedding.word_embeddings.weight" if tied else name]
-            place = {key: result[key] for key in ("tp_rank", "tp", "ep_rank", "ep")}
-            expected = local_shard(name, source, **place)
-            distance = float((grad - expected).norm())
-            assert distance <= 1e-4 * max(float(expected.norm()), floor), name
-    assert seen >= set(grads)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

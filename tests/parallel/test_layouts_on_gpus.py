@@ -6,14 +6,20 @@ import math
 
 import pytest
 
-from layout_case import one_step, packed_rows, small_model
+from layout_case import check_equal, one_step, packed_rows, small_model
 from parallel.layout import Layout
+from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, PairConfig
 from sbtrain.config.schema import Precision
 from sharding import local_shard
 from test_interleaving import eight_layers, late_step
-from test_layouts import LAYOUTS, check_equal
+from test_layouts import LAYOUTS
 
 PAIRS = [name for name, (num_ranks, _) in LAYOUTS.items() if num_ranks == 2]
+TIED = GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied)
+MADE_OF_PAIRS = [
+    dict(pattern="(LS)(LF)", gla=TIED, meta=MetaConfig(num_tokens=32), pair=PairConfig(shared_projections=shared))
+    for shared in (False, True)
+]
 TIMEOUT_S = 400.0  # kernels compile
 
 
@@ -31,7 +37,7 @@ def distance(result: dict, whole: dict) -> dict[str, float]:
     for name, grad in result["grads"].items():
         tied = name == "output_layer.weight" and name not in whole["grads"]
         source = whole["grads"]["embedding.word_embeddings.weight" if tied else name]
-        expected = local_shard(name, source, tp_rank=result["tp_rank"], tp=result["tp"]).double()
+        expected = local_shard(name, source, **result["place"]).double()
         squares[0] += float((grad.double() - expected).pow(2).sum())
         squares[1] += float(expected.pow(2).sum())
     return {**apart, "grads": math.sqrt(squares[0] / squares[1])}
@@ -45,14 +51,19 @@ def check_near(result: dict, whole: dict, *, allowed: dict[str, float]) -> None:
 
 
 @pytest.mark.gpu
-def test_one_gpu_in_fp32_equals_the_cpu(run_ranks):
-    model, rows = small_model(), packed_rows(2, 48, 120)
+@pytest.mark.parametrize("changes", [{}, *MADE_OF_PAIRS], ids=["plain", "pairs", "shared"])
+def test_one_gpu_in_fp32_equals_the_cpu(run_ranks, changes):
+    model, rows = small_model(**changes), packed_rows(2, 48, 120)
     (cpu,) = run_ranks(1)(one_step, Layout(), model, rows)
     check_equal(run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows), cpu)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, dict(num_heads=9, num_kv_heads=3, tie_embeddings=True, qk_norm=True)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(num_heads=9, num_kv_heads=3, tie_embeddings=True, qk_norm=True), *MADE_OF_PAIRS],
+    ids=["plain", "odd heads", "pairs", "shared"],
+)
 def test_one_gpu_in_bf16_is_as_near_to_fp32_as_the_references(run_ranks, changes):
     """The kernels may round no worse than plain torch does in bf16 on the CPU."""
     model, rows = kernel_model(**changes), packed_rows(2, 500, 120)
@@ -122,3 +133,13 @@ def test_interleaved_stages_on_four_gpus(layout, run_ranks):
     model, rows = eight_layers(tie_embeddings=True), packed_rows(16, 48, 120)
     (whole,) = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows, num_steps=2)
     check_equal(run_ranks(4, backend="nccl", timeout_s=TIMEOUT_S)(one_step, layout, model, rows, num_steps=2), whole)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("changes", MADE_OF_PAIRS, ids=["pairs", "shared"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_behind_meta_tokens_on_two_gpus(name, changes, run_ranks):
+    _, layout = LAYOUTS[name]
+    model, rows = small_model(**changes), packed_rows(4, 48, 120)
+    (whole,) = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows)
+    check_equal(run_ranks(2, backend="nccl", timeout_s=TIMEOUT_S)(one_step, layout, model, rows), whole)
