@@ -11,7 +11,9 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.schedule import evaluate_rows
 from sbtrain.config.schema import Recompute
+from test_expert_layouts import TOP2
 from test_layouts import HEADS
+from test_pair_layouts import META, TIED
 
 CASES = {
     "pp2_vpp2": (2, Layout(pp=2, vpp=2)),
@@ -24,6 +26,14 @@ CASES = {
     "pp3_vpp2": (3, Layout(pp=3, vpp=2)),
     "pp4_vpp2": (4, Layout(pp=4, vpp=2)),
     "uneven_stages": (2, Layout(pp=2, pp_layers=(6, 2))),
+}
+
+
+MIXED = {
+    "pp2_vpp2": (2, Layout(pp=2, vpp=2)),
+    "ep2": (4, Layout(pp=2, vpp=2, ep=2)),
+    "ep2_tp2": (4, Layout(pp=2, vpp=2, ep=2, tp=2, tp_sequence_parallel=True)),
+    "sp2": (4, Layout(pp=2, vpp=2, sp=2, sp_algorithm=HEADS)),
 }
 
 
@@ -46,6 +56,19 @@ def test_chunks_equal_one_rank(name, whole, run_ranks):
     tied = name.endswith("tied")
     model, rows = eight_layers(tie_embeddings=tied), packed_rows(12, 48, 120)
     check_equal(run_ranks(num_ranks)(one_step, layout, model, rows), whole[tied])
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_chunks_of_pairs_and_mixtures_behind_meta_tokens(name, run_ranks):
+    num_ranks, layout = MIXED[name]
+    model = small_model(pattern="(LS):m (LF) (LF):m (LS)", moe=TOP2, meta=META, gla=TIED, tie_embeddings=True)
+    rows = packed_rows(4, 48, 120)
+    (whole,) = run_ranks(1)(one_step, Layout(), model, rows, num_steps=2)
+    results = run_ranks(num_ranks)(one_step, layout, model, rows, num_steps=2)
+    check_equal(results, whole)
+    for result in results:
+        for theirs, ours in zip(result["metrics"], whole["metrics"], strict=True):
+            assert theirs["experts"]["load"] == ours["experts"]["load"]
 
 
 def test_chunks_with_recomputed_layers(whole, run_ranks):
