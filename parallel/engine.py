@@ -14,7 +14,7 @@ from parallel.gradients import GradientBuffers
 from parallel.mesh import Mesh
 from parallel.optimizer import build_optimizer, load_state, sharded_state, step
 from parallel.place import primitive, section
-from parallel.schedule import LossSum, run_rows
+from parallel.schedule import LossSum, chunks_of, run_rows
 from parallel.sequence.shard import IGNORE, Row
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
@@ -24,16 +24,37 @@ class Engine:
     """Owns the model, its gradients and its optimizer for the life of one mesh."""
 
     def __init__(self, model, mesh: Mesh, *, adam: dict):
-        """model: this rank's stage, on its device, weights still to be set. adam: arguments of build_optimizer."""
-        self.mesh, self.model, self.config = mesh, model, model.config
+        """model: this rank's stage or the list of its chunks, on its device, weights still to be set.
+
+        adam: arguments of build_optimizer.
+        """
+        self.mesh, self.models = mesh, chunks_of(model)
+        self.config = self.models[0].config
         overlap = mesh.device.type == "cuda"
-        self.chunk = GradientBuffers(self.config, model, overlap=overlap)
+        self.chunks = [
+            GradientBuffers(self.config, chunk, overlap=overlap, one_bucket=index > 0)
+            for index, chunk in enumerate(self.models)
+        ]
         if overlap:
-            self.config.no_sync_func = self.chunk.no_sync
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = no_sync if mesh.layout.vpp > 1 else no_sync[0]
         self.config.finalize_model_grads_func = _finalize_gradients
         self.metrics: dict = {}
-        self.optimizer, self._clip_grad = build_optimizer([self.chunk], **adam), adam["clip_grad"]
+        self.expert_steps = self.models[0].expert_steps.joined([chunk.expert_steps for chunk in self.models[1:]])
+        self.optimizer, self._clip_grad = build_optimizer(self.chunks, **adam), adam["clip_grad"]
         self.config.grad_scale_func = self.optimizer.scale_loss
+
+    @property
+    def model(self):
+        """The stage, where it is one chunk."""
+        (model,) = self.models
+        return model
+
+    @property
+    def chunk(self) -> GradientBuffers:
+        """The stage's gradients, where it is one chunk."""
+        (chunk,) = self.chunks
+        return chunk
 
     def close(self) -> None:
         """Let go of model, gradients and optimizer, for the next layout; without this they are never freed.
@@ -41,8 +62,9 @@ class Engine:
         megatron ties them into cycles through its configuration and gradient hooks.
         """
         self.config.grad_scale_func = self.config.no_sync_func = self.config.finalize_model_grads_func = None
-        self.chunk.grad_accs.clear()
-        del self.model, self.chunk, self.optimizer
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()
+        del self.models, self.chunks, self.optimizer, self.expert_steps
 
     def weights_changed(self) -> None:
         """Call after writing into the model's parameters: the fp32 master copies follow them."""
@@ -54,13 +76,14 @@ class Engine:
         Every gradient ends as the derivative of the mean over all scored tokens of the global batch.
         """
         with section("forward and backward"):
-            self.chunk.train()
             self.optimizer.zero_grad()
             num_tokens = self._count_scored(rows)
             loss_scale = 1.0 / max(num_tokens, 1)
-            self.chunk.begin_step(loss_scale=loss_scale)
-            self.model.expert_steps.begin(num_tokens=self.mesh.dp * sum(len(row.tokens) for row in rows))
-            total = run_rows(self.chunk, self.mesh, rows, loss_scale=loss_scale).sum(0)
+            for chunk in self.chunks:
+                chunk.train()
+                chunk.begin_step(loss_scale=loss_scale)
+            self.expert_steps.begin(num_tokens=self.mesh.dp * sum(len(row.tokens) for row in rows))
+            total = run_rows(self.chunks, self.mesh, rows, loss_scale=loss_scale).sum(0)
             with primitive("sum of losses"):
                 dist.all_reduce(total, group=self.mesh.groups.dp_cp)
                 return LossSum(float(total[0]), num_tokens)
@@ -74,7 +97,7 @@ class Engine:
 
     def gather_gradients(self) -> None:
         """Make param.main_grad whole on every rank after forward_backward, for inspection: ZeRO leaves each a part."""
-        for buffer in self.chunk.buffers + self.chunk.expert_parallel_buffers:
+        for buffer in (part for chunk in self.chunks for part in chunk.buffers + chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 parts = bucket.grad_data.chunk(group.size())
@@ -87,18 +110,18 @@ class Engine:
         """
         with section("optimizer step"):
             grad_norm = step(self.optimizer, lr=lr, clip_grad=self._clip_grad)
-            self.metrics = self.model.expert_steps.end()
+            self.metrics = self.expert_steps.end()
             return grad_norm
 
     def sharded_state_dict(self, *, for_loading: bool = False) -> dict:
         """Model and optimizer as megatron's sharded state dict, to be saved or (for_loading) loaded into."""
-        model, metadata = sharded_weights(self.model, self.mesh), _metadata(self.mesh)
+        model, metadata = sharded_weights(self.models, self.mesh), _metadata(self.mesh)
         optimizer = sharded_state(self.optimizer, model, metadata=metadata, for_loading=for_loading)
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what was loaded into the sharded state dict of this engine, or into the weights' part of it."""
-        self.model.load_state_dict(state["model"])
+        load_weights(self.models, state["model"])
         if "optimizer" in state:
             load_state(self.optimizer, state["optimizer"])
         else:
@@ -114,8 +137,15 @@ def _finalize_gradients(chunks, num_tokens=None, **options) -> None:
 
 
 def sharded_weights(model, mesh: Mesh) -> dict:
-    """The weights of this rank's stage as megatron's sharded state dict, under their global names."""
-    return model.sharded_state_dict(metadata=_metadata(mesh))
+    """The weights of this rank's stage or chunks as megatron's sharded state dict, under their global names."""
+    states = [chunk.sharded_state_dict(metadata=_metadata(mesh)) for chunk in chunks_of(model)]
+    return states[0] if len(states) == 1 else {f"chunk_{index}": state for index, state in enumerate(states)}
+
+
+def load_weights(chunks: list, state: dict) -> None:
+    """Put what was loaded into sharded_weights of these chunks into them."""
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(state if len(chunks) == 1 else state[f"chunk_{index}"])
 
 
 def _metadata(mesh: Mesh) -> dict:

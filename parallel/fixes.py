@@ -1,9 +1,12 @@
-"""What megatron-core 0.16.1 gets wrong in saving and loading the distributed optimizer, put right.
+"""What megatron-core 0.16.1 gets wrong in saving and loading the distributed optimizer, and in sending, put right.
 
 `parallel.mcore` puts these methods in the place of megatron's own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.distributed as dist
@@ -57,3 +60,19 @@ def _gather_bucket(optimizer, bucket, param_map: dict, whole: dict) -> None:
         parts = [torch.empty_like(shard) for _ in range(group.size())]
         dist.all_gather(parts, shard, group=group)
         whole[key][bucket.offset : bucket.offset + numel] = torch.cat(parts).cpu()
+
+
+def keeping_what_is_sent(communicate: Callable) -> Callable:
+    """P2PCommunicator._communicate, sending through tensors of its own.
+
+    The interleaved schedule takes the memory from a stage's output (`output.data = ...`) before the send of it was
+    waited for. A send that is under way holds the tensor, not its memory, and gloo goes on reading what has been freed;
+    so may NCCL, depending on how torch protects the memory of asynchronous calls. An alias keeps the memory.
+    """
+
+    @wraps(communicate)
+    def wrapper(self, *, tensor_send_next, tensor_send_prev, **options):
+        next_, previous = (None if x is None else x.detach() for x in (tensor_send_next, tensor_send_prev))
+        return communicate(self, tensor_send_next=next_, tensor_send_prev=previous, **options)
+
+    return wrapper

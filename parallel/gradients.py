@@ -27,12 +27,12 @@ class GradientBuffers(mcore.DistributedDataParallel):
     Saves one write and one read of every fp32 gradient a step.
     """
 
-    def __init__(self, config, module, *, overlap: bool):
-        """overlap: reduce each bucket as soon as its gradients are complete."""
+    def __init__(self, config, module, *, overlap: bool, one_bucket: bool = False):
+        """overlap: reduce each bucket as soon as its gradients are complete. one_bucket: not before all of them are."""
         ddp = mcore.DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap
         )
-        super().__init__(config, ddp, module)
+        super().__init__(config, ddp, module, disable_bucketing=one_bucket)
         self._written: set = set()
         self.loss_scale: float | None = None
         self.num_unfinished = 0

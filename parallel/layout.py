@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Tuple
 
 
 class SequenceAlgorithm(Enum):
@@ -37,10 +38,14 @@ class SequenceAlgorithms:
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks per kind of parallelism. Every number counts ranks.
+    """Ranks per kind of parallelism. Numbers count ranks where they do not say otherwise.
 
     tp: tensor parallel, splits heads and FFN columns; divides num_kv_heads, ffn_size and the padded vocabulary.
     pp: pipeline stages, splits layers (uneven splits are allowed).
+    vpp: chunks of layers that each pipeline stage holds and works on in turn; more of them shorten the idle ends of a
+        step and send more often. Needs pp of 2 or more, and rows a step and data-parallel rank in multiples of pp.
+    pp_layers: layers of each pipeline stage, first to last, for instance [8,8,8,4]; with vpp those of each chunk in the
+        order of the layers, which is chunk 0 of every stage, then chunk 1 of every stage. Empty balances by cost.
     ep: expert parallel, splits the experts of MoE layers inside the data-parallel ranks.
     sp: sequence parallel, splits the tokens of a row in contiguous shards.
     tp_sequence_parallel: Megatron's trick of sharding norms and residuals over the tp group.
@@ -49,6 +54,8 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
+    pp_layers: Tuple[int, ...] = ()
     ep: int = 1
     sp: int = 1
     tp_sequence_parallel: bool = False

@@ -48,6 +48,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate  # noqa: E402, F401
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402, F401
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402, F401
 from megatron.core.tensor_parallel import (  # noqa: E402, F401
     ColumnParallelLinear,
@@ -84,6 +85,7 @@ if not hasattr(_moe_utils, "te_general_gemm"):  # without TransformerEngine ever
     _moe_utils.te_general_gemm = None
 DistributedOptimizer._set_main_param_and_optimizer_states = fixes.set_main_param_and_optimizer_states
 DistributedOptimizer.get_parameter_state_dp_zero = fixes.get_parameter_state_dp_zero
+P2PCommunicator._communicate = fixes.keeping_what_is_sent(P2PCommunicator._communicate)
 
 
 def mark_tensor_parallel(module: torch.nn.Module) -> None:

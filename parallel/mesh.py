@@ -32,6 +32,7 @@ class Mesh:
         mcore.parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
             context_parallel_size=layout.sp,
             expert_model_parallel_size=layout.ep,
             expert_tensor_parallel_size=1,

@@ -33,17 +33,19 @@ def run_rows(model, mesh: Mesh, rows: list[Row], *, loss_scale: float | None = N
 
     loss_scale: gradients are those of the summed loss times this; None runs the forward pass alone.
 
-    model: a stage of the model, wrapped for data parallelism or not. Returns fp64 [rows, 2] of (summed loss, scored
-    tokens) of this rank's shard of each row, the same on all pipeline stages.
+    model: a stage of the model or the list of its chunks, wrapped for data parallelism or not; with several chunks the
+    number of rows is a multiple of layout.pp (in_rounds). Returns fp64 [rows, 2] of (summed loss, scored tokens) of
+    this rank's shard of each row, the same on all pipeline stages.
     """
+    chunks = chunks_of(model)
     num_tokens = {row.tokens.shape[0] for row in rows}
     assert len(num_tokens) == 1, f"rows of one step must be equally long, got {sorted(num_tokens)}"
     sums = mcore.get_forward_backward_func()(
         forward_step_func=partial(_forward_step, mesh=mesh, loss_scale=loss_scale or 0.0),
-        data_iterator=iter(rows),
-        model=model,
+        data_iterator=[iter(rows) for _ in chunks],
+        model=chunks,
         num_microbatches=len(rows),
-        seq_length=tokens_between_stages(model, mesh, num_tokens.pop()),
+        seq_length=tokens_between_stages(chunks[0], mesh, num_tokens.pop()),
         micro_batch_size=1,
         forward_only=loss_scale is None,
     )
@@ -55,6 +57,17 @@ def run_rows(model, mesh: Mesh, rows: list[Row], *, loss_scale: float | None = N
     return table
 
 
+def chunks_of(model) -> list:
+    """A stage of the model as the list of its chunks."""
+    return list(model) if isinstance(model, (list, tuple)) else [model]
+
+
+def in_rounds(num_rows: int, mesh: Mesh) -> int:
+    """num_rows rounded up to what a data-parallel rank can run: with several chunks a stage, a multiple of pp."""
+    at_once = mesh.layout.pp if mesh.layout.vpp > 1 else 1
+    return -(-num_rows // at_once) * at_once
+
+
 def tokens_between_stages(model, mesh: Mesh, num_tokens: int) -> int:
     """Rows of the sp ranks' hidden states together, which megatron cuts over sp: each has its own meta tokens."""
     return num_tokens + mesh.layout.sp * getattr(model, "module", model).num_meta
@@ -64,14 +77,18 @@ def tokens_between_stages(model, mesh: Mesh, num_tokens: int) -> int:
 def evaluate_rows(model, mesh: Mesh, rows: list[Row]) -> list[LossSum]:
     """The loss of each row, without gradients. Every rank passes the same rows and gets the same answer.
 
-    Rows are dealt over the data-parallel ranks; ranks that get fewer run a row again without counting it.
+    model: as run_rows takes it. Rows are dealt over the data-parallel ranks; ranks that get fewer run a row again
+    without counting it.
     """
-    num_rounds = -(-len(rows) // mesh.dp)
+    num_rounds = in_rounds(-(-len(rows) // mesh.dp), mesh)
     mine = [rows[min(i * mesh.dp + mesh.dp_rank, len(rows) - 1)] for i in range(num_rounds)]
-    was_training = model.training
-    model.eval()
-    sums = run_rows(model, mesh, mine)
-    model.train(was_training)
+    chunks = chunks_of(model)
+    was_training = chunks[0].training
+    for chunk in chunks:
+        chunk.eval()
+    sums = run_rows(chunks, mesh, mine)
+    for chunk in chunks:
+        chunk.train(was_training)
     table = torch.zeros(num_rounds, mesh.dp, 2, dtype=torch.float64, device=mesh.device)
     table[:, mesh.dp_rank] = sums
     with primitive("losses of all ranks"):

@@ -39,10 +39,11 @@ from sbtrain.convert.start import check_source
 from sbtrain.data.loader import Loader, build_loader
 from sbtrain.metrics.meter import Meter
 from sbtrain.metrics.sinks import Sinks, open_sinks
-from sbtrain.model.build import build_model
+from sbtrain.model.build import build_chunks
 from sbtrain.model.flops import training_flops_per_token
 from sbtrain.plan.auto_layout import fit_world
 from sbtrain.plan.memory import checkpoint_bytes
+from sbtrain.plan.pipeline import pipeline_table
 from sbtrain.report.page import write_report
 from sbtrain.report.tables import summary_table
 from sbtrain.train.evaluate import Evaluations, HeldOut
@@ -106,7 +107,7 @@ def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations,
         record_algorithms(recipe, state, engine)
         state, finished = train_stage(recipe, state, engine, store, sinks, watch)
         if finished and evaluations.due(name):
-            finished = evaluations.add(name, engine.model, mesh, tokens=state.tokens, must_stop=watch.must_stop)
+            finished = evaluations.add(name, engine.models, mesh, tokens=state.tokens, must_stop=watch.must_stop)
     return finished
 
 
@@ -125,12 +126,12 @@ def convert(recipe: Recipe) -> Path:
         mesh = stack.enter_context(Mesh.build(layout, patience_s=recipe.runtime.patience_s))
         first = first_weights(recipe, name, stage, mesh)
         first.prepare()
-        model = build_model(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
-        together(lambda: first.fill(model))
+        chunks = build_chunks(recipe.model, mesh, precision=recipe.precision, seq_len=stage.seq_len)
+        together(lambda: first.fill(chunks))
         describe(recipe)
-        first.check(model)
+        first.check(chunks)
         store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
-        store.save_weights(model, mesh, RunState(stage=name))
+        store.save_weights(chunks, mesh, RunState(stage=name))
     return ledger.checkpoint
 
 
@@ -241,7 +242,7 @@ def close_sinks(sinks: Sinks) -> None:
 def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
     """The recipe's model on the stage's layout, its weights still to be set."""
     with section("model"):
-        model = build_model(
+        chunks = build_chunks(
             recipe.model,
             mesh,
             precision=recipe.precision,
@@ -251,9 +252,11 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
             row_tokens=stage.row_tokens,
         )
         if mesh.rank == 0:
-            for symbol, choice in model.sp_choices.items():
+            for symbol, choice in chunks[0].sp_choices.items():
                 print(f"layout.sp_algorithm.{symbol}=auto: {choice}", flush=True)
-        return Engine(model, mesh, adam=asdict(recipe.optim))
+            if stage.layout.pp > 1:
+                print(pipeline_table(recipe.model, stage, dp=mesh.dp), flush=True)
+        return Engine(chunks, mesh, adam=asdict(recipe.optim))
 
 
 def record_algorithms(recipe: Recipe, state: RunState, engine: Engine) -> None:
@@ -272,12 +275,12 @@ def begin_stage(
     """Restore the newest checkpoint, or start from the recipe's first weights (and judge them)."""
     state = store.restore(engine)
     if state is None:
-        first.fill(engine.model)
+        first.fill(engine.models)
         engine.weights_changed()
-        first.check(engine.model)
+        first.check(engine.models)
         state = RunState(stage=name)
     if state.step == 0 and evaluations.due("start"):
-        evaluations.add("start", engine.model, engine.mesh, tokens=0, must_stop=watch.must_stop)
+        evaluations.add("start", engine.models, engine.mesh, tokens=0, must_stop=watch.must_stop)
     if state.stage == name:
         return state
     if state.step > 0 and not store.ledger.is_done(state.stage):
@@ -334,10 +337,10 @@ def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluat
     """Judge the unconverted source once, if the recipe asks for it."""
     if not (recipe.evaluation.teacher and recipe.start.path and evaluations.due("teacher")):
         return
-    model = build_model(teacher_of(recipe.model), mesh, precision=recipe.precision, seq_len=stage.seq_len)
-    fill_model(recipe, model, mesh)
-    evaluations.add("teacher", model, mesh, tokens=0, must_stop=watch.must_stop)
-    del model
+    chunks = build_chunks(teacher_of(recipe.model), mesh, precision=recipe.precision, seq_len=stage.seq_len)
+    fill_model(recipe, chunks, mesh)
+    evaluations.add("teacher", chunks, mesh, tokens=0, must_stop=watch.must_stop)
+    del chunks
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -46,7 +46,10 @@ class Store:
             self._write(engine.sharded_state_dict(), state)
 
     def save_weights(self, model, mesh: Mesh, state: RunState) -> None:
-        """The same for weights without an optimizer: what a conversion leaves for training to start from."""
+        """The same for weights without an optimizer: what a conversion leaves for training to start from.
+
+        model: a stage or the list of its chunks.
+        """
         self._write({"model": sharded_weights(model, mesh)}, state)
 
     def _write(self, sharded: dict, state: RunState) -> None:
@@ -86,7 +89,7 @@ class Store:
             return None
         content = read_state(folder)
         if content["parts"] == ["model"]:
-            sharded = {"model": sharded_weights(engine.model, engine.mesh)}
+            sharded = {"model": sharded_weights(engine.models, engine.mesh)}
         else:
             sharded = engine.sharded_state_dict(for_loading=True)
         with section("checkpoint load", patient=True):

@@ -99,6 +99,13 @@ def world_problem(stage: Stage, world_size: int) -> str | None:
             f"global_batch_tokens={stage.global_batch_tokens} are {stage.num_rows} rows of micro_batch x seq_len = "
             f"{stage.row_tokens} tokens, which dp {dp} (a world of {world_size}) does not divide"
         )
+    num_rows = stage.num_rows // dp
+    if layout.vpp > 1 and num_rows % layout.pp:
+        return (
+            f"layout.vpp={layout.vpp} takes rows pp={layout.pp} at a time, and global_batch_tokens="
+            f"{stage.global_batch_tokens} are {num_rows} rows a data-parallel rank (dp {dp}); set layout.vpp=1 or make "
+            "them a multiple of pp"
+        )
     return None
 
 
@@ -322,7 +329,7 @@ def _check_weights(key: str, weights: dict[str, float], suffix: str = "") -> Non
 
 
 def _rank_problem(layout: Layout) -> str | None:
-    for field in ("tp", "pp", "ep", "sp"):
+    for field in ("tp", "pp", "vpp", "ep", "sp"):
         if getattr(layout, field) < 1:
             return f"layout.{field}={getattr(layout, field)} must be 1 or more"
     return None
@@ -345,6 +352,24 @@ def _tensor_problem(model: ModelConfig, layout: Layout) -> str | None:
 def _pipeline_problem(model: ModelConfig, layout: Layout) -> str | None:
     if layout.pp > model.num_layers:
         return f"layout.pp={layout.pp} exceeds model.num_layers={model.num_layers}; lower it"
+    if layout.vpp > 1 and layout.pp == 1:
+        return f"layout.vpp={layout.vpp} needs layout.pp of 2 or more; set vpp=1 or raise pp"
+    chunks = f"layout.pp={layout.pp}" + (f" x vpp={layout.vpp}" if layout.vpp > 1 else "")
+    if layout.pp * layout.vpp > model.num_layers:
+        return f"{chunks} exceeds model.num_layers={model.num_layers}; lower vpp"
+    return _chunks_problem(model, layout, chunks) if layout.pp_layers else None
+
+
+def _chunks_problem(model: ModelConfig, layout: Layout, chunks: str) -> str | None:
+    """Why layout.pp_layers does not split the layers. chunks: names what they are to be split into."""
+    given = f"layout.pp_layers=[{','.join(map(str, layout.pp_layers))}]"
+    if len(layout.pp_layers) != layout.pp * layout.vpp:
+        wanted = layout.pp * layout.vpp
+        return f"{given} has {len(layout.pp_layers)} entries; {chunks} needs {wanted}, or [] for a balanced split"
+    if min(layout.pp_layers) < 1:
+        return f"{given} leaves a stage without layers; give every one at least 1"
+    if sum(layout.pp_layers) != model.num_layers:
+        return f"{given} are {sum(layout.pp_layers)} layers, model.num_layers={model.num_layers}; make them add up"
     return None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 
 def build(kind: type, value: Any, key: str = "") -> Any:
-    """`value` (what YAML gives) as an instance of `kind`: a dataclass, Dict, Optional, Enum, int, float, bool or str.
+    """`value` (what YAML gives) as an instance of `kind`: dataclass, Dict, Tuple, Optional, Enum or a plain type.
 
     An int is taken where a float is wanted, and nothing else is converted. Raises ValueError naming `key`.
     """
@@ -29,6 +29,10 @@ def build(kind: type, value: Any, key: str = "") -> Any:
         entry = typing.get_args(kind)[1]
         entries = _mapping(value, key)
         return {_name(name, key): build(entry, item, f"{key}.{name}") for name, item in entries.items()}
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key}={value!r} is not {_wanted(kind)}; write for example '{key}=[8,7]'")
+        return tuple(build(typing.get_args(kind)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if issubclass(kind, Enum):
         return _member(kind, value, key)
     if kind is float and type(value) is int:
@@ -41,11 +45,13 @@ def build(kind: type, value: Any, key: str = "") -> Any:
 
 
 def plain(value: Any) -> Any:
-    """The inverse of `build`: dataclasses as dicts, enum members as their names."""
+    """The inverse of `build`: dataclasses as dicts, tuples as lists, enum members as their names."""
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
     return value.name if isinstance(value, Enum) else value
 
 
@@ -124,6 +130,8 @@ def _member(kind: type[Enum], value: Any, key: str) -> Enum:
 
 
 def _wanted(kind: type) -> str:
+    if typing.get_origin(kind) is tuple:
+        return "a list"
     return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(kind, kind.__name__)
 
 

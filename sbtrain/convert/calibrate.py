@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parallel.mesh import Mesh
 from parallel.place import primitive
-from parallel.schedule import run_rows
+from parallel.schedule import chunks_of, in_rounds, run_rows
 from parallel.sequence.shard import Row
 from sbtrain.config.model_schema import ModelConfig
 
@@ -29,14 +29,15 @@ def teacher_of(model: ModelConfig) -> ModelConfig:
 def output_strengths(teacher, mesh: Mesh, rows: list[Row], *, before_projection: bool) -> dict[int, float]:
     """The mean token RMS of each layer's attention output, by 0-based global index, the same on every rank. Collective.
 
-    teacher: this rank's stage of a model with one mixer in every layer. rows: the same on every rank; they are dealt
-    over the data-parallel ranks, and the result does not depend on the layout.
+    teacher: this rank's stage, or its chunks, of a model with one mixer in every layer. rows: the same on every rank;
+    they are dealt over the data-parallel ranks, and the result does not depend on the layout.
     """
     mine, counts = dealt(rows, mesh)
-    num_layers = teacher.model_config.num_layers
+    chunks = chunks_of(teacher)
+    num_layers = chunks[0].model_config.num_layers
     sums = torch.zeros(num_layers, 2, dtype=torch.float64, device=mesh.device)
     with ExitStack() as stack:
-        for layer in teacher.decoder.layers:
+        for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
             seen = iter(counts)
             if before_projection:
                 handle = layer.self_attention.linear_proj.register_forward_pre_hook(
@@ -49,9 +50,10 @@ def output_strengths(teacher, mesh: Mesh, rows: list[Row], *, before_projection:
                     lambda module, args, output, index=layer.index, seen=seen: _add(sums[index], output, next(seen))
                 )
             stack.callback(handle.remove)
-        stack.callback(teacher.train, teacher.training)
-        teacher.eval()
-        run_rows(teacher, mesh, mine)
+        for chunk in chunks:
+            stack.callback(chunk.train, chunk.training)
+            chunk.eval()
+        run_rows(chunks, mesh, mine)
     # the tp ranks see the same tokens of a layer's output, unless it is theirs that tp_sequence_parallel cuts
     cut_by_tp = mesh.layout.tp_sequence_parallel and not before_projection
     total_over_ranks(sums, mesh, tp=cut_by_tp)
@@ -60,7 +62,7 @@ def output_strengths(teacher, mesh: Mesh, rows: list[Row], *, before_projection:
 
 def dealt(rows: list[Row], mesh: Mesh) -> tuple[list[Row], list[bool]]:
     """This data-parallel rank's share of the rows, and which of them count: some run one again to be equally many."""
-    places = range(mesh.dp_rank, -(-len(rows) // mesh.dp) * mesh.dp, mesh.dp)
+    places = range(mesh.dp_rank, in_rounds(-(-len(rows) // mesh.dp), mesh) * mesh.dp, mesh.dp)
     return [rows[min(i, len(rows) - 1)] for i in places], [i < len(rows) for i in places]
 
 

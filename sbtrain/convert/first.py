@@ -13,7 +13,7 @@ import torch
 
 from parallel.mesh import Mesh
 from parallel.place import section
-from parallel.schedule import evaluate_rows
+from parallel.schedule import chunks_of, evaluate_rows
 from parallel.sequence.shard import Row
 from sbtrain.checkpoint.files import write_json
 from sbtrain.config.model_schema import MergeInit, ModelConfig
@@ -23,7 +23,7 @@ from sbtrain.convert.calibrate import output_strengths, teacher_of
 from sbtrain.convert.start import fill, starts_from_export
 from sbtrain.convert.upcycle import alpha_of, expected_weight
 from sbtrain.convert.upcycle_check import dense_of, ffn_differences, moe_layers
-from sbtrain.model.build import build_model, global_buffers, global_parameters
+from sbtrain.model.build import build_chunks, global_buffers, global_parameters
 
 FILE = "start.json"
 
@@ -63,7 +63,7 @@ class FirstWeights:
                 self._dense_loss = self._loss(dense)
 
     def fill(self, model) -> None:
-        """Set this rank's parameters to the recipe's first weights."""
+        """Set this rank's parameters to the recipe's first weights. model: a stage or the list of its chunks."""
         fill_model(self.recipe, model, self.mesh, merge_norms=self.merge_norms)
 
     def check(self, model) -> None:
@@ -108,7 +108,7 @@ class FirstWeights:
 
     def _built(self, model: ModelConfig):
         """Another model on this layout, with its first weights."""
-        built = build_model(model, self.mesh, precision=self.recipe.precision, seq_len=self.seq_len)
+        built = build_chunks(model, self.mesh, precision=self.recipe.precision, seq_len=self.seq_len)
         fill_model(self.recipe, built, self.mesh, merge_norms=self.merge_norms)
         return built
 
@@ -128,12 +128,16 @@ class FirstWeights:
 
 
 def fill_model(recipe: Recipe, model, mesh: Mesh, *, merge_norms: dict[int, float] | None = None) -> None:
-    """Set this rank's parameters of a model of the recipe (or of its teacher) from start.path or the seed."""
+    """Set this rank's parameters of a model of the recipe (or of its teacher) from start.path or the seed.
+
+    model: a stage or the list of its chunks.
+    """
+    chunks = chunks_of(model)
     with section("first weights", patient=True):
         fill(
-            global_parameters(model),
-            buffers=global_buffers(model),
-            model=model.model_config,
+            global_parameters(*chunks),
+            buffers=global_buffers(*chunks),
+            model=chunks[0].model_config,
             path=recipe.start.path,
             seed=recipe.seed,
             tp_rank=mesh.tp_rank,

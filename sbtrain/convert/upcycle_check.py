@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parallel.mesh import Mesh
-from parallel.schedule import run_rows
+from parallel.schedule import chunks_of, in_rounds, run_rows
 from parallel.sequence.shard import Row
 from sbtrain.config.model_schema import ModelConfig
 from sbtrain.config.pattern import parse_pattern
@@ -38,18 +38,20 @@ def ffn_differences(model, mesh: Mesh, row: Row, *, path: str) -> dict[int, tupl
     The error is the norm of the difference from the dense FFN, read from the checkpoint at path, over that one's norm,
     on what the layer is given when the model reads `row`; meta tokens are left out. Collective; the same everywhere.
     """
-    config = model.model_config
+    chunks = chunks_of(model)
+    config = chunks[0].model_config
     sums = torch.zeros(config.num_layers, 4, dtype=torch.float64, device=mesh.device)
     with ExitStack() as stack:
-        for layer in model.decoder.layers:
+        for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
             if not layer.kind.moe:
                 continue
-            judge = _Judge(layer, model, mesh, sums=sums[layer.index], path=path)
+            judge = _Judge(layer, chunks[0], mesh, sums=sums[layer.index], path=path)
             stack.callback(layer.mlp.router.register_forward_hook(judge.see_router).remove)
             stack.callback(layer.mlp.register_forward_hook(judge.see_ffn).remove)
-        stack.callback(model.train, model.training)
-        model.eval()
-        run_rows(model, mesh, [row])
+        for chunk in chunks:
+            stack.callback(chunk.train, chunk.training)
+            chunk.eval()
+        run_rows(chunks, mesh, [row] * in_rounds(1, mesh))
     if mesh.dp_rank > 0:  # they have read the same row
         sums.zero_()
     total_over_ranks(sums, mesh, tp=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from parallel import mcore
 from parallel.cpu import on_meta
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from parallel.pipeline import split_layers
+from parallel.pipeline import stage_chunks
 from parallel.sequence.choose import choose
 from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
-from sbtrain.model.flops import flops_per_token, layer_flops
 from sbtrain.model.hybrid import HybridModel
+from sbtrain.model.stages import pipeline_chunks
 
 
 def transformer_config(model: ModelConfig, layout: Layout, precision: Precision) -> mcore.TransformerConfig:
@@ -44,6 +44,9 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision)
         pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        overlap_p2p_comm=layout.vpp > 1,  # without it the interleaved schedule mixes up what two stages exchange
+        batch_p2p_comm=layout.vpp == 1,
         context_parallel_size=layout.sp,
         expert_model_parallel_size=layout.ep if moe else 1,  # a dense model of the same layout: the teacher
         expert_tensor_parallel_size=1,
@@ -60,14 +63,13 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision)
     )
 
 
-def stage_layers(model: ModelConfig, pp: int, *, seq_len: int) -> list[range]:
-    """Layers of each pipeline stage, balanced by FLOPs with the head counted on the last one."""
-    kinds = parse_pattern(model.pattern, model.num_layers)
-    costs = [sum(layer_flops(model, kind, seq_len).values()) for kind in kinds]
-    return split_layers(costs, pp=pp, last_extra=flops_per_token(model, seq_len)["lm_head"])
+def build_model(model: ModelConfig, mesh: Mesh, **options) -> HybridModel:
+    """This rank's stage of the model where it is one chunk (layout.vpp is 1). options: those of build_chunks."""
+    (built,) = build_chunks(model, mesh, **options)
+    return built
 
 
-def build_model(
+def build_chunks(
     model: ModelConfig,
     mesh: Mesh,
     *,
@@ -76,15 +78,15 @@ def build_model(
     seq_len: int,
     row_tokens: int | None = None,
     experts: ExpertsConfig = PLAIN,
-) -> HybridModel:
-    """This rank's stage of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill).
+) -> list[HybridModel]:
+    """This rank's chunks of the model on its device; weights are uninitialized (see sbtrain.convert.start.fill).
 
     seq_len: of a document; row_tokens: of a row, None where that differs from call to call.
-    Collective: ranks time their links where layout.sp_algorithm is auto; model.sp_choices says what it chose and why.
+    Collective: ranks time their links where layout.sp_algorithm is auto; sp_choices of each chunk says what it chose
+    and why.
     """
     config = transformer_config(model, mesh.layout, precision)
     kinds = parse_pattern(model.pattern, model.num_layers)
-    layers = stage_layers(model, mesh.layout.pp, seq_len=seq_len)[mesh.pp_rank]
     sp_algorithm, reasons = choose(
         mesh.layout.sp_algorithm,
         {symbol for kind in kinds for symbol in kind.mixers},
@@ -97,37 +99,45 @@ def build_model(
         group=mesh.groups.cp,
         device=mesh.device,
     )
-    built = HybridModel(
-        config,
-        model,
-        kinds,
-        layers=layers,
-        groups=mesh.groups,
-        recompute=recompute,
-        sp_algorithm=sp_algorithm,
-        experts=experts,
-    )
-    built.sp_choices = reasons
+    chunks = pipeline_chunks(model, mesh.layout, seq_len=seq_len)
+    built = []
+    for chunk in stage_chunks(chunks, mesh.pp_rank, pp=mesh.layout.pp):
+        built.append(
+            HybridModel(
+                config,
+                model,
+                kinds,
+                layers=chunk.layers,
+                groups=mesh.groups,
+                recompute=recompute,
+                sp_algorithm=sp_algorithm,
+                experts=experts,
+            )
+        )
+        built[-1].sp_choices = reasons
     return built
 
 
-def global_parameters(model: HybridModel) -> dict[str, Tensor]:
+def global_parameters(*chunks: HybridModel) -> dict[str, Tensor]:
     """This rank's parameters by the name they have in the whole model: layer indices are global."""
-    return _global(model, model.named_parameters())
+    return _global(chunks, lambda model: model.named_parameters())
 
 
-def global_buffers(model: HybridModel) -> dict[str, Tensor]:
+def global_buffers(*chunks: HybridModel) -> dict[str, Tensor]:
     """The same of this rank's buffers, such as the routers' balancing biases."""
-    return _global(model, model.named_buffers())
+    return _global(chunks, lambda model: model.named_buffers())
 
 
-def _global(model: HybridModel, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    first, prefix, named = model.decoder.first_layer, "decoder.layers.", {}
-    for name, parameter in tensors:
-        if name.startswith(prefix):
-            local, rest = name[len(prefix) :].split(".", 1)
-            name = f"{prefix}{int(local) + first}.{rest}"
-        named[name] = parameter
+def _global(
+    chunks: Iterable[HybridModel], named_in: Callable[[HybridModel], Iterable[tuple[str, Tensor]]]
+) -> dict[str, Tensor]:
+    prefix, named = "decoder.layers.", {}
+    for model in chunks:
+        for name, tensor in named_in(model):
+            if name.startswith(prefix):
+                local, rest = name[len(prefix) :].split(".", 1)
+                name = f"{prefix}{int(local) + model.decoder.first_layer}.{rest}"
+            named[name] = tensor
     return named
 
 

@@ -12,11 +12,16 @@ from sbtrain.moe.layer import MoELayer
 
 
 class ExpertSteps:
-    """The mixtures of experts of one pipeline stage. Every stage has one, also without such layers."""
+    """The mixtures of experts of a pipeline stage or of one of its chunks. All have one, also without such layers."""
 
     def __init__(self, layers: dict[int, MoELayer], *, all_layers: list[int], num_experts: int):
         """layers: those of this stage, by global layer index; all_layers: the indices of the whole model's."""
         self._layers, self._all, self._num_experts = layers, all_layers, num_experts
+
+    def joined(self, others: list[ExpertSteps]) -> ExpertSteps:
+        """The same over the layers of the stage's other chunks too."""
+        layers = {index: layer for steps in (self, *others) for index, layer in steps._layers.items()}
+        return ExpertSteps(layers, all_layers=self._all, num_experts=self._num_experts)
 
     def begin(self, *, num_tokens: int) -> None:
         """Before the first forward pass of a step of num_tokens tokens over all ranks."""

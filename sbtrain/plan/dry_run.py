@@ -14,6 +14,8 @@ from sbtrain.model.build import count_parameters
 from sbtrain.model.flops import TRAINING_FORWARDS, active_parameters, flops_per_token, layer_parameters, parameters
 from sbtrain.plan.auto_layout import fit_world
 from sbtrain.plan.memory import GIB, rank_memory
+from sbtrain.plan.pipeline import pipeline_table
+from sbtrain.plan.table import table
 
 
 def describe(recipe: Recipe) -> str:
@@ -47,7 +49,7 @@ def _layer_table(recipe: Recipe) -> str:
         (str(index), kind.symbol, _mixer(recipe, describe_kind(kind)), f"{_layer_count(recipe, kind):,}")
         for index, kind in enumerate(kinds)
     ]
-    return _table(("layer", "kind", "mixer", "parameters"), rows, left=(1, 2))
+    return table(("layer", "kind", "mixer", "parameters"), rows, left=(1, 2))
 
 
 def _mixer(recipe: Recipe, words: str) -> str:
@@ -64,21 +66,22 @@ def _parameter_table(recipe: Recipe) -> str:
     rows.append(("total", f"{sum(parts.values()):,}"))
     if parts["experts"]:
         rows.append(("active", f"{active_parameters(recipe.model):,}"))
-    return _table(("part", "parameters"), rows, left=(0,))
+    return table(("part", "parameters"), rows, left=(0,))
 
 
 def _stage_block(recipe: Recipe, name: str, stage: Stage) -> str:
     layout, world_size = stage.layout, recipe.cluster.num_gpus
     dp = layout.dp(world_size)
-    sizes = f"dp {dp} x tp {layout.tp} x pp {layout.pp} x sp {layout.sp}" + (
-        f", ep {layout.ep}" if layout.ep > 1 else ""
+    sizes = f"dp {dp} x tp {layout.tp} x pp {layout.pp} x sp {layout.sp}" + "".join(
+        f", {name} {size}" for name, size in (("ep", layout.ep), ("vpp", layout.vpp)) if size > 1
     )
     head = (
         f"{name}: {stage.tokens:,} tokens at {stage.seq_len:,}, {sizes}\n"
         f"  {stage.num_steps:,} steps of {stage.global_batch_tokens:,} tokens = {stage.num_rows:,} rows of "
         f"{stage.micro_batch} x {stage.seq_len:,}; {stage.num_rows // dp:,} rows a step and data-parallel rank"
     )
-    return "\n".join([head, _memory_table(recipe, stage), _flops_table(recipe, stage)])
+    pipeline = [pipeline_table(recipe.model, stage, dp=dp)] if layout.pp > 1 else []
+    return "\n".join([head, *pipeline, _memory_table(recipe, stage), _flops_table(recipe, stage)])
 
 
 def _memory_table(recipe: Recipe, stage: Stage) -> str:
@@ -87,7 +90,7 @@ def _memory_table(recipe: Recipe, stage: Stage) -> str:
     rows.append(("total", f"{sum(parts.values()) / GIB:.2f}"))
     if recipe.cluster.memory_gib:
         rows.append(("of", f"{recipe.cluster.memory_gib:.2f}"))
-    return _table((f"memory a rank, recompute {stage.recompute.name}", "GiB"), rows, left=(0,), indent=2)
+    return table((f"memory a rank, recompute {stage.recompute.name}", "GiB"), rows, left=(0,), indent=2)
 
 
 def _flops_table(recipe: Recipe, stage: Stage) -> str:
@@ -95,18 +98,4 @@ def _flops_table(recipe: Recipe, stage: Stage) -> str:
     total = sum(parts.values())
     rows = [(part, f"{flops / 1e6:,.2f}") for part, flops in parts.items() if flops]
     rows += [("forward", f"{total / 1e6:,.2f}"), ("training", f"{TRAINING_FORWARDS * total / 1e6:,.2f}")]
-    return _table(("FLOPs a token", "MFLOP"), rows, left=(0,), indent=2)
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, left: tuple[int, ...], indent: int = 0) -> str:
-    """Columns as wide as their widest cell; `left` names the left-aligned ones."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = (
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        )
-        return " " * indent + "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), " " * indent + "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(line, rows)])
+    return table(("FLOPs a token", "MFLOP"), rows, left=(0,), indent=2)

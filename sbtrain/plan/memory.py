@@ -18,7 +18,8 @@ the tokens of a rank, and sizes D hidden, Q and KV all query and key/value chann
                   L layers also keep the log decay and its logits in fp32: 8 KV / tp bytes a token. Experts take the
                   place of the FFN: 3 F S / tp of S shared ones, and for each of top_k (2 D + 3 F) / tp, with balanced
                   routing; selective keeps the 2 D, copies in and out. D is divided by tp under tp_sequence_parallel.
-                  Pipeline stage i of pp holds min(rows of a step, pp - i) rows in flight.
+                  Pipeline stage i of pp holds min(rows of a step, pp - i) rows in flight; one of several chunks what the
+                  interleaved order has it hold at its fullest, about (pp (vpp - 1) + 2 (pp - i) - 1) / vpp rows.
     recomputed    one layer without recomputation, less what it keeps: alive while its backward pass runs
     logits        (b + 4) t V / tp on the last stage: the upper bound; a fused loss needs a small part of it
 
@@ -28,17 +29,11 @@ Not counted: the allocator's fragmentation, communication buffers, kernels' work
 from __future__ import annotations
 
 from parallel.layout import Layout
-from parallel.pipeline import split_layers
+from parallel.pipeline import most_in_flight, stage_chunks
 from sbtrain.config.pattern import LayerKind, parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recipe, Recompute, Stage
-from sbtrain.model.flops import (
-    expert_size,
-    head_flops_per_token,
-    layer_flops_per_token,
-    layer_parameters,
-    merge_norm_size,
-    num_projections,
-)
+from sbtrain.model.flops import expert_size, layer_parameters, merge_norm_size, num_projections
+from sbtrain.model.stages import pipeline_chunks
 
 GIB = 1024**3
 
@@ -46,10 +41,10 @@ GIB = 1024**3
 def rank_memory(recipe: Recipe, stage: Stage, *, world_size: int) -> dict[str, float]:
     """Bytes by part on the rank that needs most, under stage.layout. The layout must fit the world."""
     layout = stage.layout
-    costs = layer_flops_per_token(recipe.model, stage.seq_len)
-    splits = split_layers(costs, pp=layout.pp, last_extra=head_flops_per_token(recipe.model))
+    chunks = [chunk.layers for chunk in pipeline_chunks(recipe.model, layout, seq_len=stage.seq_len)]
     ranks = (
-        _pipeline_rank(recipe, stage, layers, index=index, world_size=world_size) for index, layers in enumerate(splits)
+        _pipeline_rank(recipe, stage, stage_chunks(chunks, index, pp=layout.pp), index=index, world_size=world_size)
+        for index in range(layout.pp)
     )
     return max(ranks, key=lambda parts: sum(parts.values()))
 
@@ -116,24 +111,29 @@ def _ffn_channels(model: ModelConfig, kind: LayerKind) -> int:
     return (model.moe.num_shared_experts + model.moe.top_k) * expert_size(model)
 
 
-def _pipeline_rank(recipe: Recipe, stage: Stage, layers: range, *, index: int, world_size: int) -> dict[str, float]:
+def _pipeline_rank(
+    recipe: Recipe, stage: Stage, chunks: list[range], *, index: int, world_size: int
+) -> dict[str, float]:
     model, layout, precision = recipe.model, stage.layout, recipe.precision
-    kinds = [parse_pattern(model.pattern, model.num_layers)[i] for i in layers]
+    every = parse_pattern(model.pattern, model.num_layers)
+    kinds = [every[i] for layers in chunks for i in layers]
     element, dp = _element_bytes(precision), layout.dp(world_size)
     num_tokens = stage.row_tokens / layout.sp + model.meta.num_tokens
-    dense, experts = dense_parameters(model, layout, layers), expert_parameters(model, layout, layers)
+    dense, experts = (
+        sum(count(model, layout, layers) for layers in chunks) for count in (dense_parameters, expert_parameters)
+    )
     owned = dense / (dp * layout.sp) + experts / (dp * layout.sp * layout.tp / layout.ep)
-    rows_in_flight = min(stage.num_rows // dp, layout.pp - index)
 
     def kept(kind: LayerKind, recompute: Recompute) -> float:
         return num_tokens * layer_activation_bytes(model, kind, layout, recompute=recompute, precision=precision)
 
-    last = layers.stop == model.num_layers
+    last = chunks[-1].stop == model.num_layers
+    of_a_row = [sum(kept(every[i], stage.recompute) for i in layers) for layers in chunks]
     return {
         "weights": element * (dense + experts),
         "gradients": 4 * (dense + experts),
         "optimizer": (12 if precision is Precision.bf16 else 8) * owned,
-        "activations": rows_in_flight * sum(kept(kind, stage.recompute) for kind in kinds),
+        "activations": most_in_flight(of_a_row, pp=layout.pp, stage=index, num_rows=stage.num_rows // dp),
         "recomputed": max(kept(kind, Recompute.none) - kept(kind, stage.recompute) for kind in kinds),
         "logits": (element + 4) * num_tokens * model.padded_vocab_size / layout.tp if last else 0.0,
     }

@@ -82,6 +82,8 @@ def _block(hint: Any) -> type | None:
 def _type_text(hint: Any) -> str:
     if typing.get_origin(hint) is dict:
         return f"mapping of {_type_text(typing.get_args(hint)[1])}"
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_type_text(typing.get_args(hint)[0])}s"
     kind = next((part for part in (*typing.get_args(hint), hint) if part is not type(None)), hint)
     if is_dataclass(kind):
         return "block"

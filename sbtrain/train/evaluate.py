@@ -39,7 +39,10 @@ class HeldOut:
         }
 
     def bits_per_byte(self, model, mesh: Mesh, *, must_stop: Callable[[], bool]) -> dict | None:
-        """{source: {bits_per_byte, tokens, bytes}}, or None once must_stop says so. Collective; the same everywhere."""
+        """{source: {bits_per_byte, tokens, bytes}}, or None once must_stop says so. Collective; the same everywhere.
+
+        model: a stage or the list of its chunks.
+        """
         sources, at_once = {}, mesh.dp * mesh.layout.pp
         for name, rows in self.rows.items():
             nats, num_tokens = 0.0, 0

@@ -107,6 +107,16 @@ def test_overrides_of_every_type():
     assert recipe.cluster.memory_gib == 141 and recipe.cluster.num_gpus == 256
 
 
+def test_a_list_of_layers_is_read_and_saved(tmp_path):
+    recipe = load([*DRY, "stages.ctx_8k.layout.pp=4", "stages.ctx_8k.layout.pp_layers=[8,8,8,4]"])
+    assert recipe.stages["ctx_8k"].layout.pp_layers == (8, 8, 8, 4)
+    save(recipe, tmp_path / "recipe.yaml")
+    file = f"recipe={tmp_path / 'recipe.yaml'}"
+    assert load([file]) == recipe and hash(load([file]).stages["ctx_8k"].layout)
+    fewer = ["stages.ctx_8k.layout.pp=2", "stages.ctx_8k.layout.pp_layers=[20,8]"]
+    assert load([file, *fewer]).stages["ctx_8k"].layout.pp_layers == (20, 8)
+
+
 def test_a_stage_can_be_added_and_comes_last():
     recipe = load([*DRY, "+stage@stages.ctx_64k=32k", "stages.ctx_64k.seq_len=65536"])
     assert list(recipe.stages)[-1] == "ctx_64k" and recipe.stages["ctx_64k"].seq_len == 65536
@@ -164,6 +174,9 @@ MISTAKES = [
     ([*DRY, "stages.ctx_8k.tokns=3"], ["stages.ctx_8k.tokns", "did you mean stages.ctx_8k.tokens?"]),
     ([*DRY, "+stages.ctx_8k.layout.cp=3"], ["stages.ctx_8k.layout.cp", "sp"]),
     ([*DRY, "seed.x=3"], ["seed.x is not a key", "seed is an integer"]),
+    ([*DRY, "stages.ctx_8k.layout.pp_layers=28"], ["stages.ctx_8k.layout.pp_layers=28 is not a list", "[8,7]"]),
+    ([*DRY, "stages.ctx_8k.layout.pp_layers=[9,x]"], ["layout.pp_layers[1]='x' is not an integer"]),
+    ([*DRY, "stages.ctx_8k.layout.pp_layers.a=1"], ["layout.pp_layers.a is not a key", "pp_layers is a list"]),
     ([*DRY, "stages.ctx_9k.tokens=3"], ["stages.ctx_9k does not exist", "ctx_8k", "+stages.ctx_9k.tokens"]),
     ([*DRY, "data.sources.books.path=x"], ["data.sources.books does not exist", "+data.sources.books.path"]),
     ([*DRY, "+stages.8k.tokens=3"], ["do not begin with a digit", "ctx_8k"]),

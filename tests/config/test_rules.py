@@ -86,6 +86,24 @@ REFUSALS = [
     ({f"{S}.layout.tp": 4, "model.ffn_size": 18942}, [f"{S}.layout.tp=4", "model.ffn_size=18942"]),
     ({f"{S}.layout.tp": 4, "model.vocab_size": 101, "model.vocab_multiple": 1}, ["padded vocabulary of 101"]),
     ({f"{S}.layout.pp": 29}, [f"{S}.layout.pp=29", "model.num_layers=28"]),
+    ({f"{S}.layout.vpp": 0}, [f"{S}.layout.vpp=0 must be 1 or more"]),
+    ({f"{S}.layout.vpp": 2}, [f"{S}.layout.vpp=2 needs layout.pp of 2 or more; set vpp=1 or raise pp"]),
+    (
+        {f"{S}.layout": Layout(pp=4, vpp=8)},
+        [f"{S}.layout.pp=4 x vpp=8 exceeds model.num_layers=28; lower vpp"],
+    ),
+    (
+        {f"{S}.layout": Layout(pp=2, vpp=2, pp_layers=(14, 14))},
+        [f"{S}.layout.pp_layers=[14,14] has 2 entries; layout.pp=2 x vpp=2 needs 4, or [] for a balanced split"],
+    ),
+    (
+        {f"{S}.layout": Layout(pp=2, pp_layers=(28, 0))},
+        [f"{S}.layout.pp_layers=[28,0] leaves a stage without layers; give every one at least 1"],
+    ),
+    (
+        {f"{S}.layout": Layout(pp=2, pp_layers=(14, 15))},
+        [f"{S}.layout.pp_layers=[14,15] are 29 layers, model.num_layers=28; make them add up"],
+    ),
     ({f"{S}.layout.ep": 2}, [f"{S}.layout.ep=2", "mixture-of-experts"]),
     ({f"{S}.layout.tp_sequence_parallel": True}, [f"{S}.layout.tp_sequence_parallel=true needs"]),
     ({f"{S}.layout.sp": 3}, [f"{S}.layout.sp=3", "seq_len=8192"]),
@@ -197,6 +215,15 @@ def test_worlds_of_the_7b_recipe(recipe):
         check_world(recipe, 4)
     with pytest.raises(ValueError, match=r"ctx_128k: global_batch_tokens=4194304 are 32 rows .* dp 64 .* is 8"):
         check_world(recipe, 512)
+
+
+def test_chunks_want_rows_in_multiples_of_the_stages(recipe):
+    chunked = changed(recipe, "stages.ctx_8k.layout", Layout(pp=4, vpp=2))
+    check_world(chunked, 256)
+    with pytest.raises(ValueError) as caught:
+        check_world(changed(chunked, "stages.ctx_8k.global_batch_tokens", 510 * 8192), 8)
+    assert "stages.ctx_8k: layout.vpp=2 takes rows pp=4 at a time" in str(caught.value)
+    assert "are 255 rows a data-parallel rank (dp 2); set layout.vpp=1 or make them a multiple" in str(caught.value)
 
 
 def test_worlds_of_the_demo(demo):

@@ -12,11 +12,12 @@ from parallel import engine as engine_module
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.schedule import chunks_of
 from parallel.sequence.shard import IGNORE, Row
 from sbtrain.config.model_schema import GLAConfig, ModelConfig
 from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.schema import Precision, Recompute
-from sbtrain.model.build import build_model, global_parameters
+from sbtrain.model.build import build_chunks, global_parameters
 from sbtrain.moe.router import Router
 from sharding import global_state, local_shard
 
@@ -61,10 +62,10 @@ def packed_rows(num_rows: int, num_tokens: int, vocab_size: int, *, seed: int = 
     return rows
 
 
-def fill(model, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
-    """Set this rank's parameters from the global random state."""
+def fill(chunks, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
+    """Set this rank's parameters from the global random state. chunks: of its stage, or the stage that is one."""
     state, shared = global_state(config, seed=seed), config.pair.shared_projections
-    for name, parameter in global_parameters(model).items():
+    for name, parameter in global_parameters(*chunks_of(chunks)).items():
         source = "embedding.word_embeddings.weight" if name == "output_layer.weight" and config.tie_embeddings else name
         with torch.no_grad():
             where = dict(coordinates(mesh), shared_projections=shared)
@@ -86,9 +87,10 @@ def build_engine(
     experts: ExpertsConfig = PLAIN,
 ):
     """An engine over the global random weights."""
-    model = build_model(config, mesh, precision=precision, recompute=recompute, seq_len=seq_len, experts=experts)
-    fill(model, config, mesh)
-    return Engine(model, mesh, adam=ADAM)
+    options = dict(precision=precision, recompute=recompute, experts=experts)
+    chunks = build_chunks(config, mesh, seq_len=seq_len, **options)
+    fill(chunks, config, mesh)
+    return Engine(chunks, mesh, adam=ADAM)
 
 
 def one_step(
@@ -107,14 +109,14 @@ def one_step(
         mesh = stack.enter_context(Mesh.build(layout))
         options = dict(recompute=recompute, precision=precision, experts=experts)
         engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), **options)
-        for module in engine.model.modules():
+        for module in (module for model in engine.models for module in model.modules()):
             if isinstance(module, Router) and forced is not None:
                 module.forced = torch.tensor(forced)
         stack.callback(engine.close)
         mine = rows[mesh.dp_rank :: mesh.dp]
         first = engine.forward_backward(mine)
         engine.gather_gradients()
-        grads = {name: p.main_grad.cpu().clone() for name, p in global_parameters(engine.model).items()}
+        grads = {name: p.main_grad.cpu().clone() for name, p in global_parameters(*engine.models).items()}
         norm = engine.step(lr=1e-2)
         metrics = [engine.metrics]
         after = engine.forward_backward(mine)

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from layout_case import one_step, overlapped_step, packed_rows, small_model
+from layout_case import check_equal, one_step, overlapped_step, packed_rows, small_model
 from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from sbtrain.config.model_schema import MoEConfig, RouterScore
 from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.config.schema import Recompute
-from test_layouts import check_equal
 
 HEADS = SequenceAlgorithms(*[SequenceAlgorithm.ulysses] * 3)
 TOP1 = MoEConfig(num_experts=8, expert_ffn_size=24, aux_loss_coeff=0.1, z_loss_coeff=0.01)

@@ -78,7 +78,8 @@ def overlapping(rank: int, layout: Layout, model, rows) -> list:
         try:
             with Mesh.build(layout) as mesh:
                 engine = build_engine(model, mesh, seq_len=len(rows[0].tokens))
-                engine.config.no_sync_func = engine.chunk.no_sync if overlap else None
+                no_sync = [chunk.no_sync for chunk in engine.chunks]
+                engine.config.no_sync_func = (no_sync if layout.vpp > 1 else no_sync[0]) if overlap else None
                 found.append([step_and_evaluate(engine, mesh, rows) for _ in range(3)])
                 engine.close()
         finally:
@@ -86,23 +87,25 @@ def overlapping(rank: int, layout: Layout, model, rows) -> list:
     return found
 
 
-def overridden(kind, overlap_wanted: bool, config, module, *, overlap: bool):
-    return kind(config, module, overlap=overlap_wanted)
+def overridden(kind, overlap_wanted: bool, config, module, *, overlap: bool, **options):
+    return kind(config, module, overlap=overlap_wanted, **options)
 
 
 def step_and_evaluate(engine, mesh, rows) -> list[torch.Tensor]:
     loss = engine.forward_backward(rows[mesh.dp_rank :: mesh.dp])
     engine.gather_gradients()
-    grads = [parameter.main_grad.clone() for parameter in engine.model.parameters()]
+    grads = [parameter.main_grad.clone() for model in engine.models for parameter in model.parameters()]
     norm = engine.step(lr=1e-2)
-    evaluate_rows(engine.chunk, mesh, rows[:1])
+    evaluate_rows(engine.chunks, mesh, rows[:1])
     return [torch.tensor(loss.mean), torch.tensor(norm), *grads]
 
 
-@pytest.mark.parametrize("num_ranks, layout", [(2, Layout()), (2, Layout(pp=2)), (4, Layout(pp=2))], ids=str)
+@pytest.mark.parametrize(
+    "num_ranks, layout", [(2, Layout()), (2, Layout(pp=2)), (4, Layout(pp=2)), (4, Layout(pp=2, vpp=2))], ids=str
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_reduction_may_overlap_the_backward_pass(num_ranks, layout, tied, run_ranks):
-    case = (layout, small_model(tie_embeddings=tied), packed_rows(6, 48, 120))
+    case = (layout, small_model(tie_embeddings=tied), packed_rows(8, 48, 120))
     for plain, overlapped in run_ranks(num_ranks)(overlapping, *case):
         for expected, actual in zip(sum(plain, []), sum(overlapped, [])):
             assert (actual - expected).norm() <= 1e-5 * expected.norm()

@@ -12,6 +12,7 @@ from parallel.layout import Layout
 from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, PairConfig
 from sbtrain.config.schema import Precision
 from sharding import local_shard
+from test_interleaving import eight_layers, late_step
 from test_layouts import LAYOUTS
 
 PAIRS = [name for name, (num_ranks, _) in LAYOUTS.items() if num_ranks == 2]
@@ -123,6 +124,34 @@ def test_several_gpus_in_bf16_are_as_near_to_fp32_as_one(name, run_ranks, one_gp
     allowed = distance(one_gpu("kernels", Precision.bf16), whole)
     for result in on_gpus(run_ranks, name, "kernels", Precision.bf16):
         check_near(result, whole, allowed=allowed)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", [Layout(pp=2, vpp=2), Layout(pp=2, vpp=3, pp_layers=(2, 1, 1, 2, 1, 1))], ids=str)
+def test_interleaved_stages_on_two_gpus(layout, tied, run_ranks):
+    """Messages of both kinds go between the same two stages: a wrong order would be silent."""
+    model, rows = eight_layers(tie_embeddings=tied), packed_rows(12, 48, 120)
+    (whole,) = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows)
+    check_equal(run_ranks(2, backend="nccl", timeout_s=TIMEOUT_S)(one_step, layout, model, rows), whole)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("late_rank", [0, 1])
+def test_nothing_is_freed_on_a_gpu_before_a_late_stage_has_received_it(late_rank, run_ranks):
+    model, rows = small_model(pattern="L", hidden_size=256, head_dim=64), packed_rows(6, 8192, 120)
+    (whole,) = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows)
+    ranks = run_ranks(2, backend="nccl", timeout_s=TIMEOUT_S)
+    check_equal(ranks(late_step, late_rank, Layout(pp=2, vpp=2), model, rows), whole)
+
+
+@pytest.mark.multigpu(4)
+@pytest.mark.parametrize("layout", [Layout(pp=4, vpp=2), Layout(pp=2, vpp=2), Layout(pp=2, vpp=2, tp=2)], ids=str)
+def test_interleaved_stages_on_four_gpus(layout, run_ranks):
+    """Overlapping reductions too, from the second step on."""
+    model, rows = eight_layers(tie_embeddings=True), packed_rows(16, 48, 120)
+    (whole,) = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)(one_step, Layout(), model, rows, num_steps=2)
+    check_equal(run_ranks(4, backend="nccl", timeout_s=TIMEOUT_S)(one_step, layout, model, rows, num_steps=2), whole)
 
 
 @pytest.mark.multigpu
