@@ -123,7 +123,7 @@ def test_a_stage_can_be_added_and_comes_last():
 
 
 def test_quoted_patterns_reach_the_parser():
-    assert "layer 0 is (LS), which is not trainable yet" in message([*DRY, 'model.pattern="(LS) x 28"'])
+    assert "layer 0 is (SL), which is not trainable yet" in message([*DRY, 'model.pattern="(SL) x 28"'])
 
 
 def test_the_recipe_is_frozen():
@@ -165,7 +165,7 @@ def test_yaml_text_has_every_key():
 
 MISTAKES = [
     (["recipe=7b_cp"], ["recipe=7b_cp does not exist", "did you mean 7b_cpt?", "demo"]),
-    (["recipe=zzz"], ["There are: 7b_cpt, cpt, demo"]),
+    (["recipe=zzz"], ["There are: 76b_cpt, 7b_cpt, cpt, demo"]),
     (["recipe=/nowhere/recipe.yaml"], ["recipe=/nowhere/recipe.yaml", "no such file"]),
     (["seed=1"], ["recipe=NAME is missing", "7b_cpt"]),
     (["recipe=7b_cpt", "recipe=demo"], ["recipe=NAME is given more than once"]),
