@@ -1,6 +1,6 @@
 """A checkpoint of a run to a Hugging Face folder that transformers runs (trust_remote_code=True).
 
-python launch/export.py run=DIR out=DIR [format=hf|gla_swa|sbtrain] [dtype=bf16|fp16|fp32] [step=N]
+python launch/export.py run=DIR out=DIR [format=hf|gla_swa|sbtrain|sbtrain_moe] [dtype=bf16|fp16|fp32] [step=N]
 """
 
 import sys

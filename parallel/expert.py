@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.collectives import all_gather
 from parallel.place import primitive
 
 
@@ -78,10 +79,7 @@ def gather_counts(counts: Tensor, *, group) -> Tensor:
     """counts [N] of every rank of group -> [size, N], in rank order."""
     if group.size() == 1:
         return counts[None]
-    everyone = counts.new_empty(group.size(), len(counts))
-    with primitive("rows of each expert"):
-        dist.all_gather(list(everyone.unbind(0)), counts, group=group)
-    return everyone
+    return all_gather(counts, group=group, name="rows of each expert")()
 
 
 def copy_from(owner: int, x: Tensor, *, group) -> None:

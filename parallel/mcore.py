@@ -19,6 +19,7 @@ for _message in (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "full scope is deprecated",
+    "When using expert parallelism and tensor parallelism",  # about megatron's layer; ours deals tokens over tp
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated",
     "`load_state_dict` is deprecated",

@@ -33,7 +33,7 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Work:
-    """One step: the model, and for every data-parallel rank micro_batch documents of seq_len random tokens.
+    """One step: the model, and on every data-parallel rank `rows` rows of micro_batch documents of seq_len tokens.
 
     experts: how mixtures of experts are run. forced: the share of tokens that each expert gets, None for the router's.
     """
@@ -44,20 +44,21 @@ class Work:
     micro_batch: int
     seq_len: int
     layout: Layout = Layout()
+    rows: int = 1
     experts: ExpertsConfig = PLAIN
     forced: list[float] | None = None
 
-    def batch(self, dp_rank: int = 0) -> tuple[Tensor, Tensor]:
+    def batch(self, number: int = 0) -> tuple[Tensor, Tensor]:
         """Tokens and labels int64 [documents, seq_len] on the CPU; the last token of each predicts nothing."""
-        shape, generator = (self.micro_batch, self.seq_len), torch.Generator().manual_seed(dp_rank)
+        shape, generator = (self.micro_batch, self.seq_len), torch.Generator().manual_seed(number)
         tokens = torch.randint(self.model.vocab_size, shape, generator=generator)
         labels = tokens.roll(-1, 1)
         labels[:, -1] = IGNORE
         return tokens, labels
 
-    def row(self, dp_rank: int = 0) -> Row:
-        """The batch as the engine takes it: one row of packed documents."""
-        tokens, labels = self.batch(dp_rank)
+    def row(self, number: int = 0) -> Row:
+        """A batch as the engine takes it: one row of packed documents."""
+        tokens, labels = self.batch(number)
         edges = torch.arange(self.micro_batch + 1, dtype=torch.int32) * self.seq_len
         return Row(tokens.flatten(), labels.flatten(), edges)
 
@@ -88,7 +89,8 @@ class EnginePeer:
         except BaseException:
             self.close()
             raise
-        self.rows, self.sp_choices = [work.row(self.mesh.dp_rank)], model.sp_choices
+        first = self.mesh.dp_rank * work.rows
+        self.rows, self.sp_choices = [work.row(first + i) for i in range(work.rows)], model.sp_choices
         self.metrics: dict = {}
 
     def step(self, mark: Mark):

@@ -46,7 +46,8 @@ class TrainOptions:
     """Keys of `bench.py train`.
 
     model: `tiny` or a recipe whose shape is taken (7b: Qwen2.5-7B). layers: depth. patterns: layer patterns, run one
-    after the other. seq_len: tokens of a document on each of its ranks; micro_batch: documents a row. sp: over how many
+    after the other. seq_len: tokens of a document on each of its ranks; micro_batch: documents a row; rows: forward
+    and backward passes a step (the engine alone knows more than one). sp: over how many
     ranks a document is cut, with seq_len tokens on each: N, or N:lasp2, N:zeco, N:ulysses for the way of its linear
     attention; several are run one after the other, each on all ranks of torchrun. ep: over how many of the ranks the
     experts of layers marked `:m` are spread; experts.*: how they are run (docs/moe.md); expert_load: natural, as the
@@ -61,6 +62,7 @@ class TrainOptions:
     patterns: tuple[str, ...] = ("LS",)
     seq_len: int = 8192
     micro_batch: int = 1
+    rows: int = 1
     sp: tuple[str, ...] = ("1",)
     ep: int = 1
     experts: ExpertsConfig = PLAIN
@@ -79,7 +81,7 @@ class TrainOptions:
 
 def bench_train(options: TrainOptions, command: str) -> int:
     """Measure, print and save. Returns 0, or 1 if the peers did not agree. Raises ValueError for bad options."""
-    demand_positive(options, "layers", "seq_len", "micro_batch", "steps", "rounds", "ep")
+    demand_positive(options, "layers", "seq_len", "micro_batch", "rows", "steps", "rounds", "ep")
     if options.warmup < 1:
         raise ValueError(f"warmup={options.warmup} must be at least 1, because the first step compiles")
     unknown = [peer for peer in options.peers if peer not in PEERS]
@@ -90,6 +92,8 @@ def bench_train(options: TrainOptions, command: str) -> int:
     layouts = {name: replace(sequence_layout_of(name), ep=options.ep) for name in options.sp}
     check_world(layouts, options.peers)
     check_experts(options, models)
+    if options.rows > 1 and "hand" in options.peers:
+        raise ValueError("peers=hand runs one row a step; write peers=engine or rows=1")
     report = {
         "benchmark": "train",
         "command": command,
@@ -145,7 +149,7 @@ def _say(text: str) -> None:
 def _bench_model(model: ModelConfig, sp: str, layout: Layout, options: TrainOptions, report: dict) -> None:
     """All rounds of one pattern on one layout; the report is saved after every peer."""
     seq_len = options.seq_len * layout.sp
-    work = Work(model, options.precision, options.recompute, options.micro_batch, seq_len, layout)
+    work = Work(model, options.precision, options.recompute, options.micro_batch, seq_len, layout, options.rows)
     if has_experts(model):
         forced = forced_shares(options.expert_load, model.moe.num_experts, hot_share=options.hot_share)
         work = replace(work, experts=options.experts, forced=forced)
@@ -207,7 +211,7 @@ def _timed(name: str, work: Work, options: TrainOptions, *, peak: float, profile
 
 def speed(work: Work, step_ms: float, peak: float) -> dict:
     """tokens_per_s, tflops and mfu (None without a peak) of each rank, by sbtrain.model.flops."""
-    tokens_per_s = work.micro_batch * work.seq_len / work.layout.sp / step_ms * 1e3
+    tokens_per_s = work.rows * work.micro_batch * work.seq_len / work.layout.sp / step_ms * 1e3
     tflops = tokens_per_s * training_flops_per_token(work.model, work.seq_len) / 1e12
     return {"tokens_per_s": tokens_per_s, "tflops": tflops, "mfu": tflops / peak if peak else None}
 
@@ -227,7 +231,7 @@ def compare(engine: dict, hand: dict, precision: Precision) -> dict | None:
 
 def _profiled(name: str, peer, work: Work, options: TrainOptions) -> dict:
     parts = flops_per_token(work.model, work.seq_len)
-    steps = TRAINING_FORWARDS * work.micro_batch * work.seq_len / work.layout.sp
+    steps = TRAINING_FORWARDS * work.rows * work.micro_batch * work.seq_len / work.layout.sp
     flops = {
         "gemm": steps * sum(parts[part] for part in MATRIX_PARTS),
         "attention": steps * (parts["full_attention"] + parts["sliding_window"]),

@@ -162,7 +162,7 @@ def check_shape(model: ModelConfig) -> None:
 def check_pattern(model: ModelConfig) -> None:
     """The pattern parses, fits num_layers and holds only layers that can be trained."""
     for index, kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
-        if kind.symbol not in (*TRAINABLE_MIXERS, *TRAINABLE_PAIRS):
+        if kind.symbol.removesuffix(":m") not in (*TRAINABLE_MIXERS, *TRAINABLE_PAIRS):
             raise ValueError(
                 f"model.pattern '{model.pattern}': layer {index} is {kind.symbol}, which is not trainable yet; "
                 f"use {', '.join((*TRAINABLE_MIXERS, *TRAINABLE_PAIRS))}"

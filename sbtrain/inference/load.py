@@ -21,7 +21,7 @@ from sbtrain.convert.reader import CheckpointReader
 from sbtrain.convert.start import fill
 from sbtrain.data import tokenizer as tokenizers
 from sbtrain.data.tokenizer import Tokenizer, check_vocabulary
-from sbtrain.model.build import build_model, global_parameters
+from sbtrain.model.build import build_model, global_buffers, global_parameters
 from sbtrain.model.hybrid import HybridModel
 
 
@@ -95,7 +95,7 @@ def _from_run(where: Where, mesh: Mesh) -> Loaded:
     model = _build(recipe.model, mesh, where)
     reader = CheckpointReader(step_dir)
     with torch.no_grad():
-        for name, parameter in global_parameters(model).items():
+        for name, parameter in {**global_parameters(model), **_saved_buffers(model)}.items():
             tensor = reader.get(name)
             if tensor.shape != parameter.shape:
                 raise ValueError(
@@ -122,10 +122,15 @@ def _from_folder(where: Where, mesh: Mesh) -> Loaded:
         model = _build(config, mesh, where)
         parameters = global_parameters(model)
         if exported:
-            fill_exported(parameters, model=config, path=folder)
+            fill_exported({**parameters, **_saved_buffers(model)}, model=config, path=folder)
         else:
             fill(parameters, model=config, path=str(folder), seed=0)
     return _loaded(model, config, mesh, folder, recipe=None, origin=folder)
+
+
+def _saved_buffers(model: HybridModel) -> dict[str, torch.Tensor]:
+    """Buffers that decide what the model computes: the biases by which routers balance their choices."""
+    return {name: buffer for name, buffer in global_buffers(model).items() if name.endswith("router.expert_bias")}
 
 
 @contextmanager

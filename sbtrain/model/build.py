@@ -141,9 +141,15 @@ def _global(
     return named
 
 
-def count_parameters(model: ModelConfig) -> int:
-    """Parameters of the whole model, counted on a real build on the meta device (tied weights once)."""
+def count_parameters(model: ModelConfig) -> tuple[int, int]:
+    """Parameters of the whole model and those that one token meets, counted on a real build on the meta device.
+
+    Tied weights count once; of the routed experts a token meets top_k.
+    """
     with Mesh.build(Layout()) as mesh, on_meta():
         built = build_model(model, mesh, precision=Precision.bf16, seq_len=model.window)
     assert all(parameter.is_meta for parameter in built.parameters())
-    return sum(parameter.numel() for parameter in built.parameters())
+    total = sum(parameter.numel() for parameter in built.parameters())
+    routed = [weight for layer in built.decoder.layers if layer.kind.moe for weight in layer.mlp.experts.parameters()]
+    unmet = sum(len(weight) - model.moe.top_k for weight in routed[:1]) * sum(weight[0].numel() for weight in routed)
+    return total, total - unmet

@@ -6,6 +6,8 @@ and its window, in one softmax with those of its own (SpikingBrain report, secti
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -110,7 +112,8 @@ def _see_all(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     q [1,Q,Hq,D], keys and values [1,t,Hkv,D] in parts -> [1,Q,Hq,D].
     """
     grouped = q.unflatten(2, (keys[0].shape[2], -1)).float() * q.shape[-1] ** -0.5
-    scores = torch.cat([torch.einsum("bqhgd,bthd->bhgqt", grouped, k.float()) for k in keys], dim=-1)
-    parts = scores.softmax(-1).split([k.shape[1] for k in keys], dim=-1)
-    o = sum(torch.einsum("bhgqt,bthd->bqhgd", part, v.float()) for part, v in zip(parts, values))
-    return o.to(q.dtype).flatten(2, 3)
+    scores = [torch.einsum("bqhgd,bthd->bhgqt", grouped, k.float()) for k in keys]
+    weights = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).softmax(-1)
+    parts = weights.split([k.shape[1] for k in keys], dim=-1)
+    outputs = [torch.einsum("bhgqt,bthd->bqhgd", part, v.float()) for part, v in zip(parts, values)]
+    return reduce(torch.add, outputs).to(q.dtype).flatten(2, 3)

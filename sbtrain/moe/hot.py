@@ -22,13 +22,14 @@ class HotExperts:
         self._num_local = num_experts // group.size()
         self.chosen: tuple[int, ...] = ()
         self.active: tuple[int, ...] = ()
+        self.num_copied = 0
         self.weights: tuple[Tensor, Tensor] | None = None
         self._sums: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def begin_step(self) -> None:
         """Fetch the weights of the chosen experts. Collective over the expert-parallel group."""
-        self.active = self.chosen
+        self.active, self.num_copied = self.chosen, len(self.chosen)
         for weight in self._experts.parameters():
             weight.has_copies = bool(self.active)  # holds its reduction back, see parallel.gradients
         if not self.active:

@@ -49,11 +49,14 @@ class ExpertSteps:
         return {"experts": _report(tallies)}
 
     def _totals(self) -> Tensor:
-        """Tallies over all ranks, fp64 [layers of the model, 2 E + 1]."""
-        size = (len(self._all), 2 * self._num_experts + 1)
+        """Tallies over all ranks, and the copied experts behind them, fp64 [layers of the model, 2 E + 2]."""
+        size = (len(self._all), 2 * self._num_experts + 2)
         totals = torch.zeros(size, dtype=torch.float64, device=torch.cuda.current_device())
         for index, layer in self._layers.items():
-            totals[self._all.index(index)] = layer.router.tally.take()
+            row = totals[self._all.index(index)]
+            row[:-1] = layer.router.tally.take()
+            if layer.groups.dp_cp.rank() == 0 and layer.groups.tp.rank() == 0:
+                row[-1] = layer.hot.num_copied
         sum_over_all(totals)
         return totals
 
@@ -62,13 +65,13 @@ class _Load:
     """A layer's tally in words: times_even is each expert's load over the even share."""
 
     def __init__(self, row: list[float], num_experts: int):
-        counts, scores = row[:num_experts], row[num_experts:-1]
+        counts, scores = row[:num_experts], row[num_experts:-2]
         total = max(sum(counts), 1.0)
         shares = [count / total for count in counts]
         self.times_even = [share * num_experts for share in shares]
         self.entropy = -sum(share * math.log(share) for share in shares if share) / math.log(max(num_experts, 2))
         self.aux_loss = num_experts * sum(s * p for s, p in zip(shares, scores)) / max(sum(scores), 1e-20)
-        self.dropped = int(row[-1])
+        self.dropped, self.copies = int(row[-2]), int(row[-1])
 
 
 def _report(loads: dict[int, _Load]) -> dict:
@@ -82,6 +85,7 @@ def _report(loads: dict[int, _Load]) -> dict:
         "entropy": sum(layer["entropy"] for layer in layers.values()) / len(layers),
         "aux_loss": sum(load.aux_loss for load in loads.values()) / len(loads),
         "dropped": sum(load.dropped for load in loads.values()),
+        "copies": sum(load.copies for load in loads.values()),
         "layers": layers,
         "load": {str(index): [round(times, 4) for times in load.times_even] for index, load in loads.items()},
     }

@@ -29,10 +29,12 @@ def describe(recipe: Recipe) -> str:
 def dry_run(recipe: Recipe) -> None:
     """Build the whole model on the meta device and print the plan, on the first rank alone. Raises as `describe`."""
     plan = describe(recipe)
-    built, counted = count_parameters(recipe.model), sum(parameters(recipe.model).values())
-    assert built == counted, f"the model has {built} parameters, the plan counts {counted}"
+    total, active = built = count_parameters(recipe.model)
+    counted = sum(parameters(recipe.model).values()), active_parameters(recipe.model)
+    assert built == counted, f"the model has {built} parameters (all, active), the plan counts {counted}"
     if dist.get_rank() == 0:
-        print(f"{plan}\n\nbuilt on the meta device: {built:,} parameters", flush=True)
+        short = f", {total / 1e9:.3f}B total / {active / 1e9:.3f}B active" if active < total else ""
+        print(f"{plan}\n\nbuilt on the meta device: {total:,} parameters{short}", flush=True)
 
 
 def _title(recipe: Recipe) -> str:

@@ -9,16 +9,17 @@ the tokens of a rank, and sizes D hidden, Q and KV all query and key/value chann
     optimizer     12 (P / (dp sp) + E / (dp sp tp / ep)) for bf16: fp32 master weights and two moments, ZeRO-1 over the
                   ranks that hold the same tensor; 8 for fp32, which needs no second copy of the weights
     activations   b t per layer and row in flight, by recompute mode:
-                    none       4 D + [(Q + 2 KV) + (Q + KV) + Q + 3 F] / tp: residual and norms; q, k, v before and
-                               after rotation or ReLU; mixer output; FFN
-                    selective  the same without the FFN and its norm: 3 D + [...] / tp
-                    full       D, the input of the layer
+                    none         4 D + [(Q + 2 KV) + (Q + KV) + Q + 3 F] / tp: residual and norms; q, k, v before and
+                                 after rotation or ReLU; mixer output; FFN
+                    activations  the same without the product of gate and up: 2 F
+                    selective    the same without the FFN and its norm: 3 D + [...] / tp
+                    full         D, the input of the layer
                   A pair has the mixer's twice, q, k, v once if it shares them, and the two outputs that it merges.
                   L layers also keep the log decay and its logits in fp32: 8 KV / tp bytes a token. Experts take the
-                  place of the FFN: 3 F S / tp of S shared ones, and for each of top_k (2 D + 3 F) / tp: copies in and
-                  out, with balanced routing. D is divided by tp under tp_sequence_parallel. Pipeline stage i of pp
-                  holds min(rows of a step, pp - i) rows in flight; one of several chunks what the interleaved order has
-                  it hold at its fullest, about (pp (vpp - 1) + 2 (pp - i) - 1) / vpp rows.
+                  place of the FFN: 3 F S / tp of S shared ones, and for each of top_k (2 D + 3 F) / tp, with balanced
+                  routing; selective keeps the 2 D, copies in and out. D is divided by tp under tp_sequence_parallel.
+                  Pipeline stage i of pp holds min(rows of a step, pp - i) rows in flight; with several chunks what the
+                  interleaved order has it hold at its fullest, about (pp (vpp - 1) + 2 (pp - i) - 1) / vpp rows.
     recomputed    one layer without recomputation, less what it keeps: alive while its backward pass runs
     logits        (b + 4) t V / tp on the last stage: the upper bound; a fused loss needs a small part of it
 
@@ -90,9 +91,11 @@ def layer_activation_bytes(
     if len(kind.mixers) > 1:
         mixer += 2 * (merge_norm_size(model) / layout.tp if model.pair.shared_projections else residual)
     gate = 8 * key_value / layout.tp if "L" in kind.mixers else 0
+    sent = 2 * model.hidden_size * model.moe.top_k / layout.tp if kind.moe else 0
     if recompute is Recompute.selective:
-        return element * (3 * residual + mixer) + gate
-    return element * (4 * residual + mixer + _ffn_channels(model, kind) / layout.tp) + gate
+        return element * (3 * residual + mixer + sent) + gate
+    kept = (2 if recompute is Recompute.activations else 3) * _ffn_channels(model, kind) / layout.tp
+    return element * (4 * residual + mixer + sent + kept) + gate
 
 
 def _mixer_channels(model: ModelConfig, kind: LayerKind) -> float:
@@ -101,11 +104,11 @@ def _mixer_channels(model: ModelConfig, kind: LayerKind) -> float:
     return num_projections(model, kind) * (query + 2 * key_value) + len(kind.mixers) * (2 * query + key_value)
 
 
-def _ffn_channels(model: ModelConfig, kind: LayerKind) -> float:
+def _ffn_channels(model: ModelConfig, kind: LayerKind) -> int:
+    """Channels of the FFNs that a token meets."""
     if not kind.moe:
-        return 3 * model.ffn_size
-    expert = 3 * expert_size(model)
-    return model.moe.num_shared_experts * expert + model.moe.top_k * (2 * model.hidden_size + expert)
+        return model.ffn_size
+    return (model.moe.num_shared_experts + model.moe.top_k) * expert_size(model)
 
 
 def _pipeline_rank(

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from sbtrain.metrics.sinks import duration, short
+from sbtrain.report.experts import start_facts
 from sbtrain.report.plots import write_plots
 from sbtrain.report.run_files import RunFiles, read_run
 from sbtrain.report.tables import bits_rows, number, percent, source_names, stage_cells, stage_rows
@@ -65,6 +66,7 @@ def html_page(run: RunFiles, plots: dict[str, Path]) -> str:
             notes(run),
             *section("Bits per byte", bits_table(run), plots, ["bits_per_byte"]),
             *section("Stages", stage_table(run), plots, ["loss"]),
+            *section("Experts and pairs", start_table(run), plots, ["expert_load", "expert_map"]),
             *section("Training", "", plots, ["lr", "tokens_per_s", "grad_norm"]),
             "</body></html>",
         ]
@@ -143,6 +145,12 @@ def stage_table(run: RunFiles) -> str:
     """The stages as a table."""
     header, cells = stage_cells(run)
     return html_table(header, [[escape(cell) for cell in row] for row in cells]) if cells else ""
+
+
+def start_table(run: RunFiles) -> str:
+    """What was measured when the first weights were set, and the tokens that experts dropped."""
+    facts = start_facts(run)
+    return html_table(["measured", "value"], [[escape(name), escape(value)] for name, value in facts]) if facts else ""
 
 
 def html_table(header: list[str], rows: list[list[str]], last: bool = False) -> str:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sbtrain.metrics.sinks import short
+from sbtrain.report.experts import LOAD_TITLE, MAP_TITLE, expert_records, load_figure, map_figure
 from sbtrain.report.run_files import RunFiles
 from sbtrain.report.tables import bits_rows, source_names
 
@@ -34,6 +35,9 @@ def write_plots(run: RunFiles, folder: Path) -> dict[str, Path]:
         series = [(record["tokens"], record.get(key)) for record in run.records]
         if any(value is not None for _, value in series):
             plots[name] = save(curve(run, key, title, scale), folder / f"{name}.png")
+    if expert_records(run):
+        plots["expert_load"] = save(load_figure(*blank(LOAD_TITLE), run), folder / "expert_load.png")
+        plots["expert_map"] = save(map_figure(*blank(MAP_TITLE), run), folder / "expert_map.png")
     if run.points:
         plots["bits_per_byte"] = save(bits_figure(run), folder / "bits_per_byte.png")
     return plots

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -13,6 +13,7 @@ import yaml
 class RunFiles:
     """recipe, ledger: as parsed; records: steps of metrics.jsonl in order; points: of evaluation.json, in order.
 
+    start: what start.json says of the first weights; most runs measure nothing for them and have none.
     notes: one sentence for each part that is missing or unreadable.
     """
 
@@ -22,6 +23,7 @@ class RunFiles:
     records: list[dict]
     points: list[dict]
     notes: tuple[str, ...]
+    start: dict = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -46,6 +48,9 @@ def read_run(run_dir: str | Path) -> RunFiles:
     recipe = read_part(folder / "recipe.yaml", yaml.safe_load, dict, "the plan of the run is not known", notes)
     ledger = read_part(folder / "ledger.json", json.loads, dict, "which stages are finished is not known", notes)
     evaluation = read_part(folder / "evaluation.json", json.loads, dict, "there are no bits per byte", notes)
+    start = None
+    if (folder / "start.json").exists():
+        start = read_part(folder / "start.json", json.loads, dict, "how the experts began is not known", notes)
     records = read_part(folder / "metrics.jsonl", read_lines, list, "there are no training curves", notes)
     return RunFiles(
         folder=folder,
@@ -54,6 +59,7 @@ def read_run(run_dir: str | Path) -> RunFiles:
         records=[record for record in records or [] if {"step", "tokens", "stage"} <= record.keys()],
         points=comparable((evaluation or {}).get("points", []), notes),
         notes=tuple(notes),
+        start=start or {},
     )
 
 

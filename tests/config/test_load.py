@@ -165,7 +165,7 @@ def test_yaml_text_has_every_key():
 
 MISTAKES = [
     (["recipe=7b_cp"], ["recipe=7b_cp does not exist", "did you mean 7b_cpt?", "demo"]),
-    (["recipe=zzz"], ["There are: 7b_cpt, cpt, demo"]),
+    (["recipe=zzz"], ["There are: 76b_cpt, 7b_cpt, cpt, demo"]),
     (["recipe=/nowhere/recipe.yaml"], ["recipe=/nowhere/recipe.yaml", "no such file"]),
     (["seed=1"], ["recipe=NAME is missing", "7b_cpt"]),
     (["recipe=7b_cpt", "recipe=demo"], ["recipe=NAME is given more than once"]),

@@ -49,7 +49,7 @@ REFUSALS = [
     ({"model.gla": replace(TIED, lower_bound=1.0)}, ["model.gla.lower_bound=1.0", "less than 1"]),
     ({"model.meta.num_tokens": -1}, ["model.meta.num_tokens", "0 or more"]),
     ({"model.pair.calibration_tokens": 0}, ["model.pair.calibration_tokens=0"]),
-    ({"model.pattern": "L S:m"}, ["layer 1 is S:m"]),
+    ({"model.pattern": "L B:m"}, ["layer 1 is B:m"]),
     ({"dry_run": False}, ["start.path=models/Qwen2.5-7B does not exist"]),
     ({"optim.beta1": 1.0}, ["optim.beta1=1.0"]),
     ({"optim.eps": 0.0}, ["optim.eps=0.0"]),

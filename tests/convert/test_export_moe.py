@@ -10,6 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+from parallel.sequence.shard import Documents, positions_of, with_bounds
 from plain_model import plain_logits
 from sbtrain.config.hf_shape import complete_shape
 from sbtrain.config.model_schema import (
@@ -29,7 +32,9 @@ from sbtrain.convert.exported import read_model
 from sbtrain.convert.mapping import Fill, Part, Vocab
 from sbtrain.convert.start import check_source, fill
 from sbtrain.convert.weights import table
+from sbtrain.inference.load import Where, load_model
 from tiny_checkpoints import DictReader
+from tiny_corpus import write_tokenizer
 
 TIED = GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied)
 SEPARATE = ModelConfig(
@@ -154,6 +159,20 @@ def test_an_export_is_a_start_with_the_same_weights(tmp_path, name, dtype):
     local = {row.name: torch.empty(row.local_shape(part), dtype=kind)}
     with pytest.raises(ValueError, match="built without parameter"):
         fill(local, model=model, path=str(tmp_path / "out"), seed=3, ep_rank=1, ep=part.ep)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_our_model_gives_the_logits_that_transformers_gives(tmp_path, name):
+    """The folder in both: read by sbtrain.inference into the model that trains, and by transformers."""
+    model = dataclasses.replace(MODELS[name], vocab_size=270)
+    _export(tmp_path / "out", model, tokenizer_dir=write_tokenizer(tmp_path / "tokenizer"))
+    student = _load(tmp_path / "out")
+    tokens = torch.randint(0, model.vocab_size, (40,))
+    with Mesh.build(Layout()) as mesh, torch.no_grad():
+        loaded = load_model(Where(model=str(tmp_path / "out"), precision="fp32"), mesh)
+        whole = with_bounds([0, 40], mesh.device)
+        ours = loaded.model(tokens, Documents(whole, positions_of(whole)))
+        _close(ours.cpu(), student(tokens[None]).logits[0].double())
 
 
 def test_names_of_the_format(tmp_path):

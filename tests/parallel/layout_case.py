@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from parallel import engine as engine_module
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -123,7 +124,9 @@ def one_step(
             engine.step(lr=1e-2)
             metrics.append(engine.metrics)
             after = engine.forward_backward(mine)
+        engine.gather_gradients()
         return dict(
+            last_grads={name: p.main_grad.cpu().clone() for name, p in global_parameters(engine.model).items()},
             loss=first.mean,
             num_tokens=first.num_tokens,
             grad_norm=norm,
@@ -132,6 +135,23 @@ def one_step(
             metrics=metrics,
             place=dict(coordinates(mesh), shared_projections=config.pair.shared_projections),
         )
+
+
+def overlapped_step(rank: int, *args, **kwargs):
+    """one_step whose gradients are reduced while the backward pass runs, as on GPUs."""
+    plain, no_syncs = engine_module.GradientBuffers, []
+
+    class Overlapped(plain):
+        def __init__(self, config, model, **options):
+            super().__init__(config, model, **{**options, "overlap": True})
+            no_syncs.append(self.no_sync)
+            config.no_sync_func = no_syncs if config.virtual_pipeline_model_parallel_size else self.no_sync
+
+    engine_module.GradientBuffers = Overlapped
+    try:
+        return one_step(rank, *args, **kwargs)
+    finally:
+        engine_module.GradientBuffers = plain
 
 
 def check_equal(results: list[dict], whole: dict) -> None:

@@ -37,7 +37,7 @@ def uninterrupted(tmp_path_factory, run_ranks):
 
 def check_shards(result: dict, found: dict, whole: dict, *, rel: float) -> None:
     """Each of a rank's tensors, found, against its shard of the whole ones."""
-    place = {key: result[key] for key in ("tp_rank", "tp", "ep_rank", "ep")}
+    place = result["place"]
     for name, tensor in found.items():
         expected = local_shard(name, whole[name], **place)
         assert tensor.shape == expected.shape, name

@@ -58,3 +58,9 @@ def test_refusals():
         fit_world(load(args), 31)
     with pytest.raises(ValueError, match="stages.ctx_512: .* the smallest world that fits all stages is 2"):
         fit_world(load(["recipe=demo", "dry_run=true"]), 1)
+
+
+def test_experts_are_spread_where_the_model_does_not_fit():
+    args = ["recipe=76b_cpt", "dry_run=true", "layout_auto=true", "~stages.ctx_32k", "~stages.ctx_128k"]
+    (layout,) = layouts(fit_world(load([*args, "stages.ctx_8k.layout.pp=3"]), 64))
+    assert 1 < layout.ep <= 8 and layout.pp * layout.tp * layout.sp <= 64

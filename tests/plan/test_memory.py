@@ -8,8 +8,9 @@ import pytest
 
 from parallel.layout import Layout
 from sbtrain.config.load import load
+from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, MoEConfig, PairConfig
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
-from sbtrain.model.flops import parameters
+from sbtrain.model.flops import active_parameters, flops_per_token, parameters, visible_keys
 from sbtrain.plan.memory import rank_memory, rank_parameters
 
 D, F, V, QUERY, KV = 24, 40, 100, 48, 16
@@ -106,3 +107,44 @@ def test_logits_are_cut_by_tp_and_sp(tiny):
 def test_every_stage_of_the_7b_recipe_fits_its_gpus(recipe):
     for stage in recipe.stages.values():
         assert sum(rank_memory(recipe, stage, world_size=256).values()) < 0.9 * 80 * 2**30
+
+
+MOE = replace(
+    MODEL, pattern="(LS)(LF):m", num_layers=4, meta=MetaConfig(num_tokens=3), moe=MoEConfig(num_experts=4, top_k=2),
+    gla=GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied),
+)  # fmt: skip
+EXPERT = 3 * D * F
+
+
+def test_experts_are_cut_by_ep_and_their_optimizer_state_by_their_own_copies(tiny):
+    count = sum(parameters(MOE).values())
+    dense = count - 2 * 4 * EXPERT
+    tiny = (replace(tiny[0], model=MOE), tiny[1])
+    assert memory(tiny)["weights"] == 2 * count and memory(tiny)["optimizer"] == 12 * count
+    parts = memory(tiny, Layout(ep=2), world_size=8)
+    assert parts["weights"] == 2 * (dense + 2 * 2 * EXPERT)
+    assert parts["optimizer"] == 12 * (dense / 8 + 2 * 2 * EXPERT / 4)  # each expert on 4 of the 8 ranks
+    parts = memory(tiny, Layout(tp=2, ep=4), world_size=8)
+    assert parts["optimizer"] == pytest.approx(
+        12 * (rank_parameters(MOE, Layout(tp=2, ep=4), range(4)) - 2 * EXPERT) / 4 + 12 * 2 * EXPERT / 2
+    )
+
+
+def test_active_parameters_and_flops_leave_out_what_a_token_does_not_meet():
+    assert sum(parameters(MOE).values()) - active_parameters(MOE) == 2 * 2 * EXPERT
+    flops = flops_per_token(MOE, 32)
+    assert flops["experts"] == 2 * 2 * 2 * EXPERT and flops["shared_experts"] == 2 * 2 * EXPERT
+    assert flops["router"] == 2 * 2 * 4 * D and flops["mlp"] == 2 * 2 * EXPERT
+    assert flops["sliding_window"] == 2 * 4 * QUERY * (visible_keys(32, 5) + 3) and flops["gate"] == 0
+    twice = flops["projections"]
+    assert twice == 2 * flops_per_token(replace(MOE, pair=PairConfig(shared_projections=True)), 32)["projections"]
+
+
+def test_activations_of_pairs_and_experts(tiny):
+    tiny = (replace(tiny[0], model=MOE), tiny[1])
+    mixer = 2 * (QUERY + 2 * KV) + 2 * (2 * QUERY + KV) + 2 * D
+    ffn, gates, sent = 3 * F, 8 * KV, 2 * D * 2
+    dense, moe = (2 * (4 * D + mixer + x) + gates for x in (ffn, 3 * ffn + sent))
+    assert memory(tiny)["activations"] == (32 + 3) * (2 * dense + 2 * moe)
+    less = memory(tiny, recompute=Recompute.activations)["activations"]
+    assert memory(tiny)["activations"] - less == (32 + 3) * 2 * (2 * F + 2 * 3 * F)

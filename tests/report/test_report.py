@@ -171,3 +171,44 @@ def test_names_are_escaped(tmp_path):
     page = write_report(write_run(tmp_path, stages=(hostile, "ctx_32k"))).read_text(encoding="utf-8")
     assert "<script" not in page
     assert "&lt;script&gt;" in page
+
+
+def write_expert_run(folder):
+    write_run(folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        load = {"5": [0.5, 1.5, 1.0, 1.0], "11": [0.0, 2.5, 1.0, 0.5]}
+        line["experts"] = {"load_min": 0.0, "load_max": 2.5, "entropy": 0.9, "dropped": 3, "load": load}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    upcycling = {
+        "tokens": 100, "alpha": 0.98, "relative_errors": {"11": 0.011, "5": 0.007}, "routing_weight": 0.0641,
+        "expected_routing_weight": 0.0625, "loss": 2.5, "loss_dense": 2.4,
+    }  # fmt: skip
+    start = {"calibration": {"tokens": 100, "merge_norms": {"0": 0.11, "5": 0.4}}, "upcycling": upcycling}
+    (folder / "start.json").write_text(json.dumps(start))
+    return folder
+
+
+def test_experts_have_plots_and_a_table(tmp_path):
+    page = write_report(write_expert_run(tmp_path))
+    assert PLOTS | {"expert_load.png", "expert_map.png"} == {path.name for path in page.parent.glob("*.png")}
+    words = " ".join(Page(page.read_text()).words)
+    for text in (
+        "0.11 to 0.4",
+        "0.90%, at most 1.10% (layer 11)",
+        "2.5000 and 2.4000",
+        "0.0641 and 0.0625",
+        "dropped 15",
+    ):
+        assert text in words, text
+
+
+def test_a_dense_run_says_nothing_of_experts(tmp_path):
+    page = write_report(write_run(tmp_path))
+    assert {path.name for path in page.parent.glob("*.png")} == PLOTS and "xpert" not in page.read_text()
+
+
+def test_a_damaged_start_is_a_note(tmp_path):
+    (write_expert_run(tmp_path) / "start.json").write_text("{")
+    run = read_run(tmp_path)
+    assert run.start == {} and any(note.startswith("start.json cannot be read") for note in run.notes)
