@@ -126,7 +126,7 @@ def one_step(
             after = engine.forward_backward(mine)
         engine.gather_gradients()
         return dict(
-            last_grads={name: p.main_grad.cpu().clone() for name, p in global_parameters(engine.model).items()},
+            last_grads={name: p.main_grad.cpu().clone() for name, p in global_parameters(*engine.models).items()},
             loss=first.mean,
             num_tokens=first.num_tokens,
             grad_norm=norm,
