@@ -47,14 +47,14 @@ class Engine:
     @property
     def model(self):
         """The stage, where it is one chunk."""
-        (model,) = self.models
-        return model
+        assert len(self.models) == 1, "a stage of several chunks: use models"
+        return self.models[0]
 
     @property
     def chunk(self) -> GradientBuffers:
         """The stage's gradients, where it is one chunk."""
-        (chunk,) = self.chunks
-        return chunk
+        assert len(self.chunks) == 1, "a stage of several chunks: use chunks"
+        return self.chunks[0]
 
     def close(self) -> None:
         """Let go of model, gradients and optimizer, for the next layout; without this they are never freed.

@@ -18,8 +18,8 @@ the tokens of a rank, and sizes D hidden, Q and KV all query and key/value chann
                   L layers also keep the log decay and its logits in fp32: 8 KV / tp bytes a token. Experts take the
                   place of the FFN: 3 F S / tp of S shared ones, and for each of top_k (2 D + 3 F) / tp, with balanced
                   routing; selective keeps the 2 D, copies in and out. D is divided by tp under tp_sequence_parallel.
-                  Pipeline stage i of pp holds min(rows of a step, pp - i) rows in flight; one of several chunks what
-                  the interleaved order has it hold at its fullest, about (pp (vpp - 1) + 2 (pp - i) - 1) / vpp rows.
+                  Pipeline stage i of pp holds min(rows of a step, pp - i) rows in flight; with several chunks what the
+                  interleaved order has it hold at its fullest, about (pp (vpp - 1) + 2 (pp - i) - 1) / vpp rows.
     recomputed    one layer without recomputation, less what it keeps: alive while its backward pass runs
     logits        (b + 4) t V / tp on the last stage: the upper bound; a fused loss needs a small part of it
 

@@ -126,7 +126,7 @@ def one_step(
             after = engine.forward_backward(mine)
         engine.gather_gradients()
         return dict(
-            last_grads={name: p.main_grad.cpu().clone() for name, p in global_parameters(engine.model).items()},
+            last_grads={name: p.main_grad.cpu().clone() for name, p in global_parameters(*engine.models).items()},
             loss=first.mean,
             num_tokens=first.num_tokens,
             grad_norm=norm,
@@ -139,12 +139,13 @@ def one_step(
 
 def overlapped_step(rank: int, *args, **kwargs):
     """one_step whose gradients are reduced while the backward pass runs, as on GPUs."""
-    plain = engine_module.GradientBuffers
+    plain, no_syncs = engine_module.GradientBuffers, []
 
     class Overlapped(plain):
-        def __init__(self, config, model, *, overlap: bool):
-            super().__init__(config, model, overlap=True)
-            config.no_sync_func = self.no_sync
+        def __init__(self, config, model, **options):
+            super().__init__(config, model, **{**options, "overlap": True})
+            no_syncs.append(self.no_sync)
+            config.no_sync_func = no_syncs if config.virtual_pipeline_model_parallel_size else self.no_sync
 
     engine_module.GradientBuffers = Overlapped
     try:

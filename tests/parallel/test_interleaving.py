@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from layout_case import build_engine, check_equal, one_step, packed_rows, small_model
+from layout_case import build_engine, check_equal, one_step, overlapped_step, packed_rows, small_model
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.schedule import evaluate_rows
@@ -60,11 +60,12 @@ def test_chunks_equal_one_rank(name, whole, run_ranks):
 
 @pytest.mark.parametrize("name", MIXED)
 def test_chunks_of_pairs_and_mixtures_behind_meta_tokens(name, run_ranks):
+    """Gradients reduced while the backward pass runs."""
     num_ranks, layout = MIXED[name]
     model = small_model(pattern="(LS):m (LF) (LF):m (LS)", moe=TOP2, meta=META, gla=TIED, tie_embeddings=True)
     rows = packed_rows(4, 48, 120)
     (whole,) = run_ranks(1)(one_step, Layout(), model, rows, num_steps=2)
-    results = run_ranks(num_ranks)(one_step, layout, model, rows, num_steps=2)
+    results = run_ranks(num_ranks)(overlapped_step, layout, model, rows, num_steps=2)
     check_equal(results, whole)
     for result in results:
         for theirs, ours in zip(result["metrics"], whole["metrics"], strict=True):

@@ -77,9 +77,11 @@ def distance(result: dict, whole: dict) -> dict[str, float]:
 
 def check_near(result: dict, whole: dict, *, allowed: dict[str, float]) -> None:
     """Rounding alone. The gradients' distance is a mean over many numbers, and must be that of another bf16 step; the
-    others are one number each, and may be several times theirs, or one thousandth."""
+    others are one number each, which another step may have hit by luck: several times theirs, or a small part of the
+    gradients' distance, above which a single number seldom is."""
     for key, apart in distance(result, whole).items():
-        assert apart <= max((1.5 if key == "grads" else 4) * allowed[key], 1e-3), (key, apart, allowed)
+        floor = 1.5 * allowed[key] if key == "grads" else max(4 * allowed[key], 0.03 * allowed["grads"])
+        assert apart <= max(floor, 1e-3), (key, apart, allowed)
 
 
 @pytest.mark.gpu
