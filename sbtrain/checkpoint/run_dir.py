@@ -35,7 +35,7 @@ FREE = (
     "layout_auto",
 )
 """Keys that may change when a run goes on."""
-FREE_OF_STAGE = ("layout", "recompute", "micro_batch", "schedule")
+FREE_OF_STAGE = ("layout", "recompute", "experts", "micro_batch", "schedule")
 """Keys of a stage that may change when a run goes on."""
 
 

@@ -84,14 +84,13 @@ class Dispatcher:
         order = keys.argsort(stable=True)
         counts = count_choices(keys[:, None], self.num_experts + num_hot)
         table = gather_counts(counts, group=self.group)
-        alone = self.group.size() == 1
-        static = alone and not self.limits.drops and self.limits.align == 1
-        rows = None if static else table.tolist()
-        mine = counts.new_zeros(0) if rows is None else rows[self.group.rank()]
-        num_kept = num_choices if rows is None else sum(mine)
+        if self.group.size() == 1 and not self.limits.drops and not self._pads:
+            rows, num_kept, send, receive = None, num_choices, [num_choices], [num_choices]
+        else:
+            rows = table.tolist()  # the one wait for the device
+            num_kept, (send, receive) = sum(rows[self.group.rank()]), self._splits(rows)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(num_choices, device=order.device))
         place = torch.where(place < num_kept, place, -1) if self.limits.drops else place
-        send, receive = ([num_choices], [num_choices]) if rows is None else self._splits(rows)
         local = slice(self.first_local, self.first_local + self.num_local)
         offsets, by_expert, places = self._sort_arrivals(table[:, local], rows, local, sum(receive))
         return Plan(

@@ -15,7 +15,8 @@ from parallel.recompute import rebuilt, recomputed
 class Experts(mcore.MegatronModule):
     """num_local SwiGLU experts: linear_fc1 [L, 2F, D], gate rows above up rows, and linear_fc2 [L, D, F].
 
-    Their gradients are summed over the ranks that hold the same experts, not over all data-parallel ranks.
+    Their gradients are summed over the ranks that hold the same experts, not over all data-parallel ranks. grouped_ffn
+    computes with them.
     """
 
     def __init__(self, config: mcore.TransformerConfig, *, num_experts: int, ffn_size: int, groups):
@@ -28,10 +29,6 @@ class Experts(mcore.MegatronModule):
         for weight in (self.linear_fc1, self.linear_fc2):
             weight.allreduce = False  # megatron: reduce over the expert-data-parallel group, whatever ep is
             weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 1
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [R, D] sorted by expert, offsets int32 [L + 1] -> [R, D]."""
-        return grouped_ffn(x, self.linear_fc1, self.linear_fc2, offsets)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The experts as parts of the global tensors [E, 2F, D] and [E, D, F], cut along E by ep."""

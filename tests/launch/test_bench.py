@@ -262,3 +262,36 @@ def test_bad_input_is_one_line_and_exit_2(arguments, message, monkeypatch, capsy
     assert bench_script.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_train_measures_experts_over_ranks(tmp_path):
+    done = bench(
+        "train",
+        "model=tiny",
+        "layers=2",
+        "seq_len=64",
+        "rows=2",
+        "pattern=LS:m",
+        "precision=fp32",
+        "steps=1",
+        "warmup=1",
+        "rounds=1",
+        "peers=engine",
+        "ep=2",
+        "expert_load=skewed",
+        "experts.max_copies=1",
+        f"out={tmp_path}",
+        num_ranks=2,
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "bench_train.json").read_text())["results"]
+    experts = result["model_metrics"]["experts"]
+    assert result["ep"] == 2 and experts["load_max"] == 8.0 and experts["copies"] == 1
+    assert result["tokens_per_s"] == pytest.approx(128 / result["step_ms"]["median"] * 1e3)
+
+
+def test_train_refuses_experts_where_there_are_none():
+    done = bench("train", "model=tiny", "layers=1", "peers=engine", "experts.align_tokens=8", "pattern=L")
+    assert done.returncode == 2 and "experts has no effect" in done.stderr
+    done = bench("train", "model=tiny", "layers=1", "pattern=L:m")
+    assert done.returncode == 2 and "peers=hand knows no mixtures of experts" in done.stderr

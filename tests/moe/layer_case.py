@@ -55,6 +55,7 @@ def run_layer(
     forced: list[float] | None = None,
     hot: tuple[int, ...] = (),
     num_meta: int = 0,
+    step_tokens: int | None = None,
     options: ExpertsConfig = PLAIN,
     recompute: Recompute = Recompute.none,
 ) -> dict:
@@ -73,7 +74,7 @@ def run_layer(
         if load is not None:
             layer.router.load.copy_(torch.tensor(load))
         layer.router.forced = None if forced is None else torch.tensor(forced)
-        layer.router.step_tokens = sum(len(x) - num_meta for x in inputs)
+        layer.router.step_tokens = step_tokens or sum(len(x) - num_meta for x in inputs)
         layer.hot.chosen = hot
         layer.hot.begin_step()
         mcore.MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))

@@ -147,3 +147,20 @@ def test_everything_may_be_dropped(run_ranks):
     inputs, grads = draw(9, 12), draw(9, 12, seed=4)
     results = run_ranks(2)(run_layer, Layout(ep=2), without_losses(TOP1), inputs, grads, options=options)
     assert float(sum(result["tally"][-1] for result in results)) == 21
+
+
+@pytest.mark.parametrize("num_meta", [0, 6])
+@pytest.mark.parametrize("length", [1, 9])
+def test_tokens_are_dealt_over_tp(length, num_meta, run_ranks):
+    """Both tp ranks have all rows, an odd number; the second one's part ends with a row of padding."""
+    moe, num_meta = replace(SIGMOID, num_shared_experts=0), min(num_meta, length - 1)
+    (x,), (grad,) = draw(length), draw(length, seed=4)
+    case = (run_layer, Layout(ep=2, tp=2), moe, [x, x], [grad, grad])
+    results = run_ranks(2)(*case, load=LOAD, num_meta=num_meta, step_tokens=length - num_meta)
+    expected = plain_gradients(moe, x, grad, load=LOAD, num_meta=num_meta)
+    experts = {key: [result["grads"][key] for result in results] for key in results[0]["grads"] if "experts" in key}
+    for result in results:
+        close(
+            {**result, "grads": {**result["grads"], **{key: torch.cat(parts) for key, parts in experts.items()}}},
+            expected,
+        )

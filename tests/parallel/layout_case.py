@@ -111,7 +111,7 @@ def one_step(
         engine = build_engine(config, mesh, seq_len=len(rows[0].tokens), **options)
         for module in (module for model in engine.models for module in model.modules()):
             if isinstance(module, Router) and forced is not None:
-                module.forced = torch.tensor(forced)
+                module.forced = torch.tensor(forced, device=mesh.device)
         stack.callback(engine.close)
         mine = rows[mesh.dp_rank :: mesh.dp]
         first = engine.forward_backward(mine)
