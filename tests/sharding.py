@@ -75,6 +75,10 @@ def global_state(model, *, seed: int = 0, dtype=torch.float32) -> dict[str, Tens
             state[prefix + "q_norm.weight"] = random(head, shift=1)
             state[prefix + "k_norm.weight"] = random(head, shift=1)
 
+    def ffn(prefix: str, moe: bool):
+        for name, shape in _ffn_shapes(model, moe).items():
+            state[prefix + name] = random(*shape)
+
     if model.meta.num_tokens:
         state["embedding.meta_tokens"] = random(model.meta.num_tokens, hidden, scale=0.5)
     for i, kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
@@ -92,23 +96,25 @@ def global_state(model, *, seed: int = 0, dtype=torch.float32) -> dict[str, Tens
                 core(f"{mixer}branches.{symbol}.", symbol)
                 state[f"{mixer}merge_norms.{symbol}.weight"] = random(norm, shift=1)
         state[f"decoder.layers.{i}.pre_mlp_layernorm.weight"] = random(hidden, shift=1)
-        mlp = f"decoder.layers.{i}.mlp."
-        if not kind.moe:
-            state[mlp + "linear_fc1.weight"] = random(2 * model.ffn_size, hidden)
-            state[mlp + "linear_fc2.weight"] = random(hidden, model.ffn_size)
-            continue
-        moe, width = model.moe, model.moe.expert_ffn_size or model.ffn_size
-        state[mlp + "router.weight"] = random(moe.num_experts, hidden)
-        state[mlp + "experts.linear_fc1"] = random(moe.num_experts, 2 * width, hidden)
-        state[mlp + "experts.linear_fc2"] = random(moe.num_experts, hidden, width)
-        if moe.num_shared_experts:
-            side = moe.num_shared_experts * width
-            state[mlp + "shared_experts.linear_fc1.weight"] = random(2 * side, hidden)
-            state[mlp + "shared_experts.linear_fc2.weight"] = random(hidden, side)
+        ffn(f"decoder.layers.{i}.mlp.", kind.moe)
     state["decoder.final_layernorm.weight"] = random(hidden, shift=1)
     if not model.tie_embeddings:
         state["output_layer.weight"] = random(model.padded_vocab_size, hidden)
     return state
+
+
+def _ffn_shapes(model, moe: bool) -> dict[str, tuple[int, ...]]:
+    hidden, num = model.hidden_size, model.moe.num_experts
+    if not moe:
+        return {"linear_fc1.weight": (2 * model.ffn_size, hidden), "linear_fc2.weight": (hidden, model.ffn_size)}
+    width = model.moe.expert_ffn_size or model.ffn_size
+    shapes = {"router.weight": (num, hidden)}
+    shapes |= {"experts.linear_fc1": (num, 2 * width, hidden), "experts.linear_fc2": (num, hidden, width)}
+    side = model.moe.num_shared_experts * width
+    if side:
+        shapes |= {"shared_experts.linear_fc1.weight": (2 * side, hidden)}
+        shapes |= {"shared_experts.linear_fc2.weight": (hidden, side)}
+    return shapes
 
 
 def hf_state(state: dict[str, Tensor], model) -> dict[str, Tensor]:

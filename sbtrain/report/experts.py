@@ -12,8 +12,8 @@ from sbtrain.metrics.sinks import short
 from sbtrain.report.run_files import RunFiles
 
 INK, GRAY, HIGH, LOW = "#1f2933", "#7b8794", "#1f6feb", "#a9c8f7"
-LOAD_TITLE = "Load of the busiest and the idlest expert (times the even share, over all layers)"
-MAP_TITLE = "Load of every expert, mean of the last tenth of the steps (times the even share)"
+LOAD_TITLE = "Load of the busiest and the idlest expert over the even share"
+MAP_TITLE = "Load of every expert over the even share, last tenth of the steps"
 
 
 @dataclass(frozen=True)

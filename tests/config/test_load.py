@@ -123,7 +123,7 @@ def test_a_stage_can_be_added_and_comes_last():
 
 
 def test_quoted_patterns_reach_the_parser():
-    assert "layer 0 is (LS), which is not trainable yet" in message([*DRY, 'model.pattern="(LS) x 28"'])
+    assert "layer 0 is (SL), which is not trainable yet" in message([*DRY, 'model.pattern="(SL) x 28"'])
 
 
 def test_the_recipe_is_frozen():

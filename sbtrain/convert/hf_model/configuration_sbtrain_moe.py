@@ -2,6 +2,44 @@
 
 from transformers.configuration_utils import PretrainedConfig
 
+DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 18944,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "llama3_rope": None,
+    "qkv_bias": True,
+    "qk_norm": False,
+    "layer_kinds": None,
+    "sliding_window": 4096,
+    "linear_feature_map": "sigmoid",
+    "linear_gate": "tied",
+    "linear_gate_lower_bound": 0.0,
+    "gate_low_rank_dim": 16,
+    "gate_logit_normalizer": 16,
+    "shared_projections": False,
+    "num_meta_tokens": 0,
+    "meta_positions": "prepended",
+    "meta_in_state": True,
+    "num_experts": 16,
+    "num_experts_per_tok": 1,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": None,
+    "router_score": "softmax",
+    "norm_topk_prob": False,
+    "router_bias_update_rate": 0.0,
+    "use_cache": True,
+    "initializer_range": 0.02,
+}
+"""The keys that are this model's, and what an absent one means."""
+
 
 class SbtrainMoeConfig(PretrainedConfig):
     """One string a layer says what it is: its mixers, two in parentheses, and `:m` for a mixture of experts.
@@ -21,90 +59,14 @@ class SbtrainMoeConfig(PretrainedConfig):
     model_type = "sbtrain_moe"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    def __init__(
-        self,
-        vocab_size=152064,
-        hidden_size=3584,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        head_dim=128,
-        intermediate_size=18944,
-        hidden_act="silu",
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-6,
-        rope_theta=1000000.0,
-        llama3_rope=None,
-        qkv_bias=True,
-        qk_norm=False,
-        layer_kinds=None,
-        sliding_window=4096,
-        linear_feature_map="sigmoid",
-        linear_gate="tied",
-        linear_gate_lower_bound=0.0,
-        gate_low_rank_dim=16,
-        gate_logit_normalizer=16,
-        shared_projections=False,
-        num_meta_tokens=0,
-        meta_positions="prepended",
-        meta_in_state=True,
-        num_experts=16,
-        num_experts_per_tok=1,
-        num_shared_experts=1,
-        moe_intermediate_size=None,
-        router_score="softmax",
-        norm_topk_prob=False,
-        router_bias_update_rate=0.0,
-        use_cache=True,
-        initializer_range=0.02,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-        **kwargs,
-    ):
-        if hidden_act not in ("swish", "silu"):
-            raise ValueError(f"config.json: hidden_act {hidden_act!r} is not supported; use silu")
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.intermediate_size = intermediate_size
-        self.hidden_act = hidden_act
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.llama3_rope = llama3_rope
-        self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
-        self.layer_kinds = ["(LS)"] * num_hidden_layers if layer_kinds is None else list(layer_kinds)
-        self.sliding_window = sliding_window
-        self.linear_feature_map = linear_feature_map
-        self.linear_gate = linear_gate
-        self.linear_gate_lower_bound = linear_gate_lower_bound
-        self.gate_low_rank_dim = gate_low_rank_dim
-        self.gate_logit_normalizer = gate_logit_normalizer
-        self.shared_projections = shared_projections
-        self.num_meta_tokens = num_meta_tokens
-        self.meta_positions = meta_positions
-        self.meta_in_state = meta_in_state
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.num_shared_experts = num_shared_experts
-        self.moe_intermediate_size = moe_intermediate_size or intermediate_size
-        self.router_score = router_score
-        self.norm_topk_prob = norm_topk_prob
-        self.router_bias_update_rate = router_bias_update_rate
-        self.use_cache = use_cache
-        self.initializer_range = initializer_range
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+    def __init__(self, **kwargs):
+        for key, default in DEFAULTS.items():
+            setattr(self, key, kwargs.pop(key, default))
+        if self.hidden_act not in ("swish", "silu"):
+            raise ValueError(f"config.json: hidden_act {self.hidden_act!r} is not supported; use silu")
+        self.layer_kinds = list(self.layer_kinds or ["(LS)"] * self.num_hidden_layers)
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+        super().__init__(**kwargs)
 
     def mixers(self, layer):
         """Letters of a layer's mixers, one or two."""
