@@ -18,7 +18,7 @@ from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MergeInit, 
 from sbtrain.config.schema import Precision, Recipe, Start
 from sbtrain.convert.first import FILE, FirstWeights
 from sbtrain.convert.upcycle import alpha_of
-from sbtrain.model.build import build_model, global_parameters
+from sbtrain.model.build import build_chunks, global_parameters
 from tiny_checkpoints import model_of, save_tiny
 
 NUM_TOKENS, WIDTH = 24, 72
@@ -54,10 +54,10 @@ def _first_weights(rank: int, layout: Layout, model, teacher: str, folder: str, 
     with Mesh.build(layout) as mesh:
         first = FirstWeights(recipe, mesh, seq_len=NUM_TOKENS, read_rows=rows_of if data else None)
         first.prepare()
-        built = build_model(model, mesh, precision=Precision.fp32, seq_len=NUM_TOKENS)
+        built = build_chunks(model, mesh, precision=Precision.fp32, seq_len=NUM_TOKENS)
         first.fill(built)
         first.check(built)
-        named = global_parameters(built).items()
+        named = global_parameters(*built).items()
         norms = {name: weight.detach().clone() for name, weight in named if "merge_norms" in name}
     return {"measured": first.measured, "norms": norms}
 
@@ -95,6 +95,7 @@ LAYOUTS = [
     (2, Layout(tp=2)),
     (2, Layout(tp=2, tp_sequence_parallel=True)),
     (2, Layout(pp=2)),
+    (2, Layout(pp=2, vpp=2)),
     (2, Layout(sp=2)),
     (2, Layout(ep=2)),
 ]
