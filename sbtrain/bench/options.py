@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass, replace
 from enum import Enum
 
 ALIASES = {"pattern": "patterns"}
@@ -13,10 +13,11 @@ ALIASES = {"pattern": "patterns"}
 def parse(kind: type, arguments: list[str]):
     """An instance of `kind` (fields of type str, int, float, bool, an Enum, or a tuple of str or int, split at commas).
 
+    A field may be a dataclass of such fields, with a default: `experts.max_copies=1` changes that field of experts.
     Raises ValueError, one line, for what is not key=value, an unknown key (it lists all keys), a key given twice, a
     value of the wrong type, or a missing key.
     """
-    types = typing.get_type_hints(kind)
+    types = _keys(kind)
     given = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -29,7 +30,20 @@ def parse(kind: type, arguments: list[str]):
     missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in given]
     if missing:
         raise ValueError(f"{missing[0]}= is missing; the keys are: {', '.join(f'{name}=' for name in types)}")
-    return kind(**given)
+    nested = {}
+    for key in [key for key in given if "." in key]:
+        name, _, part = key.partition(".")
+        nested.setdefault(name, {})[part] = given.pop(key)
+    defaults = {field.name: field.default for field in fields(kind)}
+    return kind(**given, **{name: replace(defaults[name], **parts) for name, parts in nested.items()})
+
+
+def _keys(kind: type) -> dict[str, type]:
+    keys = {}
+    for name, of in typing.get_type_hints(kind).items():
+        inner = {f"{name}.{part}": inside for part, inside in _keys(of).items()} if is_dataclass(of) else {name: of}
+        keys.update(inner)
+    return keys
 
 
 def _value(kind, text: str, key: str):
