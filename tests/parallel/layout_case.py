@@ -12,6 +12,7 @@ from parallel.mesh import Mesh
 from parallel.sequence.shard import IGNORE, Row
 from sbtrain.config.schema import GLAConfig, ModelConfig, Precision, Recompute
 from sbtrain.model.build import build_model, global_parameters
+from sequence_case import counted
 from sharding import global_state, local_shard
 
 ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=1.0, new_lr_scale=2.0)
@@ -55,6 +56,17 @@ def packed_rows(num_rows: int, num_tokens: int, vocab_size: int, *, seed: int = 
     return rows
 
 
+def rows_of(layouts: list[list[int]], vocab_size: int, *, seed: int = 1) -> list[Row]:
+    """A row of random tokens for each list of document edges, all of one length."""
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for edges in layouts:
+        tokens = torch.randint(vocab_size, (edges[-1] + 1,), generator=generator)
+        labels = tokens[1:].clone()
+        labels[torch.tensor(sorted(set(edges) - {0})) - 1] = IGNORE
+        rows.append(Row(tokens[:-1], labels, torch.tensor(edges, dtype=torch.int32)))
+    return rows
+
+
 def fill(model, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
     """Set this rank's parameters from the global random state."""
     state = global_state(config, seed=seed)
@@ -69,6 +81,18 @@ def build_engine(config: ModelConfig, mesh: Mesh, *, seq_len: int, precision=Pre
     model = build_model(config, mesh, precision=precision, recompute=recompute, seq_len=seq_len)
     fill(model, config, mesh)
     return Engine(model, mesh, adam=ADAM)
+
+
+def carried(rank: int, layout: Layout, config: ModelConfig, rows: list[Row]) -> list[tuple[str, int]]:
+    """The collectives of sequence parallelism in the forward and backward passes of one step, by sequence_case."""
+    calls: list[tuple[str, int]] = []
+    with ExitStack() as stack:
+        mesh = stack.enter_context(Mesh.build(layout))
+        engine = build_engine(config, mesh, seq_len=len(rows[0].tokens))
+        stack.callback(engine.close)
+        with counted(calls):
+            engine.forward_backward(rows)
+    return calls
 
 
 def one_step(
