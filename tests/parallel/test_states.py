@@ -29,11 +29,16 @@ EXCHANGES = {
 
 
 def whole_row(
-    num_tokens: int, dtype: torch.dtype, *, key: int = KEY, value: int = VALUE
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    heads: tuple[int, int] = (NUM_HEADS, NUM_KV_HEADS),
+    sizes: tuple[int, int] = (KEY, VALUE),
 ) -> tuple[list[Tensor], Tensor]:
     """q, k, v, log_decay, and the output's gradient."""
     generator = torch.Generator().manual_seed(num_tokens)
-    shapes = ((NUM_HEADS, key), (NUM_KV_HEADS, key), (NUM_KV_HEADS, value), (NUM_KV_HEADS, key), (NUM_HEADS, value))
+    (query, shared), (key, value) = heads, sizes
+    shapes = ((query, key), (shared, key), (shared, value), (shared, key), (query, value))
     *inputs, log_decay, grad = (
         torch.randn(1, num_tokens, *shape, generator=generator, dtype=dtype) for shape in shapes
     )
