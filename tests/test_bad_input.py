@@ -72,6 +72,39 @@ def test_layout_that_does_not_divide(site, overrides, mentions):
     site.refuses((*ONE_STAGE, *layout), ["stages.ctx_32", *mentions])
 
 
+ROWS_OF_48 = ("seq_len=48", "micro_batch=1", "global_batch_tokens=96", "tokens=192")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mentions"),
+    [
+        (("layout.sp=64",), ["layout.sp=64 does not divide seq_len=32; choose an sp that does"]),  # more than tokens
+        ((*ROWS_OF_48, "layout.sp=5"), ["layout.sp=5 does not divide seq_len=48"]),
+        (
+            (*ROWS_OF_48, "layout.sp=3"),
+            ["layout.sp=3 is larger than the 2 key/value heads of a tp rank and no multiple; choose an sp up to 2"],
+        ),
+        (
+            ("layout.sp=2", "layout.sp_algorithm.S=halo", "model.window=33"),
+            ["layout.sp_algorithm.S=halo: the window of 33 tokens is longer than seq_len=32; choose ulysses"],
+        ),
+        (("layout.sp_algorithm.S=lasp2",), ["layout.sp_algorithm.S=lasp2: softmax attention has no state"]),
+        (("layout.sp=2", "layout.sp_algorithm.S=zeco"), ["sp_algorithm.S=zeco: softmax", "choose halo or ulysses"]),
+        (("layout.sp=2", "layout.sp_algorithm.F=halo"), ["sp_algorithm.F=halo: full attention", "choose ulysses"]),
+        (("layout.sp=2", "layout.sp_algorithm.L=halo"), ["sp_algorithm.L=halo: linear", "choose lasp2 or zeco"]),
+        (("layout.sp_algorithm.L=ring",), ["L='ring' is not a choice", "auto, ulysses, lasp2, zeco, halo"]),
+        (("layout.sp_algorithm=zeco",), ["sp_algorithm"]),
+        (("layout.sp=-2",), ["layout.sp=-2 must be 1 or more"]),
+        (("layout.sp=8", "evaluation.seq_len=60"), ["evaluation.seq_len: 60 tokens cannot be cut into the 8 shards"]),
+        (("layout.sp=2",), ["sp 2 = 2 ranks do not divide the world of 1", "smallest world"]),
+    ],
+)
+def test_sequence_parallelism_that_cannot_be(site, overrides, mentions):
+    whole = ("model.", "evaluation.")
+    given = tuple(text if text.startswith(whole) else f"stages.ctx_32.{text}" for text in overrides)
+    site.refuses((*ONE_STAGE, *given), mentions)
+
+
 def _teacher(folder: Path) -> None:
     """A checkpoint of the tiny recipe's shape, in several shards."""
     config = transformers.Qwen2Config(

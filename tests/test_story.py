@@ -144,6 +144,14 @@ def test_every_model_of_the_story_is_judged(story):
     assert "bits per byte, teacher" in story.stdout and f"{bits['ctx_128']:.3f}" in story.stdout
 
 
+def test_what_auto_chose_is_said_and_kept(story):
+    """The last stage alone has shards: each choice once, on the first rank, and the same text in env.json."""
+    said = [line for line in story.stdout.splitlines() if line.startswith("layout.sp_algorithm.")]
+    *others, last = json.loads((story.run_dir / "env.json").read_text())["starts"]
+    assert sorted(said) == [f"layout.sp_algorithm.{mixer}=auto: {last['sp_algorithm'][mixer]}" for mixer in "LS"]
+    assert [start["sp_algorithm"] for start in others] == [{}, {}] and (last["stage"], last["step"]) == ("ctx_128", 7)
+
+
 def test_the_run_directory_is_complete(story):
     names = {path.name for path in story.run_dir.iterdir()}
     assert names >= {"recipe.yaml", "env.json", "metrics.jsonl", "ledger.json", "evaluation.json", "exit.json"}
@@ -160,7 +168,7 @@ def test_the_run_directory_is_complete(story):
 def test_recipe_yaml_reproduces_the_recipe(story):
     assert load([f"recipe={story.run_dir / 'recipe.yaml'}"]) == story.recipe == load(story.arguments)
     environment = json.loads((story.run_dir / "env.json").read_text())
-    assert {"python", "torch", "megatron_core", "device", "commit", "ops", "ops_hash"} <= set(environment)
+    assert {"python", "torch", "megatron_core", "device", "commit", "ops", "ops_hash", "starts"} <= set(environment)
 
 
 def test_the_export_runs_in_transformers_and_is_the_trained_model(story):

@@ -5,6 +5,10 @@ DeepSpeed-Ulysses (arXiv 2309.14509) with exact head padding, so that any head c
   sp >  Hkv  sp is a multiple of Hkv; each kv head goes to sp/Hkv ranks, and the q heads of its group, padded to a
              multiple of sp/Hkv, are dealt among them (28/4 at sp 8 becomes 32 q heads, 4 a rank, one kv head each).
 Padding is zeros and dropped after the exchange; gradients of copied kv heads add up.
+
+Elements that each rank receives, a layer, with T tokens and Hq, Hkv the numbers of heads that travel, padding and
+copies included: (sp - 1) / sp * T / sp * (Hq + Hkv) * (D + V) forward, for q and o, k and v, and of linear attention
+Hkv * K more a token for the decays; backward as many.
 """
 
 from __future__ import annotations

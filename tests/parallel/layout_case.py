@@ -19,6 +19,7 @@ from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.schema import Precision, Recompute
 from sbtrain.model.build import build_chunks, global_parameters
 from sbtrain.moe.router import Router
+from sequence_case import counted
 from sharding import global_state, local_shard
 
 ADAM = dict(beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=1.0, new_lr_scale=2.0)
@@ -62,6 +63,17 @@ def packed_rows(num_rows: int, num_tokens: int, vocab_size: int, *, seed: int = 
     return rows
 
 
+def rows_of(layouts: list[list[int]], vocab_size: int, *, seed: int = 1) -> list[Row]:
+    """A row of random tokens for each list of document edges, all of one length."""
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for edges in layouts:
+        tokens = torch.randint(vocab_size, (edges[-1] + 1,), generator=generator)
+        labels = tokens[1:].clone()
+        labels[torch.tensor(sorted(set(edges) - {0})) - 1] = IGNORE
+        rows.append(Row(tokens[:-1], labels, torch.tensor(edges, dtype=torch.int32)))
+    return rows
+
+
 def fill(chunks, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
     """Set this rank's parameters from the global random state. chunks: of its stage, or the stage that is one."""
     state, shared = global_state(config, seed=seed), config.pair.shared_projections
@@ -91,6 +103,18 @@ def build_engine(
     chunks = build_chunks(config, mesh, seq_len=seq_len, **options)
     fill(chunks, config, mesh)
     return Engine(chunks, mesh, adam=ADAM)
+
+
+def carried(rank: int, layout: Layout, config: ModelConfig, rows: list[Row]) -> list[tuple[str, int]]:
+    """The collectives of sequence parallelism in the forward and backward passes of one step, by sequence_case."""
+    calls: list[tuple[str, int]] = []
+    with ExitStack() as stack:
+        mesh = stack.enter_context(Mesh.build(layout))
+        engine = build_engine(config, mesh, seq_len=len(rows[0].tokens))
+        stack.callback(engine.close)
+        with counted(calls):
+            engine.forward_backward(rows)
+    return calls
 
 
 def one_step(

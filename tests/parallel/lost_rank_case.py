@@ -7,6 +7,7 @@ survive a fork, so ranks with GPUs are started anew.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -49,14 +50,25 @@ class Template:
         self._process.stdin.close()
         self._process.wait(20)
 
-    def run(self, num_ranks: int, fault: str, bad: int, folder: Path, args: list[str], limit_s: float = 40) -> dict:
-        """fault: see FAULTS; bad: its rank. limit_s: the template kills what is left then. args: of launch/train.py.
+    def run(
+        self,
+        num_ranks: int,
+        fault: str,
+        bad: int,
+        folder: Path,
+        args: list[str],
+        *,
+        before: str = "lasp2",
+        limit_s: float = 40,
+    ) -> dict:
+        """fault: see FAULTS; bad: its rank. args: of launch/train.py. before: whose collective, see PRIMITIVES.
+        limit_s: the template kills what is left then.
 
         Returns codes, texts (stdout and stderr), seconds from the fault to each rank's end, and orphans: the commands
         of the processes that a rank has left behind; all by rank.
         """
         case = dict(num_ranks=num_ranks, fault=fault, bad=bad, folder=str(folder), args=args, limit_s=limit_s)
-        case["on_gpus"] = self._on_gpus
+        case.update(on_gpus=self._on_gpus, before=before)
         self._process.stdin.write(json.dumps(case) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -120,31 +132,35 @@ def save() -> None:
 
 
 FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail, report, sinks, late, save)}
+PRIMITIVES = {"lasp2": "all_gather", "zeco": "_scan", "halo": "exchange_rows", "ulysses": "all_to_all"}
+"""The function of each file in parallel/sequence/ that calls the other ranks."""
 
 
 def rank_of_case(rank: int, case: dict, port: int) -> int:
-    """One rank: launch/train.py, with a fault before an all-gather of the second step."""
-    import parallel.sequence.lasp2 as lasp2
+    """One rank: launch/train.py, with a fault before a collective of the second step."""
     from sbtrain.train.watch import Watch
+
+    algorithm, name = importlib.import_module(f"parallel.sequence.{case['before']}"), PRIMITIVES[case["before"]]
 
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case["num_ranks"]), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )  # fmt: skip
-    done, check, gather = [], Watch.check, lasp2.all_gather
+    done, check, collective = [], Watch.check, getattr(algorithm, name)
 
     def check_and_count(self, state, **figures):
         check(self, state, **figures)
         done.append(state.step)
 
-    def gather_or_fail(*args, **kwargs):
+    def call_or_fail(*args, **kwargs):
         happened = Path(case["folder"]) / "fault"
         if len(done) == AT_STEP and rank == case["bad"] and case["fault"] and not happened.exists():
             happened.write_text(str(time.time()))
             FAULTS[case["fault"]]()
-        return gather(*args, **kwargs)
+        return collective(*args, **kwargs)
 
-    Watch.check, lasp2.all_gather = check_and_count, gather_or_fail
+    Watch.check = check_and_count
+    setattr(algorithm, name, call_or_fail)
     code = runpy.run_path(str(ROOT / "launch" / "train.py"))["train"](case["args"])
     names = sorted(thread.name for thread in threading.enumerate())
     print(f"threads: {names}", flush=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ops import documents
+from parallel import place
 
 
 def random_documents(draw: random.Random, *, num_tokens: int, num_ranks: int) -> list[int]:
@@ -24,9 +25,9 @@ def random_documents(draw: random.Random, *, num_tokens: int, num_ranks: int) ->
     return [0, *sorted(cut for cut in cuts if 0 <= cut <= num_tokens), num_tokens]
 
 
-def layouts(num_ranks: int, *, shard_tokens: int, num_random: int = 10) -> list[list[int]]:
+def layouts(num_ranks: int, *, shard_tokens: int, num_random: int = 10, seed: int = 0) -> list[list[int]]:
     """Documents of rows of num_ranks shards: the extremes, then random ones."""
-    num_tokens, draw = num_ranks * shard_tokens, random.Random(num_ranks)
+    num_tokens, draw = num_ranks * shard_tokens, random.Random(100 * seed + num_ranks)
     every = [*range(0, num_tokens + 1, shard_tokens)]
     extremes = [
         [0, num_tokens],  # one document over all ranks
@@ -45,6 +46,7 @@ def counted(calls: list):
     ("sent", elements) for what it sends to one rank."""
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     gather, exchange, batch = getattr(dist, name), dist.all_to_all_single, dist.batch_isend_irecv
+    cast = dist.broadcast
 
     def all_gather(output, x, group=None, async_op=False):
         calls.append(("all_gather", output.numel() - x.numel()))
@@ -59,8 +61,27 @@ def counted(calls: list):
         calls.append(("all_to_all", round(output.numel() * (1 - own))))
         return exchange(output, x, received, sent, group=group)
 
+    def broadcast(x, source, group=None):
+        calls.append(("broadcast", 0 if source == dist.get_rank() else x.numel()))
+        return cast(x, source, group=group)
+
     ours = {name: all_gather, "all_to_all_single": all_to_all_single, "batch_isend_irecv": batch_isend_irecv}
+    ours["broadcast"] = broadcast
     with patch.multiple(dist, **ours):
+        yield
+
+
+@contextmanager
+def named(names: set):
+    """Add to names those under which this process waits for other ranks."""
+    enter = place._Mark.__enter__
+
+    def enter_and_name(mark):
+        if mark._kind is place.Kind.wait:
+            names.add(mark._name)
+        return enter(mark)
+
+    with patch.object(place._Mark, "__enter__", enter_and_name):
         yield
 
 

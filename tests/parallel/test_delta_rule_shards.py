@@ -33,7 +33,7 @@ def on_one_rank(edges: list[int], *inputs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
 def test_n_ranks_equal_one_rank(run_ranks, num_ranks, heads):
     sp_fits = num_ranks <= min(heads) or num_ranks % min(heads) == 0
     if not sp_fits:

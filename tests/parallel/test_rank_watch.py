@@ -88,6 +88,21 @@ def test_a_lost_rank_ends_the_others(inputs, template, fault, bad, num_ranks, sa
     check_verdict(ends, bad, says, inputs / name)
 
 
+@pytest.mark.parametrize(
+    ("mixer", "algorithm", "says"),
+    [
+        ("L", "zeco", "zeco all-scan"),
+        pytest.param("S", "halo", "halo all-to-all", marks=pytest.mark.slow),
+        pytest.param("F", "ulysses", "ulysses all-to-all", marks=pytest.mark.slow),
+    ],
+)
+def test_the_primitive_is_named_whatever_the_algorithm(inputs, template, mixer, algorithm, says):
+    changes = {"model.pattern=LSL": f"model.pattern={mixer}", ALGORITHMS[0]: ALGORITHMS[0].replace("lasp2", "zeco")}
+    given = [changes.get(text, text) for text in arguments(inputs, algorithm, 2)]
+    ends = template.run(2, "stop", 1, inputs / f"{algorithm}.out", given, before=algorithm)
+    check_verdict(ends, 1, f"no sign of life | rank 0 waits in '{says}' (no. ", inputs / algorithm)
+
+
 def test_a_rank_that_fails_by_itself_is_named_and_not_started_again(inputs, template):
     """Its own traceback says why; the others do not ask to be requeued, which would meet the same error."""
     ends = template.run(2, "fail", 0, inputs / "fail.out", arguments(inputs, "fail", 2))
@@ -133,7 +148,7 @@ def test_under_torchrun(inputs):
     script.write_text(
         f"import os, sys\nsys.path[:0] = [{str(ROOT / 'launch')!r}, {str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
         "import lost_rank_case\n"
-        f"case = dict(num_ranks=2, fault='stop', bad=0, folder={str(inputs)!r}, args=sys.argv[1:])\n"
+        f"case = dict(num_ranks=2, fault='stop', bad=0, before='lasp2', folder={str(inputs)!r}, args=sys.argv[1:])\n"
         "rank, port = int(os.environ['RANK']), int(os.environ['MASTER_PORT'])\n"
         "if __name__ == '__main__':\n    sys.exit(lost_rank_case.rank_of_case(rank, case, port))\n"
     )

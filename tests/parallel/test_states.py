@@ -29,11 +29,16 @@ EXCHANGES = {
 
 
 def whole_row(
-    num_tokens: int, dtype: torch.dtype, *, key: int = KEY, value: int = VALUE
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    heads: tuple[int, int] = (NUM_HEADS, NUM_KV_HEADS),
+    sizes: tuple[int, int] = (KEY, VALUE),
 ) -> tuple[list[Tensor], Tensor]:
     """q, k, v, log_decay, and the output's gradient."""
     generator = torch.Generator().manual_seed(num_tokens)
-    shapes = ((NUM_HEADS, key), (NUM_KV_HEADS, key), (NUM_KV_HEADS, value), (NUM_KV_HEADS, key), (NUM_HEADS, value))
+    (query, shared), (key, value) = heads, sizes
+    shapes = ((query, key), (shared, key), (shared, value), (shared, key), (query, value))
     *inputs, log_decay, grad = (
         torch.randn(1, num_tokens, *shape, generator=generator, dtype=dtype) for shape in shapes
     )
@@ -87,6 +92,77 @@ def test_strong_decay_over_many_ranks_is_finite(run_ranks, exchange, overlap):
     expected, _ = differentiate(partial(on_one_rank, [0, 4 * SHARD_TOKENS]), inputs, grad)
     shards = [result[0][0] for result in results]
     check_close([torch.cat(parts, dim=1) for parts in zip(*shards)], expected, 5e-5, "strong decay")
+
+
+class MiddleOfThree:
+    """The rank in the middle of a group of three, for exchanges that ask no more of a group."""
+
+    def size(self) -> int:
+        return 3
+
+    def rank(self) -> int:
+        return 1
+
+
+class Logged(torch.autograd.Function):
+    """Says when the work behind a tensor is done in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, log: list[str], name: str) -> Tensor:
+        ctx.log, ctx.name = log, name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.log.append(ctx.name)
+        return grad, None, None
+
+
+def order_of_work(overlap: bool) -> tuple[list[str], list[str]]:
+    """What one rank does in its forward and in its backward pass: its ops, and when states leave and arrive."""
+    log, backward = [], []
+
+    def exchange(state: Tensor, decay: Tensor, *, group, reverse: bool):
+        (backward if reverse else log).append("leaves")
+
+        def wait() -> Tensor:
+            (backward if reverse else log).append("arrives")
+            return torch.ones_like(state)
+
+        return wait
+
+    def logged(name: str):
+        call = getattr(ops, name)
+
+        def op(*tensors, **options):
+            log.append(name)
+            found = call(*tensors, **options)
+            o = Logged.apply(found[0] if isinstance(found, tuple) else found, backward, name)
+            return (o, *found[1:]) if isinstance(found, tuple) else o
+
+        return op
+
+    inputs, grad = whole_row(SHARD_TOKENS, torch.float64)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    whole = torch.tensor([0, 3 * SHARD_TOKENS], dtype=torch.int32)
+    names = ("gla", "gla_state", "gla_output", "gla_carry")
+    with patch.multiple(ops, **{name: logged(name) for name in names}):
+        o = states.gla(*leaves, cu_seqlens=whole, group=MiddleOfThree(), exchange=exchange, overlap=overlap)
+    o.backward(grad)
+    return log, backward
+
+
+def test_a_shards_own_work_is_done_while_its_state_travels():
+    """Forward and backward: all that needs no state comes between a state's leaving and the wait for the other."""
+    forward, backward = order_of_work(overlap=True)
+    assert forward == ["gla_state", "leaves", "gla", "arrives", "gla_carry"]
+    assert backward == ["gla_carry", "leaves", "gla", "arrives", "gla_state"]
+
+
+def test_inside_a_host_a_rank_waits_and_computes_all_at_once():
+    forward, backward = order_of_work(overlap=False)
+    assert forward == ["gla_state", "leaves", "arrives", "gla_output"]
+    assert backward == ["gla_output", "leaves", "arrives", "gla_state"]
 
 
 def entering(rank: int, seed: int, reverse: bool) -> list[Tensor]:

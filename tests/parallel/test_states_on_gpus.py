@@ -25,6 +25,7 @@ WAYS = {
     for name, exchange in EXCHANGES.items()
     for overlap in (False, True)
 }
+FOR_KERNELS = dict(heads=(6, 2), sizes=(64, 64))
 LARGE_STATE = (32, 128, 256)
 """4 MiB, which zeco cuts by itself."""
 NUM_PASSES, WARM = 50, 10
@@ -46,7 +47,7 @@ def on_gpus(run_ranks, num_ranks: int):
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_n_gpus_equal_one_rank(run_ranks, num_ranks):
     """In fp32, against the reference in float64."""
-    inputs, grad = whole_row(num_ranks * SHARD_TOKENS, torch.float64, key=32, value=48)
+    inputs, grad = whole_row(num_ranks * SHARD_TOKENS, torch.float64, heads=(4, 2), sizes=(8, 8))
     rows = layouts(num_ranks, shard_tokens=SHARD_TOKENS, num_random=2)
     results = on_gpus(run_ranks, num_ranks)(in_all_ways, [x.float() for x in inputs], grad.float(), rows)
     for index, edges in enumerate(rows):
@@ -61,7 +62,7 @@ def test_n_gpus_equal_one_rank(run_ranks, num_ranks):
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_blocks_give_the_bits_of_one_gather(run_ranks, num_ranks):
     """In bf16, where the kernels run and the side stream has something to run beside: nothing is read too early."""
-    inputs, grad = whole_row(num_ranks * SHARD_TOKENS, torch.float32, key=64, value=64)
+    inputs, grad = whole_row(num_ranks * SHARD_TOKENS, torch.float32, **FOR_KERNELS)
     *inputs, log_decay = inputs
     inputs = [*(x.bfloat16() for x in inputs), log_decay]
     rows = layouts(num_ranks, shard_tokens=SHARD_TOKENS, num_random=2)
@@ -111,7 +112,7 @@ def memory_of_passes(rank: int, inputs: list[Tensor], grad: Tensor, way: tuple) 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_many_passes_neither_hang_nor_hold_memory(run_ranks, num_ranks, overlap):
-    inputs, grad = whole_row(num_ranks * SHARD_TOKENS, torch.float32, key=64, value=64)
+    inputs, grad = whole_row(num_ranks * SHARD_TOKENS, torch.float32, **FOR_KERNELS)
     way = ("zeco in 3 blocks", overlap)
     for (early, early_reserved), (late, late_reserved) in on_gpus(run_ranks, num_ranks)(
         memory_of_passes, inputs, grad, way
