@@ -60,7 +60,7 @@ def check_verdict(ends: dict, bad: int, says: str, run_dir: Path, timeout_s: flo
     others = [rank for rank in range(len(ends["codes"])) if rank != bad]
     assert [ends["orphans"][rank] for rank in others] == [[]] * len(others), ends["orphans"]
     assert [ends["codes"][rank] for rank in others] == [EXIT_CODE] * len(others), ends
-    assert max(ends["seconds"][rank] for rank in others) < timeout_s + LATE_S, ends["seconds"]
+    assert max(ends["seconds"][rank] for rank in others) < timeout_s + LATE_S, ends
     (line,) = lines(ends)
     assert line.startswith(f"error: rank {bad} (host ") and "start the same command again" in line
     assert all(part in line for part in says.split(" | ")), line
@@ -180,7 +180,7 @@ def test_a_lost_rank_ends_the_others_on_gpus(inputs, fault, says):
     if fault != "fail":
         check_verdict(ends, 1, says, inputs / name, timeout_s)
     else:
-        assert ends["codes"] == [FAILED_CODE] * 2 and [says in line for line in lines(ends)] == [True]
+        assert ends["codes"] == [FAILED_CODE] * 2 and [says in line for line in lines(ends)] == [True], ends
 
 
 def watch_twice(rank: int, recorded: list) -> list[str]:
