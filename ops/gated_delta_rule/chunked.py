@@ -171,12 +171,10 @@ class _Launch:
         self.boxable = backend == "cuda" and _boxable(q, self.key_size, self.value_size)
         self.sizes |= dict(SOLVE=tl.float32 if q.dtype == torch.float32 else tl.float16, LEVELS=length.bit_length() - 1)
 
-    def _run(self, kernel, count: int, *, shared_out: bool, staged: bool = True, **tensors) -> None:
-        """Launch `count` programs, or with shared_out count times the number of parts of the value columns. staged:
-        whether shared memory holds the tile's number of stages. tensors: the kernel's other arguments."""
+    def _run(self, kernel, count: int, *, shared_out: bool, **tensors) -> None:
+        """Launch `count` programs, or with shared_out count times the number of parts of the value columns. tensors:
+        the kernel's other arguments."""
         tile = self._tile(kernel)
-        if not staged:
-            tile = {**tile, "num_stages": 1}
         blocks = {"BK": min(self.whole[0], tile.get("KEYS", LARGEST_HEAD))}
         blocks["BV"] = min(self.whole[1], tile.get("PART", LARGEST_HEAD))
         if shared_out:
@@ -195,7 +193,10 @@ class _Launch:
 
     def _tile(self, kernel) -> dict:
         """A kernel's entry; fp32 takes twice the shared memory of what entries are made for."""
-        entry = self.entries[kernel.__name__]
+        name = kernel.__name__
+        if kernel is backward.pass_gradients and self.num_heads > self.heads["HV"]:
+            name = "pass_gradients_grouped"  # each step, and each stage, holds the queries of a group
+        entry = self.entries[name]
         if self.dtype != torch.float32:
             return entry
         halves = {key: max(16, value // 2) for key, value in entry.items() if key in ("PART", "KEYS")}
@@ -279,7 +280,6 @@ class _Launch:
         given = dfinal is not None
         self._run(
             backward.pass_gradients, self.chunks.num_documents * self.heads["HV"], shared_out=True, GIVEN=given,
-            staged=self.num_heads == self.heads["HV"],  # else each stage holds the queries of a group
             q=q, k=k, totals=totals, enters=enters, do=do, carried=carried, local=local, bounds=self.chunks.bounds,
             edges=self.chunks.edges, dfinal=dfinal.contiguous() if given else dinitial, grads=grads, dv=dv,
             dinitial=dinitial, scale=self.scale,

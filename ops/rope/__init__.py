@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ops.registry import implementation
 
-__all__ = ["rope"]
+__all__ = ["rope", "rope_qk"]
 
 
 def rope(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -19,7 +19,24 @@ def rope(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
 
     Differentiable in x. Raises ValueError on shapes that do not fit.
     """
+    _check("x", x, positions, inv_freq)
+    return implementation("rope", "rope", x)(x, positions, inv_freq)
+
+
+def rope_qk(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """(rope(q), rope(k)) in one pass, forward and backward.
+
+    q [B, T, Hq, D] and k [B, T, Hkv, D] of one dtype, which may be views of one projection; positions and inv_freq as
+    for `rope`. Differentiable in q and k. Raises ValueError on shapes that do not fit and on two dtypes.
+    """
+    _check("q", q, positions, inv_freq)
+    _check("k", k, positions, inv_freq)
+    if k.dtype != q.dtype:
+        raise ValueError(f"q and k must have one dtype, got {q.dtype} and {k.dtype}; convert one")
+    return implementation("rope", "rope_qk", q)(q, k, positions, inv_freq)
+
+
+def _check(name: str, x: Tensor, positions: Tensor, inv_freq: Tensor) -> None:
     if positions.shape != x.shape[:2] or inv_freq.shape != (x.shape[3] // 2,) or x.shape[3] % 2:
         shapes = ", ".join(str(list(y.shape)) for y in (x, positions, inv_freq))
-        raise ValueError(f"x, positions, inv_freq must be [B, T, H, D], [B, T], [D/2] with D even; got {shapes}")
-    return implementation("rope", "rope", x)(x, positions, inv_freq)
+        raise ValueError(f"{name}, positions, inv_freq must be [B, T, H, D], [B, T], [D/2] with D even; got {shapes}")

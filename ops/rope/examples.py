@@ -1,4 +1,4 @@
-"""Example calls of ops.rope. See ops/parity.py for what dtypes and requires_grad mean."""
+"""Example calls of ops.rope and ops.rope_qk. See ops/parity.py for what dtypes and requires_grad mean."""
 
 import torch
 
@@ -10,7 +10,8 @@ def examples(size):
     num_tokens, num_heads, channels = {"small": (65, 3, 32), "mid": (1000, 28, 128)}[size]
     positions = torch.randint(0, 5000, (2, num_tokens))
     inv_freq = 1e6 ** (-torch.arange(channels // 2) / (channels // 2))
-    return [("rope", (_randn(2, num_tokens, num_heads, channels), positions, inv_freq), {})]
+    q, k = (_randn(2, num_tokens, heads, channels) for heads in (num_heads, max(1, num_heads // 7)))
+    return [("rope", (q, positions, inv_freq), {}), ("rope_qk", (q, k, positions, inv_freq), {})]
 
 
 def _randn(*shape):

@@ -29,42 +29,55 @@ def cosine_sine(angle):
 
 @triton.jit
 def rotate(
-    x,
-    y,
+    q,
+    k,
+    turned_q,
+    turned_k,
     positions,
     inv_freq,
     num_tokens,
     row_tokens,
-    stride_row,
-    stride_token,
-    stride_head,
+    q_stride_row,
+    q_stride_token,
+    q_stride_head,
+    k_stride_row,
+    k_stride_token,
+    k_stride_head,
     direction,
     NUM_HEADS: tl.constexpr,
+    NUM_KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """y [B, T, NUM_HEADS, 2 HALF] contiguous: x turned by direction * position * inv_freq. B T = num_tokens.
+    """q [B, T, NUM_HEADS, 2 HALF], then k, turned by direction * position * inv_freq. B T = num_tokens.
 
-    TOKENS tokens and HEADS heads a program. Heads come first in the tile, so that a thread holds several heads of one
-    token and finds few sines. x has unit stride in its last dimension; direction -1 turns back: the gradient.
+    The heads of k follow those of q; with NUM_KEY_HEADS = 0 there is no k. TOKENS tokens and HEADS heads a program.
+    Heads come first in the tile, so that a thread holds several heads of one token and finds few sines, which it does
+    while q and k are on their way. These have unit stride in their last dimension, turned_q and turned_k are
+    contiguous. direction -1 turns back: the gradient.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None, None]
     cols = tl.arange(0, BLOCK_HALF)
-    frequency = tl.load(inv_freq + cols, mask=cols < HALF, other=0.0)
-    position = tl.load(positions + tokens, mask=tokens < num_tokens, other=0).to(tl.float32)
-    angle = position[:, None] * frequency[None, :]
-    cos, sin = cosine_sine(angle)
-    cos, sin = cos[None], (sin * direction)[None]
-
-    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None, None]
-    tokens, cols = tokens.to(tl.int64)[None, :, None], cols[None, None, :]
-    mask = (heads < NUM_HEADS) & (tokens < num_tokens) & (cols < HALF)
-    place = (tokens // row_tokens) * stride_row + (tokens % row_tokens) * stride_token
-    source = x + place + heads * stride_head + cols
+    row, token = (tokens // row_tokens).to(tl.int64)[None, :, None], (tokens % row_tokens).to(tl.int64)[None, :, None]
+    flat = tokens.to(tl.int64)[None, :, None]
+    source = q + (row * q_stride_row + token * q_stride_token + heads * q_stride_head)
+    target = turned_q + (flat * NUM_HEADS + heads) * (2 * HALF)
+    if NUM_KEY_HEADS > 0:
+        keys = heads - NUM_HEADS
+        of_k = k + (row * k_stride_row + token * k_stride_token + keys * k_stride_head)
+        source = tl.where(keys < 0, source, of_k)
+        target = tl.where(keys < 0, target, turned_k + (flat * NUM_KEY_HEADS + keys) * (2 * HALF))
+    source, target = source + cols[None, None, :], target + cols[None, None, :]
+    mask = (heads < NUM_HEADS + NUM_KEY_HEADS) & (tokens < num_tokens)[None, :, None] & (cols < HALF)[None, None, :]
     left = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     right = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-    target = y + (tokens * NUM_HEADS + heads) * (2 * HALF) + cols
-    tl.store(target, (left * cos - right * sin).to(y.dtype.element_ty), mask=mask)
-    tl.store(target + HALF, (right * cos + left * sin).to(y.dtype.element_ty), mask=mask)
+
+    frequency = tl.load(inv_freq + cols, mask=cols < HALF, other=0.0)
+    position = tl.load(positions + tokens, mask=tokens < num_tokens, other=0).to(tl.float32)
+    cos, sin = cosine_sine(position[:, None] * frequency[None, :])
+    cos, sin = cos[None], (sin * direction)[None]
+    tl.store(target, (left * cos - right * sin).to(turned_q.dtype.element_ty), mask=mask)
+    tl.store(target + HALF, (right * cos + left * sin).to(turned_q.dtype.element_ty), mask=mask)

@@ -200,7 +200,7 @@ def _pointwise(model: ModelConfig) -> list[Case]:
         }
 
     def rope_call(functions, x: Inputs) -> tuple[Tensor, ...]:
-        return tuple(functions["rope"](x[name], x["positions"], x["inv_freq"]) for name in "qk")
+        return functions["rope_qk"](x["q"], x["k"], x["positions"], x["inv_freq"])
 
     norm = partial(Case, "rms_norm", call=norm_call)
     return [

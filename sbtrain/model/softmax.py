@@ -60,8 +60,7 @@ class SoftmaxAttention(mcore.MegatronModule):
             q, k = self.q_norm(q), self.k_norm(k)
         with torch.inference_mode(False):  # a later call may train
             inv_freq = self.inv_freq = self.inv_freq.to(q.device)
-        positions = documents.positions[None]
-        q, k = ops.rope(q, positions, inv_freq), ops.rope(k, positions, inv_freq)
+        q, k = ops.rope_qk(q, k, documents.positions[None], inv_freq)
         if cache is None:
             o = self.mix(q, k, v, cu_seqlens=documents.cu_seqlens)
         elif documents.keepers is not None:

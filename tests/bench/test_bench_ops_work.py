@@ -84,7 +84,7 @@ def test_sinks_are_seen_by_every_query():
 def test_moved_bytes_are_each_input_and_output_once(title, forward, both):
     case, inputs = CASES[title], inputs_of(title, 10)
     reference = __import__(f"ops.{case.op}.reference", fromlist=["reference"])
-    functions = {case.op: getattr(reference, case.op)}
+    functions = vars(reference)
     outputs = case.call(functions, inputs)
     assert moved_bytes(case, inputs, outputs, "forward") == pytest.approx(10 * forward)
     if both is not None:

@@ -42,10 +42,16 @@ def _swiglu(torch, *, shape):
     return lambda module, x: [module.swiglu(x)], [_randn(torch, *shape)]
 
 
-def _rope(torch, *, shape, part=slice(None)):
+def _rope(torch, *, shape, part=slice(None), keys=None):
+    """A part of x, or two: queries and keys that lie in it."""
     positions = torch.randint(0, 100, shape[:2])
     inv_freq = 1e4 ** (-torch.arange(shape[3] // 2) * 2 / shape[3])
-    return lambda module, x: [module.rope(x[:, :, part], positions, inv_freq)], [_randn(torch, *shape)]
+    if keys is None:
+        return lambda module, x: [module.rope(x[:, :, part], positions, inv_freq)], [_randn(torch, *shape)]
+    return (
+        lambda module, x: module.rope_qk(x[:, :, part], x[:, :, keys], positions, inv_freq),
+        [_randn(torch, *shape)],
+    )
 
 
 def _grouped_mm(torch, *, edges, sizes):

@@ -18,7 +18,8 @@ OTHER = {
     **dict.fromkeys(FP32, "*fp32"),
     **dict.fromkeys(("eps", "direction"), "fp32"),
     **dict.fromkeys(("num_rows", "num_tokens", "row_tokens", "num_valid", "num_groups"), "i32"),
-    **dict.fromkeys(("stride_row", "stride_token", "stride_head", "stride_group", "stride_out", "stride_in"), "i32"),
+    **dict.fromkeys(("stride_group", "stride_out", "stride_in"), "i32"),
+    **{f"{x}_stride_{dimension}": "i32" for x in "qk" for dimension in ("row", "token", "head")},
     **dict.fromkeys(("positions", "labels"), "*i64"),
     "offsets": "*i32",
 }
@@ -32,14 +33,15 @@ def kernels():
     from ops.rope.launch import Kernels as Rotary
     from ops.swiglu.launch import Kernels as Gates
 
-    makes = {
-        "rms_norm": (Norms, 3584, BACKEND.limits.max_num_warps),
-        "swiglu": (Gates, 18944),
-        "rope": (Rotary, 28, 128),
-        "linear_cross_entropy": (Softmax, 152064),
-        "grouped_mm": (Products, 16, 2560, 3584, "ieee"),
-    }
-    for op, (make, *sizes) in makes.items():
+    makes = [
+        ("rms_norm", Norms, 3584, BACKEND.limits.max_num_warps),
+        ("swiglu", Gates, 18944),
+        ("rope", Rotary, 28, 4, 128),
+        ("rope", Rotary, 7, 0, 128),
+        ("linear_cross_entropy", Softmax, 152064),
+        ("grouped_mm", Products, 16, 2560, 3584, "ieee"),
+    ]
+    for op, make, *sizes in makes:
         entries = tuning.read(tuning.tune_file(op, "maca"), BACKEND)[tuning.DEFAULT]
         for launcher in make(*sizes, entries).launchers:
             entry = entries[launcher.kernel.__name__]

@@ -62,6 +62,39 @@ def test_rope_of_long_positions(tiles, shape, part):
     compare("rope", lambda m, x: [m.rope(x[:, :, part], positions, inv_freq)], [randn(*shape)], torch.float32, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize(
+    "shape, part, keys",
+    [
+        ((1, 8191, 36, 128), slice(28), slice(28, 32)),  # one buffer of queries, keys and values
+        ((3, 65, 12, 64), slice(None, None, 2), slice(1, None, 4)),
+        ((1, 1000, 60, 96), slice(40), slice(40, 50)),
+        ((2, 63, 4, 128), slice(2), slice(2, 3)),
+        ((1, 1, 2, 6), slice(1), slice(1, 2)),
+    ],
+)
+def test_rope_of_queries_and_keys(tiles, shape, part, keys, dtype):
+    positions = torch.randint(0, 5000, shape[:2], device="cuda")
+    inv_freq = 1e4 ** (-torch.arange(shape[3] // 2, device="cuda") * 2 / shape[3])
+
+    def together(module, x):
+        return module.rope_qk(x[:, :, part], x[:, :, keys], positions, inv_freq)
+
+    compare("rope", together, [randn(*shape)], dtype)
+
+
+def test_rope_of_queries_and_keys_is_bitwise_the_two_by_themselves():
+    """28 heads and 4, one gradient alone, and gradients that lie otherwise than their tensors."""
+    q, k = (torch.randn(2, 999, heads, 128, device="cuda").bfloat16().requires_grad_() for heads in (28, 4))
+    rest = torch.randint(0, 5000, (2, 999), device="cuda"), 1e6 ** (-torch.arange(64, device="cuda") / 64)
+    upstream = [torch.randn(2, x.shape[2], 999, 128, device="cuda").bfloat16().transpose(1, 2) for x in (q, k)]
+    together, apart = ops.rope_qk(q, k, *rest), (ops.rope(q, *rest), ops.rope(k, *rest))
+    gradients = [torch.autograd.grad(outputs, (q, k), upstream, retain_graph=True) for outputs in (together, apart)]
+    assert all(torch.equal(a, b) for a, b in zip((*together, *gradients[0]), (*apart, *gradients[1])))
+    (of_keys,) = torch.autograd.grad(together[1], k, upstream[1])
+    assert torch.equal(of_keys, gradients[1][1])
+
+
 def test_swiglu_and_cross_entropy_with_other_tiles(tiles):
     compare("swiglu", lambda m, x: [m.swiglu(x)], [randn(100, 2 * 18944)], torch.bfloat16)
     labels = torch.randint(0, 49000, (1000,), device="cuda")

@@ -80,7 +80,7 @@ def test_a_temporary_op_and_backend_are_used_and_git_sees_no_edit(tmp_path):
 def test_ops_and_backends_of_another_package(tmp_path, how):
     write(tmp_path / "acme", __init__="")
     write(tmp_path / "acme" / "double", __init__=PUBLIC, reference=REFERENCE, tpu=REFERENCE.replace("2", "3"))
-    write(tmp_path / "acme" / "rope", tpu="def rope(x, positions, inv_freq):\n    return x\n")
+    write(tmp_path / "acme" / "swiglu", tpu="def swiglu(gate_up):\n    return gate_up\n")
     write(tmp_path / "acme" / "backends", tpu=BACKEND)
     environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     if how == "OPS_MODULES":
@@ -90,7 +90,7 @@ def test_ops_and_backends_of_another_package(tmp_path, how):
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text("[sbtrain.ops]\nacme = acme\n")
-    code = EXPLAIN + "; import torch; print(t['rope']['backend'], ops.double(torch.ones(1)).item())"
+    code = EXPLAIN + "; import torch; print(t['swiglu']['backend'], ops.double(torch.ones(1)).item())"
     assert python(code, **environment) == "tpu tpu reference\ntpu 2.0"
 
 
@@ -134,7 +134,7 @@ def test_the_table_hash_does_not_depend_on_where_packages_are(tmp_path):
     for place in ("a", "z"):
         acme = tmp_path / place / "acme"
         write(acme, __init__="")
-        write(acme / "rope", tpu="def rope(x, positions, inv_freq):\n    return x\n")
+        write(acme / "swiglu", tpu="def swiglu(gate_up):\n    return gate_up\n")
         write(acme / "backends", tpu=BACKEND)
         environment = {"PYTHONPATH": f"{tmp_path / 'm'}{os.pathsep}{acme.parent}", "OPS_MODULES": "acme"}
         found.add(python("import ops; print(ops.table_hash())", cwd=tmp_path, **environment))

@@ -169,9 +169,12 @@ def test_metax_tiles_fit_64_kb_of_shared_memory(target):
     length = entries.pop("chunks")["C"]
     sizes = dict(H=32, HQ=16, HK=16, HV=32, K=128, V=128, BK=128, C=length, PARTS=1, KEEP=True, GIVEN=True, BOXED=False)
     sizes |= dict(LEVELS=length.bit_length() - 1, DOT=tl.bfloat16, SOLVE=tl.float16, PRECISION="ieee")
+    grouped = dict(H=28, HQ=28, HK=4, HV=4)
     for name, tile in entries.items():
-        kernel = getattr(triton_forward, name, None) or getattr(triton_backward, name)
-        fixed = {key: size for key, size in dict(sizes, BV=tile.get("PART", 128)).items() if key in kernel.arg_names}
+        body = name.removesuffix("_grouped")
+        kernel = getattr(triton_forward, body, None) or getattr(triton_backward, body)
+        known = sizes | dict(BV=tile.get("PART", 128)) | (grouped if name != body else {})
+        fixed = {key: size for key, size in known.items() if key in kernel.arg_names}
         kinds = {**POINTERS, "scale": "fp32", "num_tokens": "i32", **dict.fromkeys(fixed, "constexpr")}
         source = ASTSource(fn=kernel, signature={key: kinds[key] for key in kernel.arg_names}, constexprs=fixed)
         options = dict(num_warps=tile["num_warps"], num_stages=tile["num_stages"])
@@ -217,7 +220,7 @@ def test_gpu_by_length(num_tokens, strength, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(GPU_TOLERANCES))
-@pytest.mark.parametrize("heads, size", [((9, 3, 3), 64), ((2, 1, 4), 128), ((4, 2, 2), 100)])
+@pytest.mark.parametrize("heads, size", [((9, 3, 3), 64), ((2, 1, 4), 128), ((4, 2, 2), 100), ((7, 1, 1), 128)])
 def test_gpu_ragged_documents(heads, size, dtype):
     compare_on_gpu(1000, dtype, heads=heads, size=size, edges=GPU_RAGGED, with_state=True)
 

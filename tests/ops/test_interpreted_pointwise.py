@@ -21,12 +21,17 @@ CASES = [
     ("rope", dict(shape=(2, 33, 3, 64))),
     ("rope", dict(shape=(1, 257, 5, 128), part=slice(1, 4))),
     ("rope", dict(shape=(1, 1, 1, 6))),
+    ("rope", dict(shape=(2, 33, 12, 64), part=slice(None, None, 2), keys=slice(1, None, 4))),
+    ("rope", dict(shape=(1, 257, 8, 128), part=slice(5), keys=slice(5, 7))),
+    ("rope", dict(shape=(2, 9, 48, 10), part=slice(41), keys=slice(41, 46))),
+    ("rope", dict(shape=(1, 1, 3, 6), part=slice(1), keys=slice(1, 2))),
     ("grouped_mm", dict(edges=(0, 3, 3, 130, 131, 200, 200), sizes=(40, 72))),
     ("grouped_mm", dict(edges=(0, 0, 1), sizes=(7, 129))),
     ("linear_cross_entropy", dict(num_tokens=33, vocab=600, chunk_tokens=16)),
     ("linear_cross_entropy", dict(num_tokens=6, vocab=5000, valid_vocab=4999, per_token=False)),
     ("linear_cross_entropy", dict(num_tokens=1, vocab=7)),
 ]
+LOW_PRECISION = [CASES[i] for i in (1, 5, 8, 10, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +47,15 @@ def test_kernels(interpreter, op, case, backend):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float16", 2e-3), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("op, case", [CASES[1], CASES[5], CASES[8], CASES[12]], ids=str)
+@pytest.mark.parametrize("op, case", LOW_PRECISION, ids=str)
 def test_kernels_in_low_precision(interpreter, op, case, dtype, tolerance, backend):
     (values,) = interpreter(differences, op, backend, case, dtype)
     assert within(values, tolerance), values
 
 
 def test_grouped_mm_in_fp16(interpreter, backend):
-    (values,) = interpreter(differences, *CASES[10][:1], backend, CASES[10][1], "float16")
+    op, case = next(pair for pair in CASES if pair[0] == "grouped_mm")
+    (values,) = interpreter(differences, op, backend, case, "float16")
     assert within(values, 2e-3), values
 
 

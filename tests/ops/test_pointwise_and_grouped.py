@@ -64,6 +64,14 @@ def test_rope_turns_pairs_of_channels():
     assert_same([ops.rope(x.detach().float(), positions, inv_freq)], expected, 1e-5)
 
 
+def test_rope_of_queries_and_keys_is_that_of_each():
+    q, k = leaves((2, 7, 6, 8), (2, 7, 2, 8))
+    positions, inv_freq = torch.randint(0, 500, (2, 7)), 100.0 ** (-torch.arange(4) / 4)
+    expected, actual = [ops.rope(x, positions, inv_freq) for x in (q, k)], ops.rope_qk(q, k, positions, inv_freq)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected))
+    assert_same(gradients(actual, [q, k]), gradients(expected, [q, k]), 1e-12)
+
+
 def test_grouped_mm():
     x, weight = leaves((9, 4), (4, 6, 4))
     offsets = cu(0, 3, 3, 8, 9)
@@ -84,6 +92,11 @@ def test_wrong_shapes_are_refused_in_one_line():
         ops.swiglu(x[:, :3])
     with pytest.raises(ValueError, match="D even"):
         ops.rope(x[None, :, None], torch.zeros(1, 8, dtype=torch.int64), x[0, :2])
+    heads, positions = x[None, :, None], torch.zeros(1, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"k, positions, inv_freq must be .* got \[1, 8, 1, 4\]"):
+        ops.rope_qk(heads, heads[:, 1:], positions, x[0, :2])
+    with pytest.raises(ValueError, match="one dtype, got torch.float64 and torch.float32; convert one"):
+        ops.rope_qk(heads, heads.float(), positions, x[0, :2])
     with pytest.raises(ValueError, match="offsets must be"):
         ops.grouped_mm(x, x.new_zeros(2, 3, 4), offsets=cu(0, 9))
 
@@ -103,6 +116,7 @@ def test_kernels_say_what_they_do_not_take(backend):
         yield kernel_file("rms_norm", backend).accepts("rms_norm", rows, weight, eps=1e-6, residual=rows)
         yield kernel_file("swiglu", backend).accepts("swiglu", x)
         yield kernel_file("rope", backend).accepts("rope", x, labels[None], weight[:2])
+        yield kernel_file("rope", backend).accepts("rope_qk", x, x, labels[None], weight[:2])
         yield kernel_file("linear_cross_entropy", backend).accepts("linear_cross_entropy", rows, rows, labels)
         yield kernel_file("grouped_mm", backend).accepts("grouped_mm", rows, x[0], offsets=labels)
 
@@ -128,5 +142,6 @@ def test_empty_tensors_start_no_kernel(backend):
     assert normed.shape == total.shape == x.shape
     assert kernel_file("swiglu", backend).swiglu(x).shape == (1, 0, 2, 2)
     assert kernel_file("rope", backend).rope(x, labels[None], weight[0, :2]).shape == x.shape
+    assert kernel_file("rope", backend).rope_qk(x, x, labels[None], weight[0, :2])[1].shape == x.shape
     assert kernel_file("linear_cross_entropy", backend).linear_cross_entropy(x[0, :, 0], weight, labels).shape == (0,)
     assert kernel_file("grouped_mm", backend).grouped_mm(x[0, :, 0], weight[None], offsets=cu(0, 0)).shape == (0, 3)
