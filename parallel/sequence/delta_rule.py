@@ -3,10 +3,10 @@
 Its state could be handed on as gated linear attention's is, state_out = A state_in + B, with A the product of the
 tokens' transitions I - beta k k^T, a K x K matrix a value head. But A is no by-product as a sum of decays is: it takes
 another pass of K columns beside the V of the values, through every chunk, forward and backward: about as much work as
-the op itself. At 32k tokens a rank, 16 query and key and 32 value heads of 128, that takes 1.6 ms forward and 4.0 ms
-backward on an H200, in which the all-to-alls of both passes, over 4 ranks, carry their 1.2 GB over links of 210 GB/s.
-So the two are about even inside a node, where a message to the next rank reaches 158 GB/s (docs/performance.md), and
-heads need no kernels of their own. Across slower links the states would win.
+the op itself. At 32k tokens a rank, 16 query and key and 32 value heads of 128, that takes 5.3 ms forward and backward
+on an H200, in which the all-to-alls of both passes, over 4 ranks, carry their 1.2 GB at 230 GB/s. Those of Ulysses
+reached about as much inside a node, 6.9 GB in 3.3 % of a step of 932 ms (docs/performance.md): so the two are even
+there, and heads need no kernels of their own. Across slower links the states would win.
 
 Heads travel in units of those that share a state or are shared: with 16 query and key heads and 32 value heads, 16
 units of one query, one key and two value heads. Elements that each rank receives, forward, with T tokens and the

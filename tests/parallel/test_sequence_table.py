@@ -9,7 +9,7 @@ import torch
 
 import ops
 from parallel.layout import SequenceAlgorithm, SequenceAlgorithms
-from parallel.sequence.shard import shard_documents
+from parallel.sequence.shard import Row, shard_documents, shard_row
 from parallel.sequence.table import TABLE, mixing, pair_problem
 from sequence_case import layouts
 
@@ -63,6 +63,14 @@ def test_what_numbers_refuse():
     assert pair_problem("S", SequenceAlgorithm.halo, **SIZES) is None
     assert "window of 13 tokens" in pair_problem("S", SequenceAlgorithm.halo, **{**SIZES, "window": 13})
     assert pair_problem("S", SequenceAlgorithm.halo, **{**SIZES, "window": 13, "sp": 1}) is None
+
+
+def test_a_row_that_cannot_be_cut_is_refused():
+    row = Row(torch.zeros(10, dtype=torch.int64), torch.zeros(10, dtype=torch.int64), torch.tensor([0, 10]).int())
+    assert len(shard_row(row, rank=1, size=5)[0]) == 2
+    for size in (3, 20):
+        with pytest.raises(ValueError, match=f"layout.sp={size} does not divide a row of 10 tokens; choose an sp that"):
+            shard_row(row, rank=0, size=size)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
