@@ -121,7 +121,7 @@ def test_closing_a_peer_frees_its_weights(peer):
 def test_model_names():
     assert model_config("7b", num_layers=8, pattern="LS").hidden_size == 3584
     assert model_config("7b_cpt", num_layers=4, pattern="F").num_layers == 4
-    with pytest.raises(ValueError, match="model=8b is not known; choose from: tiny, 7b_cpt"):
+    with pytest.raises(ValueError, match="model=8b is not known; choose from: tiny, 76b_cpt, 7b_cpt"):
         model_config("8b", num_layers=8, pattern="LS")
     with pytest.raises(ValueError, match="model.pattern 'LSF'"):
         model_config("tiny", num_layers=4, pattern="LSF")
