@@ -27,6 +27,8 @@ def check_moe(model: ModelConfig) -> None:
             "model.moe.renormalize=true makes every weight 1 with model.moe.top_k=1, and the router learns nothing; "
             "set it to false"
         )
+    if moe.exact_aux_loss and moe.aux_loss_coeff == 0:
+        raise ValueError("model.moe.exact_aux_loss=true has no effect with model.moe.aux_loss_coeff=0; set it to false")
     if moe.bias_update_rate > 0 and moe.score is not RouterScore.sigmoid:
         raise ValueError(
             f"model.moe.bias_update_rate={moe.bias_update_rate} needs model.moe.score=sigmoid; set the rate to 0"
