@@ -169,7 +169,7 @@ def _bounds(sizes: Tensor) -> Tensor:
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32)
 
 
-class _Leave(torch.autograd.Function):
+class _Depart(torch.autograd.Function):
     """rows[i] = x[order[i] // k]; the gradient of a token is the sum over its places, in the order of its choices."""
 
     @staticmethod
@@ -189,27 +189,32 @@ class _Leave(torch.autograd.Function):
         return total.to(grad.dtype), None
 
 
-class _Return(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     """out[t] = sum over j of weights[t, j] * y[place[t, j]], summed in fp32; dropped choices add nothing."""
 
     @staticmethod
     def forward(ctx, y: Tensor, weights: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(y, weights)
-        total = None
-        for j, column in enumerate(plan.place.unbind(1)):
-            part = _rows_or_zeros(y, column, plan.partial) * weights[:, j : j + 1]
-            total = part if total is None else total + part
+        first, *others = plan.place.unbind(1)
+        rows = _rows_or_zeros(y, first, plan.partial)
+        if not others:
+            return torch.mul(rows, weights, out=torch.empty_like(rows))  # rounds once, without a copy in fp32
+        total = rows * weights[:, :1]
+        for j, column in enumerate(others, 1):
+            total += _rows_or_zeros(y, column, plan.partial) * weights[:, j : j + 1]
         return total.to(y.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (y, weights), plan = ctx.saved_tensors, ctx.plan
-        top_k = plan.place.shape[1]
-        grad_y = grad.index_select(0, plan.order // top_k) * weights.flatten().index_select(0, plan.order)[:, None]
-        columns = [(_rows_or_zeros(y, column, plan.partial) * grad.float()).sum(-1) for column in plan.place.unbind(1)]
-        return grad_y.to(y.dtype), torch.stack(columns, 1), None
+        grads = grad.index_select(0, plan.order // plan.place.shape[1])
+        of_rows = weights.flatten().index_select(0, plan.order)[:, None]
+        grad_y = torch.mul(grads, of_rows, out=torch.empty_like(y))
+        grad_weights = torch.zeros_like(weights).flatten()
+        grad_weights.scatter_(0, plan.order, (y.float() * grads).sum(-1))
+        return grad_y, grad_weights.view_as(weights), None
 
 
 def _rows_or_zeros(x: Tensor, index: Tensor, partial: bool) -> Tensor:
@@ -237,7 +242,7 @@ class _Sort(torch.autograd.Function):
 
 def leave(x: Tensor, plan: Plan) -> Tensor:
     """x [T, D] -> rows [S + H, D] sorted by where they go."""
-    return _Leave.apply(x, plan)
+    return _Depart.apply(x, plan)
 
 
 def arrive(received: Tensor, plan: Plan) -> Tensor:
@@ -256,4 +261,4 @@ def send_back(y: Tensor, plan: Plan) -> Tensor:
 
 def come_home(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
     """Rows [S + H, D] of the experts' outputs, weights fp32 [T, k] -> tokens [T, D], in the rows' dtype."""
-    return _Return.apply(rows, weights, plan)
+    return _Combine.apply(rows, weights, plan)
