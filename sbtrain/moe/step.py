@@ -33,9 +33,9 @@ class ExpertSteps:
             layer.hot.begin_step()
 
     def lacks_load(self) -> bool:
-        """Whether a forward pass must find the load of this step before the training pass, whose aux loss weighs with it.
+        """Whether the aux loss of this step weighs with its own load, which a forward pass has to find first.
 
-        Then measure it and call take_load. Collective where it is not known yet.
+        Then do that and call take_load. Collective where no load is known yet.
         """
         if not self._all or self._moe.aux_loss_coeff == 0:
             return False

@@ -115,7 +115,12 @@ def test_collectives_are_told_apart_and_exposed_where_nothing_computes():
 
 @pytest.mark.parametrize(
     ("owner", "category"),
-    [("_AttentionBackward", "attention"), ("_Combine", "dispatch"), ("_DepartBackward", "dispatch"), ("_Leave", "other")],
+    [
+        ("_AttentionBackward", "attention"),
+        ("_Combine", "dispatch"),
+        ("_DepartBackward", "dispatch"),
+        ("_Leave", "other"),
+    ],
 )
 def test_kernels_of_our_own_functions_have_a_kind(owner, category):
     kernel = trace.Kernel("index_kernel", 0.0, 1.0, (owner,))

@@ -78,7 +78,8 @@ def test_ep_divides_the_experts_and_the_ranks():
     problem = layout_problem(MODEL, Stage(), Layout(ep=3))
     assert problem == "layout.ep=3 does not divide model.moe.num_experts=16; choose an ep that does"
     odd = replace(MODEL, moe=replace(MODEL.moe, expert_ffn_size=25))
-    assert layout_problem(odd, Stage(), Layout(tp=2)).startswith("layout.tp=2 does not divide the 25 channels of the shared")
+    problem = layout_problem(odd, Stage(), Layout(tp=2))
+    assert problem.startswith("layout.tp=2 does not divide the 25 channels of the shared experts")
     assert layout_problem(replace(odd, moe=replace(odd.moe, num_shared_experts=0)), Stage(), Layout(tp=2)) is None
     stage = Stage(seq_len=8, global_batch_tokens=96, layout=Layout(ep=4, pp=2))
     assert world_problem(stage, 8) is None

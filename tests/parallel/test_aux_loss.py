@@ -66,7 +66,7 @@ def test_the_first_step_weighs_with_its_own_load(moe, ranks, layout, run_ranks):
 
 
 def test_every_step_does_where_the_recipe_wants_it(run_ranks):
-    """Three steps with the exact loss on ranks of every kind; the same as on one, and not what a step old load gives."""
+    """Three steps with the exact loss: the same on ranks of every kind, and not that of the load of a step before."""
     exact = mixture(replace(TOP1, exact_aux_loss=True))
     (whole,) = run_ranks(1)(one_step, Layout(), exact, ROWS, num_steps=3)
     check_equal(run_ranks(4)(one_step, Layout(ep=2, pp=2), exact, ROWS, num_steps=3), whole)
