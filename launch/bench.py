@@ -21,6 +21,7 @@ import os
 import shlex
 import sys
 
+import _allocator  # noqa: F401
 import _path  # noqa: F401
 from sbtrain.bench.links import LinkOptions, bench_links
 from sbtrain.bench.ops import OpsOptions, bench_ops

@@ -7,6 +7,7 @@ again), 2 the recipe cannot run here (one line says why).
 import os
 import sys
 
+import _allocator  # noqa: F401
 import _path  # noqa: F401
 from sbtrain.config.load import load
 

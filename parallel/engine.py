@@ -81,8 +81,13 @@ class Engine:
             loss_scale = 1.0 / max(num_tokens, 1)
             for chunk in self.chunks:
                 chunk.train()
-                chunk.begin_step(loss_scale=loss_scale)
             self.expert_steps.begin(num_tokens=self.mesh.dp * sum(len(row.tokens) for row in rows))
+            if self.expert_steps.lacks_load():
+                with torch.no_grad():
+                    run_rows(self.chunks, self.mesh, rows)
+                self.expert_steps.take_load()
+            for chunk in self.chunks:
+                chunk.begin_step(loss_scale=loss_scale)
             total = run_rows(self.chunks, self.mesh, rows, loss_scale=loss_scale).sum(0)
             with primitive("sum of losses"):
                 dist.all_reduce(total, group=self.mesh.groups.dp_cp)

@@ -82,6 +82,22 @@ def gather_counts(counts: Tensor, *, group) -> Tensor:
     return all_gather(counts, group=group, name="rows of each expert")()
 
 
+class Fetched:
+    """Integers on their way to the host. What is put into the device's queue until tolist is called runs meanwhile."""
+
+    def __init__(self, x: Tensor):
+        self._copy, self._event = x.to("cpu", non_blocking=True), None
+        if x.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def tolist(self) -> list:
+        """The values, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.tolist()
+
+
 def copy_from(owner: int, x: Tensor, *, group) -> None:
     """Fill x with what rank `owner` of group has in it."""
     with primitive("copy of a hot expert"):

@@ -261,7 +261,7 @@ def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
 
 def record_algorithms(recipe: Recipe, state: RunState, engine: Engine) -> None:
     """Keep in env.json how each mixer reaches over the shards from this start on, and who chose it. Collective."""
-    layout, model = engine.mesh.layout, engine.model
+    layout, model = engine.mesh.layout, engine.models[0]
     mixers = {symbol for kind in model.kinds for symbol in kind.mixers} if layout.sp > 1 else set()
     named = {symbol: f"{getattr(layout.sp_algorithm, symbol).name} (the recipe's)" for symbol in sorted(mixers)}
     algorithms = {**named, **model.sp_choices}

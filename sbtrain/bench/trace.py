@@ -26,12 +26,13 @@ _SEQUENCE = re.compile(r"_Leave|_Enter|_Fetch|_AllToAll")
 """The autograd functions that call sequence parallelism's collectives (parallel/)."""
 _OWNERS = (
     ("optimizer", re.compile(r"bench: optimizer")),
-    ("attention", re.compile(r"scaled_dot_product|flex_attention", re.I)),
+    ("attention", re.compile(r"scaled_dot_product|flex_attention|_Attention", re.I)),
     ("gla", re.compile(r"GLA|gated_linear", re.I)),
     ("loss", re.compile(r"_?Losses|cross_?entropy", re.I)),
     ("norm", re.compile(r"rms_?norm", re.I)),
     ("swiglu", re.compile(r"swiglu|silu", re.I)),
     ("rope", re.compile(r"rope|rotary", re.I)),
+    ("dispatch", re.compile(r"_Depart|_Sort|_Combine")),
     ("gradient buffers", re.compile(r"AccumulateGrad")),
     ("embedding", re.compile(r"embedding", re.I)),
     ("compiled, fused", re.compile(r"CompiledFunction|Torch-Compiled|CompiledFx", re.I)),

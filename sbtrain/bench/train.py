@@ -8,6 +8,7 @@ gradient norms must agree, or the comparison is void.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,6 +230,12 @@ def compare(engine: dict, hand: dict, precision: Precision) -> dict | None:
     return {"ratio": hand["step_ms"]["median"] / engine["step_ms"]["median"], **differences, "agree": all(within)}
 
 
+def file_name(pattern: str) -> str:
+    """A layer pattern as a part of a file name, in letters, digits, `_` and `-`: `(LS) x 2 F:m` is `L_Sx2F-m`."""
+    pairs = re.sub(r"\((\w)(\w)\)", r"\1_\2", pattern.replace(" ", ""))
+    return re.sub(r"[^\w]", "-", pairs)
+
+
 def _profiled(name: str, peer, work: Work, options: TrainOptions) -> dict:
     parts = flops_per_token(work.model, work.seq_len)
     steps = TRAINING_FORWARDS * work.rows * work.micro_batch * work.seq_len / work.layout.sp
@@ -238,7 +245,7 @@ def _profiled(name: str, peer, work: Work, options: TrainOptions) -> dict:
         "gla": steps * parts["gated_linear_attention"],
     }
     sp = "" if dist.get_world_size() == 1 else f"_sp{work.layout.sp}_{work.layout.sp_algorithm.L.name}"
-    out = Path(options.out) / f"profile_{work.model.pattern.replace(' ', '')}_{name}{sp}"
+    out = Path(options.out) / f"profile_{file_name(work.model.pattern)}_{name}{sp}"
 
     def step():
         peer.step(lambda part: None)

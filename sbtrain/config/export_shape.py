@@ -47,7 +47,7 @@ _NOT_IN_EXPORTS = {
     "gla": ("out_norm_init",),
     "pair": ("norm_init", "calibration_tokens"),
     "meta": ("init_std",),
-    "moe": ("router_init_std", "aux_loss_coeff", "z_loss_coeff", "capacity_factor"),
+    "moe": ("router_init_std", "aux_loss_coeff", "exact_aux_loss", "z_loss_coeff", "capacity_factor"),
 }
 """Keys of the groups that say how to start or to train a model, not what it computes."""
 

@@ -122,6 +122,8 @@ class MoEConfig:
     renormalize: the weights of the top_k experts of a token add up to 1; top_k=1 needs false.
     router_init_std: standard deviation of a new router's weights.
     aux_loss_coeff: of the load-balancing loss over the global batch; 0 is none.
+    exact_aux_loss: it weighs with the load of the step itself, which takes another forward pass a step; false: with
+        that of the step before, in the first step with its own.
     z_loss_coeff: of the squared log-sum-exp of router logits; 0 is none.
     bias_update_rate: step of the balancing bias that only choices see, an optimizer step; 0 is none. sigmoid only.
     capacity_factor: an expert takes at most this times its even share of a rank's tokens and drops the rest; 0 drops
@@ -136,6 +138,7 @@ class MoEConfig:
     renormalize: bool = False
     router_init_std: float = 0.02
     aux_loss_coeff: float = 1e-3
+    exact_aux_loss: bool = False
     z_loss_coeff: float = 0.0
     bias_update_rate: float = 0.0
     capacity_factor: float = 0.0

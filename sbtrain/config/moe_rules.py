@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parallel.layout import Layout
 from sbtrain.config.model_schema import ModelConfig, RouterScore
 from sbtrain.config.moe_schema import PLAIN, Align
 from sbtrain.config.pattern import parse_pattern
@@ -27,6 +28,8 @@ def check_moe(model: ModelConfig) -> None:
             "model.moe.renormalize=true makes every weight 1 with model.moe.top_k=1, and the router learns nothing; "
             "set it to false"
         )
+    if moe.exact_aux_loss and moe.aux_loss_coeff == 0:
+        raise ValueError("model.moe.exact_aux_loss=true has no effect with model.moe.aux_loss_coeff=0; set it to false")
     if moe.bias_update_rate > 0 and moe.score is not RouterScore.sigmoid:
         raise ValueError(
             f"model.moe.bias_update_rate={moe.bias_update_rate} needs model.moe.score=sigmoid; set the rate to 0"
@@ -36,6 +39,28 @@ def check_moe(model: ModelConfig) -> None:
 def has_experts(model: ModelConfig) -> bool:
     """Whether the pattern has a mixture of experts."""
     return any(kind.moe for kind in parse_pattern(model.pattern, model.num_layers))
+
+
+def ranks_problem(model: ModelConfig, layout: Layout) -> str | None:
+    """Why the experts cannot be spread over the ranks of a layout (begins with `layout.`), or None."""
+    if not has_experts(model):
+        if layout.ep == 1:
+            return None
+        return (
+            f"layout.ep={layout.ep} needs mixture-of-experts layers, which model.pattern '{model.pattern}' lacks; set 1"
+        )
+    if model.moe.num_experts % layout.ep:
+        return (
+            f"layout.ep={layout.ep} does not divide model.moe.num_experts={model.moe.num_experts}; "
+            "choose an ep that does"
+        )
+    shared = model.moe.num_shared_experts * (model.moe.expert_ffn_size or model.ffn_size)
+    if shared % layout.tp:
+        return (
+            f"layout.tp={layout.tp} does not divide the {shared} channels of the shared experts "
+            "(model.moe.num_shared_experts x expert_ffn_size); choose a tp that does"
+        )
+    return None
 
 
 def experts_problem(model: ModelConfig, stage: Stage) -> str | None:

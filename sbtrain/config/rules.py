@@ -17,7 +17,7 @@ from parallel.sequence.table import pair_problem
 from sbtrain.config.export_shape import is_export
 from sbtrain.config.hf_shape import read_config
 from sbtrain.config.mixer_rules import check_mixers, cut_problem
-from sbtrain.config.moe_rules import check_moe, experts_problem, has_experts
+from sbtrain.config.moe_rules import check_moe, experts_problem, ranks_problem
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
 
@@ -115,7 +115,7 @@ def layout_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str | No
         _rank_problem(layout)
         or _tensor_problem(model, layout)
         or _pipeline_problem(model, layout)
-        or _expert_problem(model, layout)
+        or ranks_problem(model, layout)
         or _sequence_problem(model, stage, layout)
     )
 
@@ -370,19 +370,6 @@ def _chunks_problem(model: ModelConfig, layout: Layout, chunks: str) -> str | No
         return f"{given} leaves a stage without layers; give every one at least 1"
     if sum(layout.pp_layers) != model.num_layers:
         return f"{given} are {sum(layout.pp_layers)} layers, model.num_layers={model.num_layers}; make them add up"
-    return None
-
-
-def _expert_problem(model: ModelConfig, layout: Layout) -> str | None:
-    if layout.ep > 1 and not has_experts(model):
-        return (
-            f"layout.ep={layout.ep} needs mixture-of-experts layers, which model.pattern '{model.pattern}' lacks; set 1"
-        )
-    if model.moe.num_experts % layout.ep:
-        return (
-            f"layout.ep={layout.ep} does not divide model.moe.num_experts={model.moe.num_experts}; "
-            "choose an ep that does"
-        )
     return None
 
 

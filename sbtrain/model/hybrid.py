@@ -97,7 +97,7 @@ class HybridModel(mcore.LanguageModule):
         self.expert_steps = ExpertSteps(
             {i: self.decoder.layers[i - layers.start].mlp for i in layers if i in moe_layers},
             all_layers=moe_layers,
-            num_experts=model.moe.num_experts,
+            moe=model.moe,
         )
         self.output_layer = self._head(config, model) if self.post_process else None
         self._mark_shared_embedding()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.expert import gather_counts
+from parallel.expert import Fetched, gather_counts
 from sbtrain.moe.router import count_choices
 
 
@@ -36,26 +36,56 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where the choices of a rank's T tokens, k each, go.
+class Departure:
+    """How the choices of a rank's T tokens, k each, leave their places, known without a wait unless some are dropped.
 
-    order: int64 [S + H], the choice (token * k + j) of each row that leaves its place, sorted by expert; the last H
-    rows go to copies of hot experts on this rank. place: int64 [T, k], the row of each choice among those, -1 dropped.
-    send, receive: rows for and from each ep rank, S and R in all. num_kept: S + H. offsets: int32 [L + 1] bounds of the
-    local experts' rows. by_expert: int64 [R'], the received row at each place of the local experts' order, -1 is a row
-    of zeros; None where they arrive in order. places: int64 [R], its inverse. hot_offsets: int32 [num_hot + 1].
+    order: int64 [S + H], the choice (token * k + j) of each row that leaves, sorted by expert; the last H rows go to
+    copies of hot experts on this rank. place: int64 [T, k], the row of each choice among those, -1 dropped. partial:
+    choices may be dropped.
     """
 
     order: Tensor
     place: Tensor
+    partial: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where they go.
+
+    send, receive: rows for and from each ep rank, S and R in all. offsets: int32 [L + 1] bounds of the local experts'
+    rows. by_expert: int64 [R'], the received row at each place of the local experts' order, -1 is a row of zeros; None
+    where they arrive in order. places: int64 [R], its inverse. hot_offsets: int32 [num_hot + 1].
+    """
+
     send: list[int]
     receive: list[int]
     offsets: Tensor
     by_expert: Tensor | None
     places: Tensor | None
     hot_offsets: Tensor | None
-    partial: bool
     padded: bool
+
+
+class Counts:
+    """Rows that leave for each expert and each copy of a hot one.
+
+    own: int64 [N] of this rank. table: int64 [ranks, N] of all. dropped: choices of this rank that leave for none, on
+    the device; None where none can be.
+    """
+
+    def __init__(self, own: Tensor, table: Tensor, dropped: Tensor | None):
+        self.own, self.table, self.dropped = own, table, dropped
+        self._fetched: Fetched | None = None
+
+    def fetch(self) -> None:
+        """Send the table to the host."""
+        self._fetched = Fetched(self.table)
+
+    @property
+    def rows(self) -> list[list[int]] | None:
+        """The table on the host, None if it was not sent there: the one wait for the device."""
+        return None if self._fetched is None else self._fetched.tolist()
 
 
 class Dispatcher:
@@ -66,13 +96,12 @@ class Dispatcher:
         self.num_local = num_experts // group.size()
         self.first_local = group.rank() * self.num_local
 
-    def plan(
+    def begin(
         self, experts: Tensor, weights: Tensor, counted: Tensor, hot: tuple[int, ...] = ()
-    ) -> tuple[Plan, Tensor | None]:
+    ) -> tuple[Departure, Counts]:
         """experts int64, weights fp32 [T, k]; counted bool [T]: others are never dropped. Collective over the group.
 
-        hot: experts of which every rank has a copy. Returns the plan and the number of dropped choices (None: none can
-        be).
+        hot: experts of which every rank has a copy.
         """
         num_choices, num_hot = experts.numel(), len(hot)
         keys = self._with_copies(experts.flatten(), hot)
@@ -81,30 +110,32 @@ class Dispatcher:
             kept = self._within_limits(experts, weights.detach(), counted)
             keys = torch.where(kept, keys, self.num_experts + num_hot)
             dropped = (~kept).sum()
+        own = count_choices(keys[:, None], self.num_experts + num_hot)
+        counts = Counts(own, gather_counts(own, group=self.group), dropped)
+        if self.group.size() > 1 or self.limits.drops or self._pads:
+            counts.fetch()
         order = keys.argsort(stable=True)
-        counts = count_choices(keys[:, None], self.num_experts + num_hot)
-        table = gather_counts(counts, group=self.group)
-        if self.group.size() == 1 and not self.limits.drops and not self._pads:
-            rows, num_kept, send, receive = None, num_choices, [num_choices], [num_choices]
-        else:
-            rows = table.tolist()  # the one wait for the device
-            num_kept, (send, receive) = sum(rows[self.group.rank()]), self._splits(rows)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(num_choices, device=order.device))
-        place = torch.where(place < num_kept, place, -1) if self.limits.drops else place
+        if self.limits.drops:
+            num_kept = sum(counts.rows[self.group.rank()])
+            order, place = order[:num_kept], torch.where(place < num_kept, place, -1)
+        return Departure(order, place.view(experts.shape), self.limits.drops), counts
+
+    def plan(self, counts: Counts, num_choices: int) -> Plan:
+        """The rest for what begin has counted of num_choices; waits for it to reach the host, if it has to."""
+        rows, num_hot = counts.rows, len(counts.own) - self.num_experts
+        send, receive = ([num_choices], [num_choices]) if rows is None else self._splits(rows)
         local = slice(self.first_local, self.first_local + self.num_local)
-        offsets, by_expert, places = self._sort_arrivals(table[:, local], rows, local, sum(receive))
+        offsets, by_expert, places = self._sort_arrivals(counts.table[:, local], rows, local, sum(receive))
         return Plan(
-            order=order[:num_kept],
-            place=place.view(experts.shape),
             send=send,
             receive=receive,
             offsets=offsets,
             by_expert=by_expert,
             places=places,
-            hot_offsets=_bounds(counts[self.num_experts :]) if num_hot else None,
-            partial=self.limits.drops,
+            hot_offsets=_bounds(counts.own[self.num_experts :]) if num_hot else None,
             padded=self._pads,
-        ), dropped
+        )
 
     @property
     def _pads(self) -> bool:
@@ -169,47 +200,52 @@ def _bounds(sizes: Tensor) -> Tensor:
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32)
 
 
-class _Leave(torch.autograd.Function):
+class _Depart(torch.autograd.Function):
     """rows[i] = x[order[i] // k]; the gradient of a token is the sum over its places, in the order of its choices."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
-        return x.index_select(0, plan.order // plan.place.shape[1])
+    def forward(ctx, x: Tensor, departure: Departure) -> Tensor:
+        ctx.departure = departure
+        return x.index_select(0, departure.order // departure.place.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        first, *others = ctx.plan.place.unbind(1)
-        total = _rows_or_zeros(grad, first, ctx.plan.partial)
+        first, *others = ctx.departure.place.unbind(1)
+        total = _rows_or_zeros(grad, first, ctx.departure.partial)
         if others:
             total = total.float()
         for column in others:
-            total += _rows_or_zeros(grad, column, ctx.plan.partial)
+            total += _rows_or_zeros(grad, column, ctx.departure.partial)
         return total.to(grad.dtype), None
 
 
-class _Return(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     """out[t] = sum over j of weights[t, j] * y[place[t, j]], summed in fp32; dropped choices add nothing."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, weights: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
+    def forward(ctx, y: Tensor, weights: Tensor, departure: Departure) -> Tensor:
+        ctx.departure = departure
         ctx.save_for_backward(y, weights)
-        total = None
-        for j, column in enumerate(plan.place.unbind(1)):
-            part = _rows_or_zeros(y, column, plan.partial) * weights[:, j : j + 1]
-            total = part if total is None else total + part
+        first, *others = departure.place.unbind(1)
+        rows = _rows_or_zeros(y, first, departure.partial)
+        if not others:
+            return torch.mul(rows, weights, out=torch.empty_like(rows))  # rounds once, without a copy in fp32
+        total = rows * weights[:, :1]
+        for j, column in enumerate(others, 1):
+            total += _rows_or_zeros(y, column, departure.partial) * weights[:, j : j + 1]
         return total.to(y.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (y, weights), plan = ctx.saved_tensors, ctx.plan
-        top_k = plan.place.shape[1]
-        grad_y = grad.index_select(0, plan.order // top_k) * weights.flatten().index_select(0, plan.order)[:, None]
-        columns = [(_rows_or_zeros(y, column, plan.partial) * grad.float()).sum(-1) for column in plan.place.unbind(1)]
-        return grad_y.to(y.dtype), torch.stack(columns, 1), None
+        (y, weights), departure = ctx.saved_tensors, ctx.departure
+        grads = grad.index_select(0, departure.order // departure.place.shape[1])
+        of_rows = weights.flatten().index_select(0, departure.order)[:, None]
+        grad_y = torch.mul(grads, of_rows, out=torch.empty_like(y))
+        grad_weights = torch.zeros_like(weights).flatten()
+        grad_weights.scatter_(0, departure.order, (y.float() * grads).sum(-1))
+        return grad_y, grad_weights.view_as(weights), None
 
 
 def _rows_or_zeros(x: Tensor, index: Tensor, partial: bool) -> Tensor:
@@ -235,9 +271,9 @@ class _Sort(torch.autograd.Function):
         return _rows_or_zeros(grad, ctx.inverse, ctx.gaps[1]), None, None, None
 
 
-def leave(x: Tensor, plan: Plan) -> Tensor:
+def leave(x: Tensor, departure: Departure) -> Tensor:
     """x [T, D] -> rows [S + H, D] sorted by where they go."""
-    return _Leave.apply(x, plan)
+    return _Depart.apply(x, departure)
 
 
 def arrive(received: Tensor, plan: Plan) -> Tensor:
@@ -254,6 +290,6 @@ def send_back(y: Tensor, plan: Plan) -> Tensor:
     return _Sort.apply(y, plan.places, plan.by_expert, (False, plan.padded))
 
 
-def come_home(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+def come_home(rows: Tensor, weights: Tensor, departure: Departure) -> Tensor:
     """Rows [S + H, D] of the experts' outputs, weights fp32 [T, k] -> tokens [T, D], in the rows' dtype."""
-    return _Return.apply(rows, weights, plan)
+    return _Combine.apply(rows, weights, departure)

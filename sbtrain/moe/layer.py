@@ -55,12 +55,13 @@ class MoELayer(mcore.MegatronModule):
         rows, counted = self._own_rows(x, num_meta)
         weights, experts = self._route(rows, counted)
         hot = self.hot.active if self.training else ()
-        plan, dropped = self.dispatcher.plan(experts, weights, counted, hot)
-        if dropped is not None and self._counts:
-            self.router.tally.add_dropped(dropped)
-        sent = leave(rows, plan)
+        departure, counts = self.dispatcher.begin(experts, weights, counted, hot)
+        if counts.dropped is not None and self._counts:
+            self.router.tally.add_dropped(counts.dropped)
+        sent = leave(rows, departure)  # before the wait, so that the device has something to do
+        plan = self.dispatcher.plan(counts, experts.numel())
         out, shared = self._exchange(sent, x, plan, hot) if self.groups.ep.size() > 1 else self._alone(sent, x, plan)
-        return self._joined(come_home(out, weights, plan), len(x)) + (0 if shared is None else shared)
+        return self._joined(come_home(out, weights, departure), len(x)) + (0 if shared is None else shared)
 
     @property
     def _counts(self) -> bool:

@@ -15,9 +15,10 @@ class Router(mcore.MegatronModule):
 
     Two losses join the gradient of the mean cross-entropy, with N counted tokens in the global batch:
         aux_loss_coeff * E * sum_e f_e P_e, where P_e is the mean score of expert e over those N tokens (sigmoid scores
-            are first divided by their sum) and f_e its share of the choices in the global batch of the step before,
-            1/E in the first step. f has no gradient in any case; taken from one step earlier it is known to all
-            ranks and micro-batches from the start, so that the loss is the same on every layout.
+            are first divided by their sum) and f_e its share of the choices in a global batch: that of the step
+            before, or the step's own if it is the first one or moe.exact_aux_loss (see ExpertSteps.lacks_load). f has
+            no gradient in any case; known to all ranks before the first micro-batch, it makes the loss the same on
+            every layout.
         z_loss_coeff * mean over those N tokens of log(sum_e exp logit_e)^2
     They are added per layer. Sources: Switch Transformer (arXiv 2101.03961, eq. 4), global batch: arXiv 2501.11873,
     z-loss: ST-MoE (arXiv 2202.08906, eq. 5), bias balancing: arXiv 2408.15664.
@@ -32,10 +33,10 @@ class Router(mcore.MegatronModule):
         )
         self.weight.is_new = True
         self.weight.sequence_parallel = config.sequence_parallel
-        even = torch.full((moe.num_experts,), 1.0 / moe.num_experts, dtype=torch.float32, device=place)
-        self.register_buffer("load", even)
+        unknown = torch.zeros(moe.num_experts, dtype=torch.float32, device=place)
+        self.register_buffer("load", unknown)
         if moe.bias_update_rate > 0:
-            self.register_buffer("expert_bias", torch.zeros_like(even))
+            self.register_buffer("expert_bias", torch.zeros_like(unknown))
         self.tally = Tally(moe.num_experts, place)
         self.step_tokens: int | None = None
         self.forced: Tensor | None = None
@@ -81,10 +82,16 @@ class Router(mcore.MegatronModule):
     @torch.no_grad()
     def end_step(self, totals: Tensor) -> None:
         """Take over the tally of the whole global batch: the next step's f, and the balancing bias."""
+        self.take_load(totals)
         counts = totals[: self.num_experts]
-        self.load.copy_(counts / counts.sum().clamp(min=1))
         if self.moe.bias_update_rate > 0:
             self.expert_bias.add_(torch.sign(counts.mean() - counts), alpha=self.moe.bias_update_rate)
+
+    @torch.no_grad()
+    def take_load(self, totals: Tensor) -> None:
+        """Take f from the tally of a whole global batch."""
+        counts = totals[: self.num_experts]
+        self.load.copy_(counts / counts.sum().clamp(min=1))
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:

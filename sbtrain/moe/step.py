@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from parallel.expert import sum_over_all
+from sbtrain.config.model_schema import MoEConfig
 from sbtrain.moe.layer import MoELayer
 
 
 class ExpertSteps:
     """The mixtures of experts of a pipeline stage or of one of its chunks. All have one, also without such layers."""
 
-    def __init__(self, layers: dict[int, MoELayer], *, all_layers: list[int], num_experts: int):
+    def __init__(self, layers: dict[int, MoELayer], *, all_layers: list[int], moe: MoEConfig):
         """layers: those of this stage, by global layer index; all_layers: the indices of the whole model's."""
-        self._layers, self._all, self._num_experts = layers, all_layers, num_experts
+        self._layers, self._all, self._moe = layers, all_layers, moe
+        self._has_load = False
 
     def joined(self, others: list[ExpertSteps]) -> ExpertSteps:
         """The same over the layers of the stage's other chunks too."""
         layers = {index: layer for steps in (self, *others) for index, layer in steps._layers.items()}
-        return ExpertSteps(layers, all_layers=self._all, num_experts=self._num_experts)
+        return ExpertSteps(layers, all_layers=self._all, moe=self._moe)
 
     def begin(self, *, num_tokens: int) -> None:
         """Before the first forward pass of a step of num_tokens tokens over all ranks."""
@@ -29,6 +31,31 @@ class ExpertSteps:
             layer.router.step_tokens = num_tokens
             layer.router.tally.take()
             layer.hot.begin_step()
+
+    def lacks_load(self) -> bool:
+        """Whether the aux loss of this step weighs with its own load, which a forward pass has to find first.
+
+        Then do that and call take_load. Collective where no load is known yet.
+        """
+        if not self._all or self._moe.aux_loss_coeff == 0:
+            return False
+        if self._moe.exact_aux_loss:
+            return True
+        if self._has_load:
+            return False
+        unknown = [torch.zeros((), device=torch.cuda.current_device())]
+        unknown += [(layer.router.load.sum() == 0).float() for layer in self._layers.values()]
+        total = torch.stack(unknown).sum()
+        sum_over_all(total)
+        self._has_load = not total
+        return not self._has_load
+
+    def take_load(self) -> None:
+        """After the forward pass that lacks_load has asked for. Collective."""
+        totals = self._totals()
+        for index, layer in self._layers.items():
+            layer.router.take_load(totals[self._all.index(index)])
+        self._has_load = True
 
     def before_reduction(self) -> None:
         """After the last backward pass, before gradients are reduced over data-parallel ranks."""
@@ -43,14 +70,14 @@ class ExpertSteps:
         totals = self._totals()
         for index, layer in self._layers.items():
             layer.router.end_step(totals[self._all.index(index)])
-        tallies = {index: _Load(row, self._num_experts) for index, row in zip(self._all, totals.tolist())}
+        tallies = {index: _Load(row, self._moe.num_experts) for index, row in zip(self._all, totals.tolist())}
         for index, layer in self._layers.items():
             layer.choose_hot(tallies[index].times_even)
         return {"experts": _report(tallies)}
 
     def _totals(self) -> Tensor:
         """Tallies over all ranks, and the copied experts behind them, fp64 [layers of the model, 2 E + 2]."""
-        size = (len(self._all), 2 * self._num_experts + 2)
+        size = (len(self._all), 2 * self._moe.num_experts + 2)
         totals = torch.zeros(size, dtype=torch.float64, device=torch.cuda.current_device())
         for index, layer in self._layers.items():
             row = totals[self._all.index(index)]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import product
 
 from parallel.layout import Layout
+from sbtrain.config.moe_rules import experts_problem
 from sbtrain.config.rules import check_world, evaluation_problem, layout_problem, world_problem
 from sbtrain.config.schema import Recipe, Stage
 from sbtrain.model.flops import parameters
@@ -47,6 +48,7 @@ def _fit_stage(recipe: Recipe, name: str, stage: Stage, world_size: int) -> Stag
         candidate
         for sizes in _sizes(recipe, world_size, model_ranks_first=knows_memory)
         if not layout_problem(recipe.model, candidate := _resized(stage, sizes), candidate.layout)
+        and not experts_problem(recipe.model, candidate)
         and not world_problem(candidate, world_size)
         and not evaluation_problem(recipe, candidate.layout)
     ]

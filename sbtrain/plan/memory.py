@@ -8,6 +8,8 @@ the tokens of a rank, and sizes D hidden, Q and KV all query and key/value chann
     gradients     4 (P + E), summed in fp32 whatever the weights are
     optimizer     12 (P / (dp sp) + E / (dp sp tp / ep)) for bf16: fp32 master weights and two moments, ZeRO-1 over the
                   ranks that hold the same tensor; 8 for fp32, which needs no second copy of the weights
+    copies        (b + 4) for each parameter of experts.max_copies experts of every mixture on the rank: as many as may
+                  be hot at a time, with their gradients in fp32; 0 where none are copied
     activations   b t per layer and row in flight, by recompute mode:
                     none         4 D + [(Q + 2 KV) + (Q + KV) + Q + 3 F] / tp: residual and norms; q, k, v before and
                                  after rotation or ReLU; mixer output; FFN
@@ -23,7 +25,8 @@ the tokens of a rank, and sizes D hidden, Q and KV all query and key/value chann
     recomputed    one layer without recomputation, less what it keeps: alive while its backward pass runs
     logits        (b + 4) t V / tp on the last stage: the upper bound; a fused loss needs a small part of it
 
-Not counted: the allocator's fragmentation, communication buffers, kernels' workspaces and the device context.
+Not counted: the allocator's fragmentation, communication buffers, kernels' workspaces, the device context, a weight's
+gradient on its way into the buffer, and what experts receive beyond an even share.
 """
 
 from __future__ import annotations
@@ -133,10 +136,18 @@ def _pipeline_rank(
         "weights": element * (dense + experts),
         "gradients": 4 * (dense + experts),
         "optimizer": (12 if precision is Precision.bf16 else 8) * owned,
+        **_copies(recipe, stage, kinds),
         "activations": most_in_flight(of_a_row, pp=layout.pp, stage=index, num_rows=stage.num_rows // dp),
         "recomputed": max(kept(kind, Recompute.none) - kept(kind, stage.recompute) for kind in kinds),
         "logits": (element + 4) * num_tokens * model.padded_vocab_size / layout.tp if last else 0.0,
     }
+
+
+def _copies(recipe: Recipe, stage: Stage, kinds: list[LayerKind]) -> dict[str, float]:
+    """Bytes of the copies of hot experts where the stage makes any."""
+    model, each = recipe.model, _element_bytes(recipe.precision) + 4
+    count = stage.experts.max_copies * sum(kind.moe for kind in kinds)
+    return {"copies": each * count * 3 * model.hidden_size * expert_size(model)} if count else {}
 
 
 def _layer_share(model: ModelConfig, kind: LayerKind, tp: int) -> float:

@@ -11,7 +11,7 @@ from sbtrain.bench.hand_kernels import chunked_gla
 from sbtrain.bench.hand_optimizer import MasterAdamW
 from sbtrain.bench.peers import PEERS, Work
 from sbtrain.bench.shapes import TINY, model_config
-from sbtrain.bench.train import compare
+from sbtrain.bench.train import compare, file_name
 from sbtrain.bench.weights import draw
 from sbtrain.config.schema import OptimConfig, Precision, Recompute
 
@@ -125,3 +125,10 @@ def test_model_names():
         model_config("8b", num_layers=8, pattern="LS")
     with pytest.raises(ValueError, match="model.pattern 'LSF'"):
         model_config("tiny", num_layers=4, pattern="LSF")
+
+
+def test_profiles_have_plain_and_different_names():
+    patterns = ("(LS) x 2 F:m", "LS x 2 F:m", "(LS):m(LF)", "LS:m(LF)", "L S", "(LF):m")
+    names = [file_name(pattern) for pattern in patterns]
+    assert names[:3] == ["L_Sx2F-m", "LSx2F-m", "L_S-mL_F"]
+    assert len(set(names)) == len(names) and all(name.replace("-", "").isidentifier() for name in names)

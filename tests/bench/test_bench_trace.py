@@ -111,3 +111,18 @@ def test_collectives_are_told_apart_and_exposed_where_nothing_computes():
     summary = summarize(found, num_steps=2, flops={})
     assert summary["exposed_ms"] == pytest.approx({"sp": 0.004, "collectives": 0.0015})
     assert "sp, exposed" in summary["text"] and "collectives, exposed" in summary["text"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "category"),
+    [
+        ("_AttentionBackward", "attention"),
+        ("_Combine", "dispatch"),
+        ("_DepartBackward", "dispatch"),
+        ("_Leave", "other"),
+    ],
+)
+def test_kernels_of_our_own_functions_have_a_kind(owner, category):
+    kernel = trace.Kernel("index_kernel", 0.0, 1.0, (owner,))
+    assert kernel.category == category
+    assert kernel.communicates == (owner == "_Leave"), "what packs for sequence parallelism's collectives"

@@ -26,6 +26,7 @@ MODEL = replace(TINY, pattern="L:m")
         ({"bias_update_rate": 0.1}, "model.moe.bias_update_rate=0.1 needs model.moe.score=sigmoid; set the rate to 0"),
         ({"capacity_factor": -1.0}, "model.moe.capacity_factor=-1.0 is too small; give 0 or more"),
         ({"aux_loss_coeff": float("nan")}, "model.moe.aux_loss_coeff=nan is too small"),
+        ({"exact_aux_loss": True, "aux_loss_coeff": 0.0}, "model.moe.exact_aux_loss=true has no effect"),
         ({"expert_ffn_size": 0}, "model.moe.expert_ffn_size=0 must be 1 or more; null is model.ffn_size"),
     ],
 )
@@ -76,6 +77,10 @@ def test_a_model_without_mixtures_has_no_experts_to_run():
 def test_ep_divides_the_experts_and_the_ranks():
     problem = layout_problem(MODEL, Stage(), Layout(ep=3))
     assert problem == "layout.ep=3 does not divide model.moe.num_experts=16; choose an ep that does"
+    odd = replace(MODEL, moe=replace(MODEL.moe, expert_ffn_size=25))
+    problem = layout_problem(odd, Stage(), Layout(tp=2))
+    assert problem.startswith("layout.tp=2 does not divide the 25 channels of the shared experts")
+    assert layout_problem(replace(odd, moe=replace(odd.moe, num_shared_experts=0)), Stage(), Layout(tp=2)) is None
     stage = Stage(seq_len=8, global_batch_tokens=96, layout=Layout(ep=4, pp=2))
     assert world_problem(stage, 8) is None
     assert "layout ep 4 does not divide the 6 ranks of a pipeline stage" in world_problem(stage, 12)

@@ -50,6 +50,15 @@ def test_held_out_rows_fit_the_chosen_layout():
     assert layouts(fit_world(load([*args, "evaluation.seq_len=63"]), 2)) == [Layout(pp=2)]
 
 
+def test_copies_of_experts_need_experts_on_other_ranks():
+    """Without a rule the kindest layout has ep 1, in which max_copies copies nothing."""
+    args = ["recipe=moe_demo", "dry_run=true", "layout_auto=true", "cluster.memory_gib=80"]
+    recipe = load([*args, "stages.ctx_256.layout.ep=4", "stages.ctx_256.experts.max_copies=1"])
+    fitted = auto_layout(recipe, 2)
+    check(fitted)
+    assert layouts(fitted)[0].ep == 2
+
+
 def test_refusals():
     args = ["recipe=7b_cpt", "dry_run=true", "layout_auto=true", "stages.ctx_8k.layout.sp=16"]
     with pytest.raises(ValueError, match="stages.ctx_8k: no layout of 8 ranks fits into 4 GiB a GPU"):

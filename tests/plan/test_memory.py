@@ -9,6 +9,7 @@ import pytest
 from parallel.layout import Layout
 from sbtrain.config.load import load
 from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, MoEConfig, PairConfig
+from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
 from sbtrain.model.flops import active_parameters, flops_per_token, parameters, visible_keys
 from sbtrain.plan.memory import rank_memory, rank_parameters
@@ -148,3 +149,10 @@ def test_activations_of_pairs_and_experts(tiny):
     assert memory(tiny)["activations"] == (32 + 3) * (2 * dense + 2 * moe)
     less = memory(tiny, recompute=Recompute.activations)["activations"]
     assert memory(tiny)["activations"] - less == (32 + 3) * 2 * (2 * F + 2 * 3 * F)
+
+
+def test_copies_of_hot_experts_are_counted_in_every_mixture(tiny):
+    tiny = (replace(tiny[0], model=MOE), tiny[1])
+    assert "copies" not in memory(tiny, Layout(ep=2), world_size=2)
+    parts = memory(tiny, Layout(ep=2), world_size=2, experts=ExpertsConfig(max_copies=3))
+    assert parts["copies"] == 2 * 3 * EXPERT * (2 + 4)
