@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import ops
 from parallel.expert import copy_from, sum_at
 from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.moe.experts import Experts
@@ -79,7 +78,7 @@ class HotExperts:
 
 def _add_to(total: Tensor):
     def hook(copy: Tensor) -> None:
-        ops.accumulate(total, copy.grad, add=True)
+        total.add_(copy.grad)
         copy.grad = None
 
     return hook
