@@ -42,7 +42,7 @@ def go_on(
             engine.step(lr=1e-2)
         if save:
             store.save(engine, RunState(stage="a", step=num_steps))
-        return dict(loaded=found, last=state_of(engine), losses=losses, **coordinates(mesh))
+        return dict(loaded=found, last=state_of(engine), losses=losses, place=coordinates(mesh))
 
 
 def state_of(engine) -> dict:
