@@ -95,7 +95,7 @@ def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations,
     stage = recipe.stages[name]
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(stage.layout, patience_s=recipe.runtime.patience_s))
-        judge_teacher(recipe, stage, mesh, evaluations, watch)
+        judge_teacher(recipe, mesh, evaluations, watch)
         first = None
         if store.ledger.checkpoint is None:
             first = first_weights(recipe, name, stage, mesh)
@@ -333,11 +333,13 @@ def stage_loader(recipe: Recipe, name: str, stage: Stage, *, dp_rank: int, dp: i
     )
 
 
-def judge_teacher(recipe: Recipe, stage: Stage, mesh: Mesh, evaluations: Evaluations, watch: Watch) -> None:
+def judge_teacher(recipe: Recipe, mesh: Mesh, evaluations: Evaluations, watch: Watch) -> None:
     """Judge the unconverted source once, if the recipe asks for it."""
     if not (recipe.evaluation.teacher and recipe.start.path and evaluations.due("teacher")):
         return
-    chunks = build_chunks(teacher_of(recipe.model), mesh, precision=recipe.precision, seq_len=stage.seq_len)
+    seq_len = recipe.evaluation.seq_len or max(each.seq_len for each in recipe.stages.values())
+    teacher = teacher_of(recipe.model, mesh.layout, seq_len=seq_len)
+    chunks = build_chunks(teacher, mesh, precision=recipe.precision, seq_len=seq_len)
     fill_model(recipe, chunks, mesh)
     evaluations.add("teacher", chunks, mesh, tokens=0, must_stop=watch.must_stop)
     del chunks

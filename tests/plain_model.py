@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbtrain.config.model_schema import FeatureMap, Gate, MetaPositions, RouterScore
+from sbtrain.config.model_schema import FeatureMap, Gate, MergePlace, MetaPositions, RouterScore
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig
 
@@ -79,6 +79,9 @@ def _mixer(weights: dict[str, Tensor], model: ModelConfig, x: Tensor, kinds: tup
         branch = {"L": "la_", "S": "swa_", "F": "fa_"}[kind]
         own = {**weights, **_below(weights, branch)}
         o = _heads_of(own, model, x, kind)
+        if model.pair.norm_place is MergePlace.before_projection and not model.pair.shared_projections:
+            merged = merged + _norm(o, own["merge_norm.weight"], model.norm_eps) @ own["o_proj.weight"].T / 2
+            continue
         if not model.pair.shared_projections:
             o = o @ own["o_proj.weight"].T
         merged = merged + _norm(o, own["merge_norm.weight"], model.norm_eps) / 2
@@ -157,6 +160,8 @@ def _gla(weights: dict[str, Tensor], model: ModelConfig, x: Tensor) -> Tensor:
     else:
         gate = F.linear(x @ weights["gk_proj.0.weight"].T, weights["gk_proj.1.weight"], weights["gk_proj.1.bias"])
         decay = torch.sigmoid(gate).pow(1 / model.gla.gate_normalizer).unflatten(-1, (-1, model.head_dim))
+    if model.gla.rope:
+        q, k = _rope(q, model), _rope(k, model)
     group = model.num_heads // model.num_kv_heads
     q = q.unflatten(1, (model.num_kv_heads, group))
     nothing = x.new_zeros(model.num_kv_heads, model.head_dim, model.head_dim)

@@ -28,18 +28,18 @@ def local_shard(
     tp: int,
     ep_rank: int = 0,
     ep: int = 1,
-    shared_projections: bool = False,
+    norms_before_projection: bool = False,
 ) -> Tensor:
     """The shard of a global tensor under one of our parameter names: experts by ep, all else by tp.
 
-    shared_projections: of pairs, whose norms then come before the output projection and are cut like its columns.
+    norms_before_projection: those of pairs are then cut like the output projection's columns.
     """
     if name.endswith(_EXPERTS):
         return whole.chunk(ep)[ep_rank]
     if name.endswith("linear_fc1.weight"):
         gate, up = whole.chunk(2)
         return torch.cat([gate.chunk(tp)[tp_rank], up.chunk(tp)[tp_rank]])
-    if name.endswith(_ROWS) or ("merge_norms" in name and shared_projections):
+    if name.endswith(_ROWS) or ("merge_norms" in name and norms_before_projection):
         return whole.chunk(tp)[tp_rank]
     return whole.chunk(tp, dim=1)[tp_rank] if name.endswith(_COLUMNS) else whole
 
@@ -50,7 +50,7 @@ def global_state(model, *, seed: int = 0, dtype=torch.float32) -> dict[str, Tens
     hidden, head, kv = model.hidden_size, model.head_dim, model.num_kv_heads
     rows, norm = (model.num_heads + 2 * kv) * head, hidden
     shared = model.pair.shared_projections
-    if shared:
+    if model.pair.norms_before_projection:
         norm = model.num_heads * head
 
     def random(*shape, scale=0.15, shift=0.0):

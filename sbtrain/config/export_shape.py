@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from sbtrain.config.model_schema import (
     FeatureMap,
     Gate,
     GLAConfig,
+    MergePlace,
     MetaConfig,
     MetaPositions,
     ModelConfig,
@@ -46,7 +47,7 @@ _RELEASED = {
 _NOT_IN_EXPORTS = {
     "gla": ("out_norm_init",),
     "pair": ("norm_init", "calibration_tokens"),
-    "meta": ("init_std",),
+    "meta": ("init", "init_std"),
     "moe": ("router_init_std", "aux_loss_coeff", "exact_aux_loss", "z_loss_coeff", "capacity_factor"),
 }
 """Keys of the groups that say how to start or to train a model, not what it computes."""
@@ -84,12 +85,27 @@ def contradiction(ours: ModelConfig, theirs: ModelConfig) -> str | None:
         "pair": all(len(kind.mixers) == 1 for kind in kinds),
         "moe": not any(kind.moe for kind in kinds),
         "window": all("S" not in kind.mixers for kind in kinds),
+        "meta": ours.meta.num_tokens == theirs.meta.num_tokens == 0,
     }
-    for key, mine, exported in _differences(ours, theirs):
+    for key, mine, exported in _differences(_alike(ours, theirs), theirs):
         group = key.split(".")[0]
         if not unused.get(group) and key.split(".")[-1] not in _NOT_IN_EXPORTS.get(group, ()):
             return f"model.{key}={_text(mine)} contradicts {_text(exported)}"
     return None
+
+
+def _alike(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
+    """Ours, with theirs where another value is written or has no effect beside the other keys, or only trains."""
+    gla, moe, pair = ours.gla, ours.moe, ours.pair
+    if pair.shared_projections:
+        pair = replace(pair, norm_place=theirs.pair.norm_place)
+    if gla.gate is Gate.tied:
+        gla = replace(gla, gate_rank=theirs.gla.gate_rank, gate_normalizer=theirs.gla.gate_normalizer)
+    if (moe.expert_ffn_size or theirs.ffn_size) == (theirs.moe.expert_ffn_size or theirs.ffn_size):
+        moe = replace(moe, expert_ffn_size=theirs.moe.expert_ffn_size)
+    if moe.bias_update_rate > 0 and theirs.moe.bias_update_rate > 0:
+        moe = replace(moe, bias_update_rate=theirs.moe.bias_update_rate)
+    return replace(ours, gla=gla, moe=moe, pair=pair)
 
 
 def _differences(ours, theirs, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -144,10 +160,11 @@ def _parallel(values: dict[str, Any]) -> ModelConfig:
             feature_map=FeatureMap(values["linear_feature_map"]),
             gate=Gate(values["linear_gate"]),
             lower_bound=float(values["linear_gate_lower_bound"]),
+            rope=values.get("linear_rope", False),
             gate_rank=values["gate_low_rank_dim"],
             gate_normalizer=float(values["gate_logit_normalizer"]),
         ),
-        pair=PairConfig(shared_projections=values["shared_projections"]),
+        pair=PairConfig(shared_projections=values["shared_projections"], norm_place=_norm_place(values)),
         meta=MetaConfig(
             num_tokens=values["num_meta_tokens"],
             positions=MetaPositions(values["meta_positions"]),
@@ -164,6 +181,11 @@ def _parallel(values: dict[str, Any]) -> ModelConfig:
         ),
         **_shape(values),
     )
+
+
+def _norm_place(values: dict[str, Any]) -> MergePlace:
+    before = values.get("merge_norm_before_projection", False) and not values["shared_projections"]
+    return MergePlace.before_projection if before else MergePlace.behind_projection
 
 
 def _expert_size(values: dict[str, Any]) -> int | None:

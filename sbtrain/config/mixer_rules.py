@@ -9,8 +9,9 @@ from sbtrain.config.model_schema import FeatureMap, Gate, ModelConfig
 def check_mixers(model: ModelConfig) -> None:
     """What gated linear attention, pairs and meta tokens are made of fits together."""
     gla, meta = model.gla, model.meta
-    if gla.gate_rank < 1 or gla.gate_normalizer <= 0:
-        raise ValueError("model.gla.gate_rank and model.gla.gate_normalizer must be greater than 0")
+    for key, value in {"gate_rank": gla.gate_rank, "gate_normalizer": gla.gate_normalizer}.items():
+        if not value > 0:
+            raise ValueError(f"model.gla.{key}={value} must be greater than 0")
     if gla.gate is Gate.tied and gla.feature_map is not FeatureMap.sigmoid:
         raise ValueError(
             f"model.gla.gate=tied is 1 - key, which the feature map {gla.feature_map.name} can make negative; set "
@@ -22,8 +23,9 @@ def check_mixers(model: ModelConfig) -> None:
         raise ValueError(
             f"model.gla.lower_bound={gla.lower_bound} is of a tied gate; set model.gla.gate=tied or drop it"
         )
-    if meta.num_tokens < 0 or meta.init_std < 0:
-        raise ValueError("model.meta.num_tokens and model.meta.init_std must be 0 or more")
+    for key, value in {"num_tokens": meta.num_tokens, "init_std": meta.init_std}.items():
+        if not value >= 0:
+            raise ValueError(f"model.meta.{key}={value} must be 0 or more")
     if model.pair.calibration_tokens < 1:
         raise ValueError(f"model.pair.calibration_tokens={model.pair.calibration_tokens} must be 1 or more")
 

@@ -44,6 +44,20 @@ class MergeInit(Enum):
     ones = "ones"
 
 
+class MergePlace(Enum):
+    """Where a pair's branch norms are: behind output projections of their own, or before them (Hymba)."""
+
+    behind_projection = "behind_projection"
+    before_projection = "before_projection"
+
+
+class MetaInit(Enum):
+    """First values of meta tokens: normal ones, or the embeddings of the commonest tokens of the data."""
+
+    normal = "normal"
+    frequent = "frequent"
+
+
 class MetaPositions(Enum):
     """Rotary positions of meta tokens: 0, 1, ... with documents behind them, or none, documents starting at 0."""
 
@@ -65,6 +79,7 @@ class GLAConfig:
     feature_map: of queries and keys.
     gate: where the decay comes from; tied needs the sigmoid feature map.
     lower_bound: of a tied gate's decay, which is then lower_bound + (1 - lower_bound)(1 - key); at least 0, below 1.
+    rope: queries and keys are rotated behind the feature map, as those of softmax attention are.
     gate_rank: width of the gate's bottleneck, in channels.
     gate_normalizer: divisor of a low-rank gate's log decay; 16 gives a new gate a half-life of 16 tokens.
     out_norm_init: weight of a new output norm at conversion. 1 is the released code's; softmax attention puts out
@@ -74,6 +89,7 @@ class GLAConfig:
     feature_map: FeatureMap = FeatureMap.relu
     gate: Gate = Gate.low_rank
     lower_bound: float = 0.0
+    rope: bool = False
     gate_rank: int = 16
     gate_normalizer: float = 16.0
     out_norm_init: float = 1.0
@@ -87,11 +103,18 @@ class PairConfig:
         projection. Otherwise each has its own, and its norm after it.
     norm_init: first weights of the branch norms.
     calibration_tokens: tokens of the calibration batch.
+    norm_place: of the branch norms, whose weights also weigh the branches, where the projections are not shared.
     """
 
     shared_projections: bool = False
     norm_init: MergeInit = MergeInit.calibrated
     calibration_tokens: int = 65_536
+    norm_place: MergePlace = MergePlace.behind_projection
+
+    @property
+    def norms_before_projection(self) -> bool:
+        """Whether the branch norms are over the channels of all heads."""
+        return self.shared_projections or self.norm_place is MergePlace.before_projection
 
 
 @dataclass(frozen=True)
@@ -101,12 +124,14 @@ class MetaConfig:
     num_tokens: how many; 0 is none, the 76B has 128. They see one another, both ways, and nothing else.
     positions: their rotary positions.
     in_state: gated linear attention reads them too: their state is the first state of every document.
-    init_std: standard deviation of their first values.
+    init: their first values; frequent counts the data's first pair.calibration_tokens tokens and needs start.path.
+    init_std: standard deviation of normal first values.
     """
 
     num_tokens: int = 0
     positions: MetaPositions = MetaPositions.prepended
     in_state: bool = True
+    init: MetaInit = MetaInit.normal
     init_std: float = 0.02
 
 
@@ -120,7 +145,8 @@ class MoEConfig:
     expert_ffn_size: width of an expert, in channels; null is the dense FFN's.
     score: what turns router logits into weights.
     renormalize: the weights of the top_k experts of a token add up to 1; top_k=1 needs false.
-    router_init_std: standard deviation of a new router's weights.
+    router_init_std: standard deviation of a new router's weights; so small that a new router is even, as upcycling
+        expects (docs/moe.md).
     aux_loss_coeff: of the load-balancing loss over the global batch; 0 is none.
     exact_aux_loss: it weighs with the load of the step itself, which takes another forward pass a step; false: with
         that of the step before, in the first step with its own.
@@ -136,7 +162,7 @@ class MoEConfig:
     expert_ffn_size: Optional[int] = None
     score: RouterScore = RouterScore.softmax
     renormalize: bool = False
-    router_init_std: float = 0.02
+    router_init_std: float = 1e-3
     aux_loss_coeff: float = 1e-3
     exact_aux_loss: bool = False
     z_loss_coeff: float = 0.0

@@ -10,9 +10,7 @@ from sbtrain.config.schema import Recompute, Stage
 
 
 def check_moe(model: ModelConfig) -> None:
-    """model.moe holds a mixture that can be trained, if the pattern has one. Raises ValueError naming key and fix."""
-    if not has_experts(model):
-        return
+    """model.moe holds a mixture that can be trained. Raises ValueError naming key and fix."""
     moe = model.moe
     least = {"num_experts": 1, "top_k": 1, "num_shared_experts": 0, "router_init_std": 0}
     least |= {"aux_loss_coeff": 0, "z_loss_coeff": 0, "bias_update_rate": 0, "capacity_factor": 0}
@@ -73,7 +71,11 @@ def experts_problem(model: ModelConfig, stage: Stage) -> str | None:
             return f"experts.{field}={getattr(experts, field)} is too small; give {smallest} or more"
     if experts.max_copies and layout.ep == 1:
         return f"experts.max_copies={experts.max_copies} copies nothing with layout.ep=1; set it to 0"
-    if experts.max_copies and not experts.copy_above > experts.release_below > 0:
+    if experts.max_copies > model.moe.num_experts:
+        return (
+            f"experts.max_copies={experts.max_copies} exceeds model.moe.num_experts={model.moe.num_experts}; lower it"
+        )
+    if not experts.copy_above > experts.release_below > 0:
         return (
             f"experts.copy_above={experts.copy_above} must exceed experts.release_below={experts.release_below}, "
             "and both 0, or experts would come and go; raise copy_above"

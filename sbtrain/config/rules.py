@@ -378,8 +378,9 @@ def _sequence_problem(model: ModelConfig, stage: Stage, layout: Layout) -> str |
         return f"layout.sp={layout.sp} does not divide seq_len={stage.seq_len}; choose an sp that does"
     problem = cut_problem(model, layout, row_tokens=stage.row_tokens)
     if problem:
+        keys = "seq_len, micro_batch or model.meta.num_tokens" if model.meta.num_tokens else "seq_len or micro_batch"
         return (
             f"layout.sp={layout.sp} x tp={layout.tp} under tp_sequence_parallel: a row of {stage.row_tokens} "
-            f"tokens{problem}; choose a seq_len or micro_batch that they divide"
+            f"tokens{problem}; choose a {keys} that they divide"
         )
     return algorithm_problem(model, layout, seq_len=stage.seq_len)

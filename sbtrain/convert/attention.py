@@ -76,13 +76,13 @@ def _extras(ours: str, theirs: str, symbol: str, model: ModelConfig, *, prefix: 
 
 
 def _merge_norm(ours: str, theirs: str, symbol: str, model: ModelConfig) -> Mapping:
-    """Over all heads, cut with them, before a shared output projection; over the residual channels after an own one."""
-    shared = model.pair.shared_projections
+    """Over all heads, cut with them, before the output projection; over the residual channels behind it."""
+    before = model.pair.norms_before_projection
     source = Source(
         f"{theirs}.{BRANCH[symbol]}merge_norm.weight",
-        (model.num_heads * model.head_dim if shared else model.hidden_size,),
+        (model.num_heads * model.head_dim if before else model.hidden_size,),
     )
-    name, cut_dim = f"{ours}{MERGE_NORMS}{symbol}.weight", 0 if shared else None
+    name, cut_dim = f"{ours}{MERGE_NORMS}{symbol}.weight", 0 if before else None
     return Direct(name, source.shape, (source,), cut_dim, Fill.norm, new=True)
 
 

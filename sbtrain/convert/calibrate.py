@@ -1,7 +1,7 @@
 """How strong the attention outputs of the unconverted model are: what the branch norms of pairs start from.
 
 The mean over all tokens of the root mean square of each layer's attention output: behind the output projection where
-the mixers of a pair have their own, before it where they share one, since that is where the branch norms are.
+the branch norms of pairs come behind it, before it where they come before it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.place import primitive
 from parallel.schedule import chunks_of, in_rounds, run_rows
 from parallel.sequence.shard import Row
+from parallel.sequence.ulysses import heads_problem
 from sbtrain.config.model_schema import ModelConfig
 
 
-def teacher_of(model: ModelConfig) -> ModelConfig:
-    """The model that start.path holds: full attention and a dense FFN in every layer, no meta tokens."""
-    return replace(model, pattern="F", meta=replace(model.meta, num_tokens=0))
+def teacher_of(model: ModelConfig, layout: Layout, *, seq_len: int) -> ModelConfig:
+    """The model that start.path holds: full attention and a dense FFN in every layer, no meta tokens.
+
+    seq_len: of the longest document. Where key/value heads cannot be dealt over layout.sp, as full attention needs, its
+    layers are windows of seq_len tokens: the same numbers, carried by halos.
+    """
+    problem = heads_problem(num_kv_heads=model.num_kv_heads // layout.tp, sp=layout.sp)
+    return replace(model, pattern="S" if problem else "F", window=seq_len, meta=replace(model.meta, num_tokens=0))
 
 
 @torch.no_grad()

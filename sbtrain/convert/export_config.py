@@ -45,8 +45,8 @@ def sbtrain_refusal(model: ModelConfig) -> str | None:
         (model.meta.num_tokens > 0, "it has no meta tokens"),
         (
             any("L" in kind.mixers for kind in kinds)
-            and (gla.feature_map is not FeatureMap.relu or gla.gate is not Gate.low_rank),
-            "its linear attention has ReLU features and a gate of its own",
+            and (gla.feature_map is not FeatureMap.relu or gla.gate is not Gate.low_rank or gla.rope),
+            "its linear attention has ReLU features, a gate of its own and no RoPE",
         ),
     ]
     return next((reason for refused, reason in reasons if refused), None)
@@ -135,7 +135,9 @@ def _parallel(model: ModelConfig) -> dict[str, Any]:
         "linear_feature_map": gla.feature_map.value,
         "linear_gate": gla.gate.value,
         "linear_gate_lower_bound": gla.lower_bound,
+        "linear_rope": gla.rope,
         "shared_projections": model.pair.shared_projections,
+        "merge_norm_before_projection": model.pair.norms_before_projection,
         "num_meta_tokens": model.meta.num_tokens,
         "meta_positions": model.meta.positions.value,
         "meta_in_state": model.meta.in_state,

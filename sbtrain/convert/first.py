@@ -6,7 +6,7 @@ upcycled experts are from the dense FFNs. Reports read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from parallel.place import section
 from parallel.schedule import chunks_of, evaluate_rows
 from parallel.sequence.shard import Row
 from sbtrain.checkpoint.files import write_json
-from sbtrain.config.model_schema import MergeInit, ModelConfig
+from sbtrain.config.model_schema import MergeInit, MetaInit, ModelConfig
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Recipe
 from sbtrain.convert.calibrate import output_strengths, teacher_of
@@ -39,6 +39,7 @@ class FirstWeights:
         self.recipe, self.mesh, self.seq_len = recipe, mesh, seq_len
         self.converts = bool(recipe.start.path) and not starts_from_export(recipe.start.path)
         self.merge_norms: dict[int, float] = {}
+        self.meta_ids: list[int] = []
         self.measured: dict = {}
         self._read_rows, self._rows, self._dense_loss = read_rows, [], 0.0
 
@@ -47,14 +48,16 @@ class FirstWeights:
         model = self.recipe.model
         pairs = [i for i, kind in enumerate(parse_pattern(model.pattern, model.num_layers)) if len(kind.mixers) > 1]
         calibrates = bool(pairs) and model.pair.norm_init is MergeInit.calibrated
+        copies = model.meta.num_tokens > 0 and model.meta.init is MetaInit.frequent
         if not self.converts or self._read_rows is None:
-            if calibrates and not starts_from_export(self.recipe.start.path):
-                missing = "start.path" if not self.recipe.start.path else "data"
-                self._say(f"model.pair.norm_init=calibrated: there is no {missing}, the branch norms start at one")
+            self._say_what_is_left_out(calibrates=calibrates, copies=copies)
             return
-        if not calibrates and not moe_layers(model):
+        if not (calibrates or copies or moe_layers(model)):
             return
         self._rows = self._read_rows(model.pair.calibration_tokens)
+        if copies:
+            self.meta_ids = commonest(self._rows, model.meta.num_tokens)
+            self.measured["meta_tokens"] = {"tokens": self._num_tokens, "copies_of": self.meta_ids}
         if calibrates:
             self._calibrate(pairs)
         if moe_layers(model):
@@ -64,7 +67,7 @@ class FirstWeights:
 
     def fill(self, model) -> None:
         """Set this rank's parameters to the recipe's first weights. model: a stage or the list of its chunks."""
-        fill_model(self.recipe, model, self.mesh, merge_norms=self.merge_norms)
+        fill_model(self.recipe, model, self.mesh, merge_norms=self.merge_norms, meta_ids=self.meta_ids)
 
     def check(self, model) -> None:
         """Measure what upcycling has changed, on the model with its first weights, and keep and print all measured."""
@@ -74,11 +77,21 @@ class FirstWeights:
         if self.measured and self.mesh.rank == 0:
             write_json(Path(self.recipe.run_dir) / FILE, self.measured)
 
+    def _say_what_is_left_out(self, *, calibrates: bool, copies: bool) -> None:
+        if starts_from_export(self.recipe.start.path):
+            return
+        missing = "start.path" if not self.recipe.start.path else "data"
+        if calibrates:
+            self._say(f"model.pair.norm_init=calibrated: there is no {missing}, the branch norms start at one")
+        if copies:
+            self._say(f"model.meta.init=frequent: there is no {missing}, the meta tokens start at random")
+
     def _calibrate(self, pairs: list[int]) -> None:
         model = self.recipe.model
         with section("calibration"):
-            teacher, shared = self._built(teacher_of(model)), model.pair.shared_projections
-            strengths = output_strengths(teacher, self.mesh, self._rows, before_projection=shared)
+            teacher = self._built(teacher_of(model, self.mesh.layout, seq_len=self.seq_len))
+            before = model.pair.norms_before_projection
+            strengths = output_strengths(teacher, self.mesh, self._rows, before_projection=before)
         self.merge_norms = {layer: strengths[layer] for layer in pairs}
         self.measured["calibration"] = {"tokens": self._num_tokens, "merge_norms": self.merge_norms}
         low, high = min(self.merge_norms.values()), max(self.merge_norms.values())
@@ -109,7 +122,7 @@ class FirstWeights:
     def _built(self, model: ModelConfig):
         """Another model on this layout, with its first weights."""
         built = build_chunks(model, self.mesh, precision=self.recipe.precision, seq_len=self.seq_len)
-        fill_model(self.recipe, built, self.mesh, merge_norms=self.merge_norms)
+        fill_model(self.recipe, built, self.mesh, merge_norms=self.merge_norms, meta_ids=self.meta_ids)
         return built
 
     def _loss(self, model) -> float:
@@ -127,7 +140,21 @@ class FirstWeights:
             print(text, flush=True)
 
 
-def fill_model(recipe: Recipe, model, mesh: Mesh, *, merge_norms: dict[int, float] | None = None) -> None:
+def commonest(rows: list[Row], num_tokens: int) -> list[int]:
+    """That many ids of the rows' tokens, the commonest first (of equals the smaller), over again if there are fewer."""
+    counts = torch.bincount(torch.cat([row.tokens for row in rows]))
+    ids = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())].tolist()
+    return [ids[i % len(ids)] for i in range(num_tokens)]
+
+
+def fill_model(
+    recipe: Recipe,
+    model,
+    mesh: Mesh,
+    *,
+    merge_norms: dict[int, float] | None = None,
+    meta_ids: Sequence[int] = (),
+) -> None:
     """Set this rank's parameters of a model of the recipe (or of its teacher) from start.path or the seed.
 
     model: a stage or the list of its chunks.
@@ -145,4 +172,5 @@ def fill_model(recipe: Recipe, model, mesh: Mesh, *, merge_norms: dict[int, floa
             ep_rank=mesh.ep_rank,
             ep=mesh.layout.ep,
             merge_norms=merge_norms,
+            meta_ids=meta_ids,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping as Named
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -21,7 +22,7 @@ from sbtrain.convert.attention import MERGE_NORMS, draw_new
 from sbtrain.convert.exported import check_exported, copy_exported
 from sbtrain.convert.hf import HFCheckpoint
 from sbtrain.convert.mapping import Fill, Mapping, Part
-from sbtrain.convert.weights import EMBEDDING, OUTPUT, check_names, inherited, table
+from sbtrain.convert.weights import EMBEDDING, META, OUTPUT, check_names, inherited, table
 
 SCRATCH_STD = 0.02
 
@@ -39,6 +40,7 @@ def fill(
     ep: int = 1,
     buffers: dict[str, Tensor] | None = None,
     merge_norms: Named[int, float] | None = None,
+    meta_ids: Sequence[int] = (),
 ) -> None:
     """Fill the parameters of one rank.
 
@@ -48,6 +50,7 @@ def fill(
     path: a Hugging Face folder, of a source family or exported by us; "" draws everything from the seed (matrices
         N(0, 0.02), norms one, biases zero).
     merge_norms: value of the norms of a converted pair by layer (see sbtrain.convert.calibrate); 1 where absent.
+    meta_ids: tokens whose embeddings a conversion's meta tokens copy; none: they are drawn.
     Raises ValueError, one line, when a tensor is missing, unused, of another shape or dtype, or when the parameters
     are not those of the model.
     """
@@ -66,6 +69,9 @@ def fill(
         row = rows[name]
         if reader is not None and not row.new:
             row.copy_into(parameter, reader, part)
+        elif reader is not None and meta_ids and name == META:
+            embedding = rows[EMBEDDING].sources[0].name
+            parameter.copy_(torch.cat([reader.get_slice(embedding, 0, token, token + 1) for token in meta_ids]))
         else:
             draw = partial(_draw, row, seed=seed, norm=_norm(row, model, merge_norms or {}), scratch=reader is None)
             row.draw_into(parameter, draw, part)

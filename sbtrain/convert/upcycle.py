@@ -11,8 +11,8 @@ the dense FFN, and S + w of them add up to it (SpikingBrain report, equation 18)
     sigmoid                 k / 2     each with a weight of nearly sigmoid(0)
     either, renormalized    1
 
-The choice favors the larger weights, and silu is not homogeneous: `sbtrain.convert.start_check` measures what is left.
-An expert is read by the rank that holds it, one source tensor at a time.
+The choice favors the larger weights, and silu is not homogeneous: `sbtrain.convert.upcycle_check` measures what is
+left. An expert is read by the rank that holds it, one source tensor at a time.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ def expert_size(model: ModelConfig) -> int:
 
 
 def merge_norm_size(model: ModelConfig) -> int:
-    """Channels that a pair's branch norm scales: before the output projection where the mixers share it."""
-    return model.num_heads * model.head_dim if model.pair.shared_projections else model.hidden_size
+    """Channels that a pair's branch norm scales: over all heads where it comes before the output projection."""
+    return model.num_heads * model.head_dim if model.pair.norms_before_projection else model.hidden_size
 
 
 def _attention_parameters(model: ModelConfig, kind: LayerKind) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """L: grouped-query gated linear attention as in SpikingBrain-7B (report section 3.1; released modeling code) or 76B.
 
-q = f(Wq x), k = f(Wk x), v = Wv x, no RoPE; f is relu (7B) or sigmoid (76B). The decay per kv head and key channel
-comes from a low-rank gate, log decay = logsigmoid(W1 W0 x + b) / 16 (7B), or is tied to the key, decay = 1 - k (76B):
-log decay = -softplus(Wk x), from the pre-activation since 1 - k rounds to 0. Log decays are fp32. The output is
-RMS-normalized per head with one shared weight.
+q = f(Wq x), k = f(Wk x), v = Wv x; f is relu (7B) or sigmoid (76B). No RoPE, unless model.gla.rope. The decay per kv
+head and key channel comes from a low-rank gate, log decay = logsigmoid(W1 W0 x + b) / 16 (7B), or is tied to the key,
+decay = 1 - k (76B): log decay = -softplus(Wk x), from the pre-activation since 1 - k rounds to 0, and before RoPE. Log
+decays are fp32. The output is RMS-normalized per head with one shared weight.
 
 Meta tokens come before every document: the state that they leave behind, from zero, is the one a document starts from.
 """
@@ -24,6 +24,7 @@ from sbtrain.model.cache import LayerCache
 from sbtrain.model.mixer import Mixer, split_meta
 from sbtrain.model.norm import RMSNorm
 from sbtrain.model.projections import split_qkv
+from sbtrain.model.rotary import Rotary
 
 FEATURE_MAPS = {FeatureMap.relu: F.relu, FeatureMap.sigmoid: torch.sigmoid}
 
@@ -61,6 +62,7 @@ class GatedLinearAttention(Mixer):
         self.gla, self.meta_in_state = model.gla, model.meta.in_state
         heads = dict(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
         self.mix = mixing("L", sp_algorithm, **heads, group=groups.cp)
+        self.rotary = Rotary(model) if self.gla.rope else None
         if self.gla.gate is Gate.low_rank:
             self.gate_down = GateDown(config, model.gla.gate_rank)
             self.gate_up = mcore.ColumnParallelLinear(
@@ -88,6 +90,8 @@ class GatedLinearAttention(Mixer):
         """See Mixer.core."""
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         q, k, log_decay = self._features(x, q, k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, documents.positions)
         if documents.num_meta:
             o = self._scan_with_meta(cache, (q, k, v, log_decay), documents)
         elif cache is None:

@@ -27,12 +27,12 @@ class Mixer(mcore.MegatronModule):
             self.linear_qkv = linear_qkv(config, groups.tp)
             self.linear_proj = linear_proj(config, groups.tp)
 
-    def forward(self, x: Tensor, documents: Documents, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, cache: LayerCache | None = None, norm=None) -> Tensor:
         """x [T/(sp·tp with tp_sequence_parallel),1,D] -> the same. cache: read and replaced (see Documents.keepers);
-        then the row is one document.
+        then the row is one document. norm: of what the output projection reads.
         """
         o = self.core(x, self.linear_qkv(x)[0], documents, cache)
-        return self.linear_proj(o)[0]
+        return self.linear_proj(o if norm is None else norm(o))[0]
 
     @abstractmethod
     def core(self, x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:

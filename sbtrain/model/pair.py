@@ -4,9 +4,10 @@ With projections of their own each branch is a whole mixer, and its norm comes b
 
     y = 1/2 (norm_L(L(x)) + norm_S(S(x)))
 
-With shared ones there is one q, k, v projection before the branches' cores and one output projection behind the
-average; the norms come before it, over the channels of all heads. Source: SpikingBrain report, section 2.2 and figure
-3, which leave both open; norms behind the projections are those of SpikingBrain2.0.
+or, with model.pair.norm_place=before_projection, before it, over the channels of all heads. With shared ones there is
+one q, k, v projection before the branches' cores and one output projection behind the average, and the norms always
+come before it. Source: SpikingBrain report, section 2.2 and figure 3, which leave both open; norms behind the
+projections are those of SpikingBrain2.0, before them those of Hymba.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Pair(mcore.MegatronModule):
         self, config: mcore.TransformerConfig, *, model: ModelConfig, groups, branches: dict[str, mcore.ModuleSpec]
     ):
         super().__init__(config)
-        self.shared = model.pair.shared_projections
+        self.shared, self.norms_before = model.pair.shared_projections, model.pair.norms_before_projection
         if self.shared:
             self.linear_qkv = linear_qkv(config, groups.tp)
             self.linear_proj = linear_proj(config, groups.tp)
@@ -60,12 +61,16 @@ class Pair(mcore.MegatronModule):
 
     def _merge_norm(self, model: ModelConfig, groups) -> torch.nn.Module:
         about = dict(eps=model.norm_eps, dtype=self.config.params_dtype, device=torch.cuda.current_device())
-        if self.shared:
+        if self.norms_before:
             return AllHeadsNorm(model.num_heads * model.head_dim, tp_group=groups.tp, **about)
         return RMSNorm(model.hidden_size, sequence_parallel=self.config.sequence_parallel, **about)
 
     def forward(self, x: Tensor, documents: Documents, cache: LayerCache | None = None) -> Tensor:
         """See Mixer.forward; one branch keeps a state in the cache, the other keys and values."""
+        if self.norms_before and not self.shared:
+            branches = ((branch, self.merge_norms[symbol]) for symbol, branch in self.branches.items())
+            first, second = (branch(x, documents, cache, norm) for branch, norm in branches)
+            return 0.5 * (first + second)
         if not self.shared:
             return self._merged({symbol: branch(x, documents, cache) for symbol, branch in self.branches.items()})
         qkv, _ = self.linear_qkv(x)

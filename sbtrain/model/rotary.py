@@ -1,4 +1,4 @@
-"""Inverse frequencies of rotary embeddings, with Llama-3 scaling."""
+"""Rotary embeddings of queries and keys, with Llama-3 scaling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ import math
 import torch
 from torch import Tensor
 
+import ops
 from sbtrain.config.model_schema import ModelConfig, RopeScaling
+
+
+class Rotary:
+    """Rotates queries and keys by their positions."""
+
+    def __init__(self, model: ModelConfig):
+        self._inv_freq = inverse_frequencies(model)
+
+    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """q [1,T,Hq,D], k [1,T,Hkv,D], positions int64 [T] -> q and k, rotated."""
+        with torch.inference_mode(False):  # a later call may train
+            self._inv_freq = self._inv_freq.to(q.device)
+        return ops.rope_qk(q, k, positions[None], self._inv_freq)
 
 
 def inverse_frequencies(model: ModelConfig) -> Tensor:

@@ -22,7 +22,7 @@ from sbtrain.model.cache import LayerCache
 from sbtrain.model.mixer import Mixer, split_meta
 from sbtrain.model.norm import RMSNorm
 from sbtrain.model.projections import split_qkv
-from sbtrain.model.rotary import inverse_frequencies
+from sbtrain.model.rotary import Rotary
 
 
 class SoftmaxAttention(Mixer):
@@ -44,7 +44,7 @@ class SoftmaxAttention(Mixer):
         self.mix = mixing("F" if window is None else "S", sp_algorithm, **heads, window=window, group=groups.cp)
         self.q_norm = self._head_norm(model, groups.tp) if model.qk_norm else None
         self.k_norm = self._head_norm(model, groups.tp) if model.qk_norm else None
-        self.inv_freq = inverse_frequencies(model)
+        self.rotary = Rotary(model)
 
     def _head_norm(self, model: ModelConfig, tp_group) -> RMSNorm:
         return RMSNorm(
@@ -60,9 +60,7 @@ class SoftmaxAttention(Mixer):
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        with torch.inference_mode(False):  # a later call may train
-            inv_freq = self.inv_freq = self.inv_freq.to(q.device)
-        q, k = ops.rope_qk(q, k, documents.positions[None], inv_freq)
+        q, k = self.rotary(q, k, documents.positions)
         if documents.num_meta:
             o = self._attend_with_meta(cache, q, k, v, documents)
         elif cache is None:

@@ -92,7 +92,7 @@ def layer_activation_bytes(
     key_value = model.num_kv_heads * model.head_dim
     mixer = _mixer_channels(model, kind) / layout.tp
     if len(kind.mixers) > 1:
-        mixer += 2 * (merge_norm_size(model) / layout.tp if model.pair.shared_projections else residual)
+        mixer += 2 * (merge_norm_size(model) / layout.tp if model.pair.norms_before_projection else residual)
     gate = 8 * key_value / layout.tp if "L" in kind.mixers else 0
     sent = 2 * model.hidden_size * model.moe.top_k / layout.tp if kind.moe else 0
     if recompute is Recompute.selective:
@@ -155,7 +155,7 @@ def _layer_share(model: ModelConfig, kind: LayerKind, tp: int) -> float:
     parts = layer_parameters(model, kind)
     parts.pop("experts", None)
     whole = parts["norms"] + parts.get("router", 0)
-    if len(kind.mixers) > 1 and model.pair.shared_projections:  # these are cut with the heads that they scale
+    if len(kind.mixers) > 1 and model.pair.norms_before_projection:  # these are cut with the heads that they scale
         whole -= len(kind.mixers) * merge_norm_size(model)
     whole += model.gla.gate_rank * model.hidden_size if "gate" in parts else 0
     return whole + (sum(parts.values()) - whole) / tp

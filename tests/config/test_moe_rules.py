@@ -24,6 +24,7 @@ MODEL = replace(TINY, pattern="L:m")
         ({"top_k": 0}, "model.moe.top_k=0 is too small; give 1 or more"),
         ({"renormalize": True}, "model.moe.renormalize=true makes every weight 1 with model.moe.top_k=1"),
         ({"bias_update_rate": 0.1}, "model.moe.bias_update_rate=0.1 needs model.moe.score=sigmoid; set the rate to 0"),
+        ({"num_experts": 0}, "model.moe.num_experts=0 is too small; give 1 or more"),
         ({"capacity_factor": -1.0}, "model.moe.capacity_factor=-1.0 is too small; give 0 or more"),
         ({"aux_loss_coeff": float("nan")}, "model.moe.aux_loss_coeff=nan is too small"),
         ({"exact_aux_loss": True, "aux_loss_coeff": 0.0}, "model.moe.exact_aux_loss=true has no effect"),
@@ -35,7 +36,8 @@ def test_mixtures_that_cannot_be_trained(changes, words):
     with pytest.raises(ValueError) as caught:
         check_moe(replace(MODEL, moe=moe))
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    check_moe(replace(TINY, moe=moe))  # without a mixture nothing is wrong with it
+    with pytest.raises(ValueError):
+        check_moe(replace(TINY, moe=moe))  # plans divide by them whether a layer has a mixture or not
 
 
 def test_mixtures_that_can_be_trained():
@@ -54,6 +56,13 @@ def test_mixtures_that_can_be_trained():
             {"layout": Layout(ep=2)},
             "experts.copy_above=1.0 must exceed experts.release_below=1.5",
         ),
+        (
+            {"max_copies": 17},
+            {"layout": Layout(ep=2)},
+            "experts.max_copies=17 exceeds model.moe.num_experts=16; lower it",
+        ),
+        ({"copy_above": -1.0}, {}, "experts.copy_above=-1.0 must exceed experts.release_below=1.5"),
+        ({"release_below": 0.0}, {}, "experts.copy_above=3.0 must exceed experts.release_below=0.0"),
         ({"align": Align.drop}, {}, "experts.align=drop drops nothing with experts.align_tokens=1"),
         ({"align_tokens": 0}, {}, "experts.align_tokens=0 is too small; give 1 or more"),
         (

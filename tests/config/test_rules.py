@@ -131,9 +131,17 @@ REFUSALS = [
     ),
     (
         {f"{S}.layout": Layout(tp=4, tp_sequence_parallel=True), "model.meta.num_tokens": 3},
-        ["tp=4 under tp_sequence_parallel", "model.meta.num_tokens=3 before each", "tp 4 holds equal parts"],
+        [
+            "tp=4 under tp_sequence_parallel", "model.meta.num_tokens=3 before each", "tp 4 holds equal parts",
+            "choose a seq_len, micro_batch or model.meta.num_tokens that they divide",
+        ],
     ),
-]
+    ({"model.meta.num_tokens": -1}, ["model.meta.num_tokens=-1 must be 0 or more"]),
+    ({"model.meta.init_std": -0.5}, ["model.meta.init_std=-0.5 must be 0 or more"]),
+    ({"model.gla.gate_rank": 0}, ["model.gla.gate_rank=0 must be greater than 0"]),
+    ({"model.gla.gate_normalizer": -2.0}, ["model.gla.gate_normalizer=-2.0 must be greater than 0"]),
+    ({"model.moe.num_experts": 0}, ["model.moe.num_experts=0 is too small; give 1 or more"]),  # the 7B has none
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

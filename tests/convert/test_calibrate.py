@@ -14,9 +14,20 @@ import plain_model
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.sequence.shard import IGNORE, Row
-from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MergeInit, MetaConfig, MoEConfig, PairConfig
+from sbtrain.config.model_schema import (
+    FeatureMap,
+    Gate,
+    GLAConfig,
+    MergeInit,
+    MergePlace,
+    MetaConfig,
+    MetaInit,
+    MoEConfig,
+    PairConfig,
+)
 from sbtrain.config.schema import Precision, Recipe, Start
-from sbtrain.convert.first import FILE, FirstWeights
+from sbtrain.convert.first import FILE, FirstWeights, commonest
+from sbtrain.convert.hf import HFCheckpoint
 from sbtrain.convert.upcycle import alpha_of
 from sbtrain.model.build import build_chunks, global_parameters
 from tiny_checkpoints import model_of, save_tiny
@@ -40,7 +51,7 @@ def rows_of(num_tokens: int) -> list[Row]:
     assert num_tokens == 3 * NUM_TOKENS
     generator, rows = torch.Generator().manual_seed(4), []
     for cut in (0, 10, 24):
-        tokens = torch.randint(131, (NUM_TOKENS,), generator=generator)
+        tokens = torch.randint(128, (NUM_TOKENS,), generator=generator)
         labels = torch.cat([tokens[1:], torch.tensor([IGNORE])])
         edges = sorted({0, cut, NUM_TOKENS})
         labels[[edge - 1 for edge in edges[1:]]] = IGNORE
@@ -59,7 +70,8 @@ def _first_weights(rank: int, layout: Layout, model, teacher: str, folder: str, 
         first.check(built)
         named = global_parameters(*built).items()
         norms = {name: weight.detach().clone() for name, weight in named if "merge_norms" in name}
-    return {"measured": first.measured, "norms": norms}
+        meta = global_parameters(*built).get("embedding.meta_tokens")
+    return {"measured": first.measured, "norms": norms, "meta": meta if meta is None else meta.detach().clone()}
 
 
 def _expected_norms(folder: Path, *, shared: bool) -> dict[int, float]:
@@ -121,6 +133,37 @@ def test_branch_norms_and_checks_are_the_same_on_every_layout(run_ranks, tmp_pat
     for num_ranks, layout in LAYOUTS:
         for found in run_ranks(num_ranks)(_first_weights, layout, *arguments):
             _same(found["measured"], one["measured"])
+
+
+def test_a_layout_that_full_attention_has_no_heads_for(run_ranks, tmp_path):
+    """9/3 heads over 4 sp ranks: the pairs go, and so must the teacher."""
+    save_tiny(tmp_path / "teacher", "qwen2_tied")
+    model = hybrid(tmp_path / "teacher", pattern="(LS):m", window=5)
+    arguments = (model, str(tmp_path / "teacher"), str(tmp_path))
+    (one,) = run_ranks(1)(_first_weights, Layout(), *arguments)
+    expected = _expected_norms(tmp_path / "teacher", shared=False)
+    assert one["measured"]["calibration"]["merge_norms"] == pytest.approx(expected, rel=1e-5)
+    for found in run_ranks(4)(_first_weights, Layout(sp=4), *arguments):
+        _same(found["measured"], one["measured"])
+
+
+def test_meta_tokens_that_copy_the_commonest_tokens(run_ranks, tmp_path):
+    """The same on every layout, and tokens that are equally common by id."""
+    save_tiny(tmp_path / "teacher", "qwen2_tied")
+    meta = MetaConfig(num_tokens=4, init=MetaInit.frequent)
+    pair = PairConfig(norm_place=MergePlace.before_projection, calibration_tokens=3 * NUM_TOKENS)
+    model = hybrid(tmp_path / "teacher", pattern="(LS)", meta=meta, pair=pair)
+    tokens = torch.cat([row.tokens for row in rows_of(3 * NUM_TOKENS)]).tolist()
+    ids = sorted(set(tokens), key=lambda token: (-tokens.count(token), token))[:4]
+    embedding = HFCheckpoint(tmp_path / "teacher").get("model.embed_tokens.weight")
+    expected = _expected_norms(tmp_path / "teacher", shared=True)
+    for num_ranks, layout in ((1, Layout()), (2, Layout(pp=2)), (2, Layout())):
+        found = run_ranks(num_ranks)(_first_weights, layout, model, str(tmp_path / "teacher"), str(tmp_path))
+        assert torch.equal(found[0]["meta"], embedding[ids])
+        assert found[0]["measured"]["meta_tokens"] == {"tokens": 3 * NUM_TOKENS, "copies_of": ids}
+        assert found[0]["measured"]["calibration"]["merge_norms"] == pytest.approx(expected, rel=1e-5)
+    few = commonest(rows_of(3 * NUM_TOKENS)[:1], 50)
+    assert len(few) == 50 and few[:5] == few[len(set(few)) :][:5]
 
 
 def _same(found, expected):

@@ -19,6 +19,7 @@ from sbtrain.config.model_schema import (
     FeatureMap,
     Gate,
     GLAConfig,
+    MergePlace,
     MetaConfig,
     MetaPositions,
     ModelConfig,
@@ -48,7 +49,8 @@ MODELS = {
         SEPARATE, pair=PairConfig(shared_projections=True), moe=MoEConfig(num_experts=3, top_k=2, renormalize=True)
     ),
     "own_gates": dataclasses.replace(
-        SEPARATE, gla=GLAConfig(gate_rank=3, gate_normalizer=4.0), qk_norm=True, qkv_bias=False, tie_embeddings=True,
+        SEPARATE, pair=PairConfig(norm_place=MergePlace.before_projection),
+        gla=GLAConfig(gate_rank=3, gate_normalizer=4.0, rope=True), qk_norm=True, qkv_bias=False, tie_embeddings=True,
         meta=MetaConfig(num_tokens=5, positions=MetaPositions.unrotated, in_state=False),
         moe=MoEConfig(num_experts=4, top_k=2, num_shared_experts=0, expert_ffn_size=24, score=RouterScore.sigmoid),
     ),
@@ -129,6 +131,15 @@ def test_generate_with_and_without_cache_and_padding(tmp_path, name):
         assert torch.equal(uncached[0], expected)
 
 
+def test_a_cache_that_is_empty_begins_with_the_meta_tokens(tmp_path):
+    _export(tmp_path / "out", SEPARATE)
+    student = _load(tmp_path / "out")
+    tokens = torch.randint(0, 90, (1, 9))
+    with torch.no_grad():
+        empty = type(student(tokens, use_cache=True).past_key_values)()
+        assert torch.equal(student(tokens, past_key_values=empty).logits, student(tokens).logits)
+
+
 def test_beam_search_and_training_run(tmp_path):
     _export(tmp_path / "out", SEPARATE)
     student = _load(tmp_path / "out")
@@ -204,6 +215,11 @@ def test_names_of_the_format(tmp_path):
         ({"meta": MetaConfig(num_tokens=6)}, "model.meta.num_tokens=6 contradicts 5"),
         ({"moe": MoEConfig(num_experts=8)}, "model.moe.num_experts=8 contradicts 4"),
         ({"pair": PairConfig(shared_projections=True)}, "model.pair.shared_projections=True contradicts False"),
+        ({"gla": dataclasses.replace(TIED, rope=True)}, "model.gla.rope=True contradicts False"),
+        (
+            {"pair": PairConfig(norm_place=MergePlace.before_projection)},
+            "model.pair.norm_place=before_projection contradicts behind_projection",
+        ),
         ({"hidden_size": 64}, "model.hidden_size=64 contradicts 32"),
     ],
 )
@@ -214,6 +230,27 @@ def test_a_recipe_that_describes_another_model_is_refused(tmp_path, changes, mes
     with pytest.raises(ValueError, match=message) as error:
         complete_shape(dataclasses.replace(SEPARATE, **changes), str(tmp_path / "out"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("exported", "recipe"),
+    [
+        (SEPARATE, {"moe": dataclasses.replace(SEPARATE.moe, expert_ffn_size=40)}),  # the dense width, written out
+        (SEPARATE, {"moe": dataclasses.replace(SEPARATE.moe, expert_ffn_size=40), "ffn_size": None}),
+        (SEPARATE, {"gla": dataclasses.replace(TIED, gate_rank=3)}),  # a tied gate has no bottleneck
+        (MODELS["no_meta"], {"meta": MetaConfig(positions=MetaPositions.unrotated, in_state=False)}),  # of no tokens
+        (MODELS["no_meta"], {"moe": dataclasses.replace(MODELS["no_meta"].moe, bias_update_rate=0.002)}),
+    ],
+    ids=["width", "width_open", "rank", "meta", "rate"],
+)
+def test_a_recipe_that_says_the_same_otherwise_goes_on(tmp_path, exported, recipe):
+    _export(tmp_path / "out", exported)
+    recipe = dataclasses.replace(exported, **recipe)
+    assert complete_shape(recipe, str(tmp_path / "out")) == dataclasses.replace(recipe, ffn_size=40)
+    without = dataclasses.replace(MODELS["no_meta"], moe=dataclasses.replace(MODELS["no_meta"].moe, bias_update_rate=0))
+    if exported is MODELS["no_meta"]:
+        with pytest.raises(ValueError, match="model.moe.bias_update_rate=0 contradicts 0.01"):
+            complete_shape(without, str(tmp_path / "out"))
 
 
 def test_other_formats_refuse(tmp_path):

@@ -30,11 +30,11 @@ def as_row(tokens: Tensor, cu_seqlens: Tensor | None = None) -> Row:
 
 def fill_random(model, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
     """Set this rank's parameters from global_state(config, seed)."""
-    state, shared = global_state(config, seed=seed), config.pair.shared_projections
+    state, before = global_state(config, seed=seed), config.pair.norms_before_projection
     for name, parameter in global_parameters(model).items():
         source = "embedding.word_embeddings.weight" if name == "output_layer.weight" and config.tie_embeddings else name
         with torch.no_grad():
-            where = dict(tp_rank=mesh.tp_rank, tp=mesh.layout.tp, shared_projections=shared)
+            where = dict(tp_rank=mesh.tp_rank, tp=mesh.layout.tp, norms_before_projection=before)
             parameter.copy_(local_shard(name, state[source], **where))
 
 

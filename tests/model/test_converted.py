@@ -20,6 +20,7 @@ from sbtrain.config.model_schema import (
     FeatureMap,
     Gate,
     GLAConfig,
+    MergePlace,
     MetaConfig,
     MetaPositions,
     ModelConfig,
@@ -33,6 +34,7 @@ from sharding import global_state, hf_state
 TIED = GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied)
 META = MetaConfig(num_tokens=5)
 SHARED = PairConfig(shared_projections=True)
+BEFORE = PairConfig(norm_place=MergePlace.before_projection)
 BASE = ModelConfig(
     pattern="LS", vocab_size=90, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=48,
     norm_eps=1e-5, rope_theta=1e4, max_positions=256, tie_embeddings=False, qkv_bias=False, qk_norm=False, window=7,
@@ -57,6 +59,9 @@ MODELS = {
     "pairs_among_plain_layers": replace(BASE, pattern="(LS)L(LF)S", gla=TIED, num_heads=9, num_kv_heads=3),
     "pair_LS_shared": replace(BASE, pattern="(LS)", gla=TIED, qkv_bias=True, pair=SHARED),
     "pairs_shared_qk_norm_low_rank": replace(BASE, pattern="(LS)(LF)", qk_norm=True, pair=SHARED),
+    "pairs_normed_before_own_projections": replace(BASE, pattern="(LS)(LF)", gla=TIED, pair=BEFORE, head_dim=12),
+    "L_rotated": replace(BASE, pattern="L", gla=replace(TIED, rope=True)),
+    "meta_pairs_rotated": replace(BASE, pattern="(LS)", meta=META, gla=GLAConfig(gate_rank=4, rope=True), pair=BEFORE),
     "meta_LSF": replace(BASE, pattern="LSFS", meta=META),
     "meta_pairs": replace(BASE, pattern="(LS)(LF)", gla=TIED, meta=META),
     "meta_pairs_shared": replace(BASE, pattern="(LS)(LF)", gla=TIED, meta=META, pair=SHARED),

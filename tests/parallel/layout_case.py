@@ -76,11 +76,11 @@ def rows_of(layouts: list[list[int]], vocab_size: int, *, seed: int = 1) -> list
 
 def fill(chunks, config: ModelConfig, mesh: Mesh, *, seed: int = 0) -> None:
     """Set this rank's parameters from the global random state. chunks: of its stage, or the stage that is one."""
-    state, shared = global_state(config, seed=seed), config.pair.shared_projections
+    state, before = global_state(config, seed=seed), config.pair.norms_before_projection
     for name, parameter in global_parameters(*chunks_of(chunks)).items():
         source = "embedding.word_embeddings.weight" if name == "output_layer.weight" and config.tie_embeddings else name
         with torch.no_grad():
-            where = dict(coordinates(mesh), shared_projections=shared)
+            where = dict(coordinates(mesh), norms_before_projection=before)
             parameter.copy_(local_shard(name, state[source], **where))
 
 
@@ -157,7 +157,7 @@ def one_step(
             after=after.mean,
             grads=grads,
             metrics=metrics,
-            place=dict(coordinates(mesh), shared_projections=config.pair.shared_projections),
+            place=dict(coordinates(mesh), norms_before_projection=config.pair.norms_before_projection),
         )
 
 

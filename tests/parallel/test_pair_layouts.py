@@ -8,7 +8,15 @@ import pytest
 
 from layout_case import check_equal, one_step, packed_rows, small_model
 from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
-from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, MetaPositions, PairConfig
+from sbtrain.config.model_schema import (
+    FeatureMap,
+    Gate,
+    GLAConfig,
+    MergePlace,
+    MetaConfig,
+    MetaPositions,
+    PairConfig,
+)
 from sbtrain.config.schema import Recompute
 
 HEADS = SequenceAlgorithms(*[SequenceAlgorithm.ulysses] * 3)
@@ -23,6 +31,12 @@ MODELS = {
     "pairs_meta": dict(**PAIRS, meta=META),
     "shared": dict(**PAIRS, pair=SHARED),
     "shared_meta": dict(**PAIRS, pair=SHARED, meta=META, qk_norm=True),
+    "switched": dict(
+        pattern="(LS)(LF)",
+        gla=replace(TIED, rope=True),
+        pair=PairConfig(norm_place=MergePlace.before_projection),
+        meta=META,
+    ),
     "plain_meta": dict(meta=META),
     "plain_meta_unrotated": dict(meta=replace(META, positions=MetaPositions.unrotated)),
     "low_rank_meta": dict(pattern="(LS)", meta=replace(META, in_state=False), pair=SHARED),
@@ -50,6 +64,7 @@ CASES = [
     *[("shared", name) for name in ("tp2", "tp2_seq", "sp2_states")],
     *[("plain_meta", name) for name in ("tp2_seq_pp2", "sp4_zeco")],
     ("plain_meta_unrotated", "sp2_states"),
+    *[("switched", name) for name in ("tp2", "tp2_seq", "sp2_states")],
     ("low_rank_meta", "tp2_seq"),
     ("low_rank_meta", "sp2_zeco"),
 ]

@@ -22,9 +22,11 @@ DEFAULTS = {
     "linear_feature_map": "sigmoid",
     "linear_gate": "tied",
     "linear_gate_lower_bound": 0.0,
+    "linear_rope": False,
     "gate_low_rank_dim": 16,
     "gate_logit_normalizer": 16,
     "shared_projections": False,
+    "merge_norm_before_projection": False,
     "num_meta_tokens": 0,
     "meta_positions": "prepended",
     "meta_in_state": True,
@@ -48,7 +50,9 @@ class SbtrainMoeConfig(PretrainedConfig):
     sliding_window: keys that a query of S sees, its own included; meta tokens besides.
     linear_feature_map: relu or sigmoid, of L's queries and keys. linear_gate: low_rank (gate_low_rank_dim,
         gate_logit_normalizer) or tied, decay = lb + (1 - lb)(1 - key), lb linear_gate_lower_bound.
-    shared_projections: the two mixers of a pair share q, k, v and output projections.
+        linear_rope: RoPE behind the feature map.
+    shared_projections: the two mixers of a pair share q, k, v and output projections. merge_norm_before_projection: the
+        norms of a pair's mixers come before output projections of their own, as they do before a shared one.
     num_meta_tokens: learned tokens before every text. meta_positions: prepended (texts begin behind them) or unrotated.
         meta_in_state: L's state begins with them.
     num_experts, num_experts_per_tok, num_shared_experts, moe_intermediate_size: of `:m` layers. router_score: softmax

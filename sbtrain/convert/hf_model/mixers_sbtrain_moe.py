@@ -32,6 +32,7 @@ class TokenMixer(nn.Module):
         super().__init__()
         self.config, self.layer, self.symbols = config, layer, config.mixers(layer)
         self.shared = len(self.symbols) > 1 and config.shared_projections
+        self.norm_first = config.shared_projections or config.merge_norm_before_projection
         hidden, head_dim, bias = config.hidden_size, config.head_dim, config.qkv_bias
         sizes = {"q": config.num_attention_heads * head_dim, "k": config.num_key_value_heads * head_dim}
         sizes["v"] = sizes["k"]
@@ -43,7 +44,7 @@ class TokenMixer(nn.Module):
                 setattr(self, f"{prefix}o_proj", nn.Linear(sizes["q"], hidden, bias=False))
             self._add_own(symbol, sizes)
             if len(self.symbols) > 1:
-                norm = RMSNorm(sizes["q"] if self.shared else hidden, config.rms_norm_eps)
+                norm = RMSNorm(sizes["q"] if self.norm_first else hidden, config.rms_norm_eps)
                 setattr(self, f"{BRANCH[symbol]}merge_norm", norm)
 
     def prefix(self, symbol):
@@ -74,15 +75,19 @@ class TokenMixer(nn.Module):
             q, k, v = (projection(x).unflatten(-1, (-1, self.config.head_dim)) for projection in projections)
             core = self._linear if symbol == "L" else self._softmax
             o = core(symbol, x, q, k, v, rope, valid, cache, meta)
+            norm = getattr(self, f"{BRANCH[symbol]}merge_norm", nn.Identity())
+            o = norm(o) if self.norm_first else o
             o = o if self.shared else getattr(self, f"{prefix}o_proj")(o)
-            outputs.append(getattr(self, f"{BRANCH[symbol]}merge_norm")(o) if len(self.symbols) > 1 else o)
+            outputs.append(o if self.norm_first else norm(o))
         merged = outputs[0] if len(outputs) == 1 else 0.5 * (outputs[0] + outputs[1])
         return self.o_proj(merged) if self.shared else merged
 
     def _linear(self, symbol, x, q, k, v, rope, valid, cache, meta):
-        """Gated linear attention without RoPE -> [B, T, H K]. Padding leaves the state as it is."""
+        """Gated linear attention -> [B, T, H K]. Padding leaves the state as it is."""
         key, config = (self.layer, symbol), self.config
         q, k, log_decay = self._features(x, q.float(), k.float())
+        if config.linear_rope:
+            q, k = rotate(q, rope), rotate(k, rope)
         padding = ~valid[:, -x.shape[1] :, None, None]
         v, log_decay = v.float().masked_fill(padding, 0.0), log_decay.masked_fill(padding, 0.0)
         if meta:

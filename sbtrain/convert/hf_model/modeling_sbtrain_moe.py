@@ -74,8 +74,8 @@ class SbtrainMoeModel(SbtrainMoePreTrainedModel):
         cache = past_key_values if isinstance(past_key_values, SinkCache) else None
         if past_key_values is not None and cache is None and past_key_values.get_seq_length():
             raise ValueError("past_key_values must come from this model (a SinkCache); pass None to begin")
-        if cache is None:
-            cache = SinkCache()
+        cache = SinkCache() if cache is None else cache
+        if not cache.get_seq_length():
             self._run_meta_tokens(x, cache)
         valid = HybridModel._valid(x, attention_mask, cache)
         if position_ids is None:
