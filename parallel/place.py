@@ -8,6 +8,7 @@ here once, as torch.distributed keeps the process groups.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -59,11 +60,15 @@ class Trail:
 
 @dataclass
 class Here:
-    """Where this process is, where it was when the last exception left a place, and what its GPU has still to do."""
+    """Where this process is, where it was when the last exception left a place, and what its GPU has still to do.
+
+    on_patience_end: called behind a patient place, whose memory would make others wait longer for this rank.
+    """
 
     at: At = At("between steps", Kind.work, 0)
     broken: At | None = None
     trail: Trail | None = None
+    on_patience_end: Callable[[], None] | None = None
 
 
 here = Here()
@@ -90,6 +95,8 @@ class _Mark:
         elif here.trail is not None and self._kind is Kind.wait:
             here.trail.leave(inner)
         here.at = At(outer.name, outer.kind, inner.number)
+        if self._kind is Kind.patient and here.on_patience_end is not None:
+            here.on_patience_end()
 
 
 def primitive(name: str) -> _Mark:

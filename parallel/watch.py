@@ -74,6 +74,7 @@ class RankWatch:
         self._post.sign = self._sign
         self._main, self._stays_on_rank_0 = threading.get_ident(), not _torchrun_has_the_store()
         self._post.start()
+        here.on_patience_end = self._post.hasten
         if torch.cuda.is_available():
             here.trail = Trail([torch.cuda.Event() for _ in range(_REMEMBERED)])
         names = [("", 0)] * world_size
@@ -99,7 +100,7 @@ class RankWatch:
         self._post.stop()
         if error is not None and self.rank == 0 and self._stays_on_rank_0:
             self._post.wait_until_left(limit_s=2 * self._grace_s)
-        self._post = here.trail = None
+        self._post = here.trail = here.on_patience_end = None
 
     def _run(self) -> None:
         looked = time.monotonic()
@@ -156,7 +157,11 @@ class RankWatch:
         self._post.suspects, self._post.hurry = broken or stayed_s >= self.timeout_s / 2, broken
 
     def _sign(self) -> dict:
-        sight = self._sight
+        sight, at = self._sight, here.at
+        moved_on = self._broken_since is None and self._seen is not None and at != self._seen[0]
+        if moved_on:  # since the last look
+            waiting, patient = at.kind is Kind.wait, at.kind is Kind.patient
+            sight = Sight(name=at.name, number=at.number, waiting=waiting, patient=patient)
         return {key: getattr(sight, key) for key in Sight.__dataclass_fields__ if key not in ("silent_s", "left")}
 
     def _missing(self) -> str | None:
@@ -173,6 +178,14 @@ class RankWatch:
         limits = Limits(timeout_s=self.timeout_s, silent_s=silent_s, broken_s=broken_s, gave_up=self._gave_up)
         line = decide(sights, self._who, rank=self.rank, limits=limits)
         return f"{line} ({self._error})" if line and self._error and broken_s >= self.timeout_s else line
+
+    def _num_dead(self) -> int:
+        """Ranks that give no sign of life, of those that this rank listens to."""
+        post = self._post
+        limit_s = _SILENCE * self.timeout_s if self._broken_since is None else self._grace_s
+        others = (rank for rank in range(post.world_size) if rank != self.rank)
+        here_still = [rank for rank in others if not post.signs[rank].get("left")]
+        return sum(post.silent_s(rank) >= limit_s for rank in here_still) if post.listens else 0
 
     def _hangs_for(self, limit_s: float) -> bool:
         return self._broken_since is not None or (self._sight.waiting and self._sight.frozen_s >= limit_s)
@@ -221,7 +234,7 @@ class RankWatch:
             keeper.join(_RECORD_S)
         self._post.stop()
         if self.rank == 0 and self._stays_on_rank_0:
-            self._post.wait_until_left(limit_s=self._grace_s)  # they must have read it
+            self._post.wait_until_left(limit_s=self._grace_s, num_dead=self._num_dead())  # they must have read it
         try:
             end_descendants(_DESCENDANTS_S)
         finally:

@@ -203,6 +203,20 @@ def take_time(rank: int) -> str:
     return here.at.name
 
 
+def sign_behind_patience(rank: int) -> tuple[bool, bool]:
+    """Whether this rank says that it is at patient work, in the middle of it and right behind it."""
+    said = []
+    with RankWatch(timeout_s=40, record=lambda *end: None) as watch:
+        read = lambda: json.loads(watch._post._store.get(str(rank)))["patient"]  # noqa: E731
+        with section("checkpoint save", patient=True):
+            time.sleep(2 * watch.interval_s + 0.5)
+            said.append(read())
+        time.sleep(0.5)
+        said.append(read())
+        dist.barrier()
+    return tuple(said)
+
+
 def refuse(rank: int) -> None:
     """All ranks raise a user's mistake: nothing is waited for."""
     with RankWatch(timeout_s=60, record=lambda *end: None):
@@ -215,6 +229,11 @@ def test_watches_one_after_the_other(run_ranks):
 
 def test_who_takes_time_for_a_checkpoint_is_not_missing(run_ranks):
     assert run_ranks(2)(take_time) == ["between steps"] * 2
+
+
+def test_nobody_is_waited_for_because_of_patient_work_that_is_done(run_ranks):
+    """A rank that dies before its next regular sign must not be taken for one that writes a checkpoint."""
+    assert run_ranks(2)(sign_behind_patience) == [(True, False)] * 2
 
 
 def test_errors_of_all_ranks_pass_at_once(run_ranks):
