@@ -99,7 +99,7 @@ def test_a_wrong_op_is_named(tmp_path, outside):
     "argument, message",
     [
         ("backend=tpu", "backend=tpu: choose from: maca, cuda, reference"),
-        ("ops=glaa", "ops=glaa: choose from: attention"),
+        ("ops=glaa", "ops=glaa: choose from: accumulate"),
         ("sizes=huge", "sizes=huge: choose from: small, mid"),
         ("timeout_s=soon", "timeout_s=soon: must be a number of seconds"),
         ("mark=yes", "mark=yes: choose from: true, false"),
