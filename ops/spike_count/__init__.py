@@ -24,10 +24,10 @@ __all__ = ["spike_count", "spike_values"]
 def spike_count(x: Tensor, *, k: float = 3.0, mean_abs: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """(count int32 [..., D], threshold [..., 1] fp32 or fp64) of x [..., D]; x is about count * threshold.
 
-    k: spikes per mean activation. mean_abs [..., 1], in x's dtype or fp32: the mean of |x| over the whole token, where x
-    is only a part of its channels; rounded to x's dtype like x's own. Counts beyond int32 stay at its ends. No gradient:
-    ops.spike_values passes it straight through. Raises ValueError unless k is positive and finite, x has floats and
-    mean_abs fits.
+    k: spikes per mean activation. mean_abs [..., 1], in x's dtype or fp32: the mean of |x| over the whole token, where
+    x is only a part of its channels; rounded to x's dtype like x's own. Counts beyond int32 stay at its ends. No
+    gradient: ops.spike_values passes it straight through. Raises ValueError unless k is positive and finite, x has
+    floats and mean_abs fits.
     """
     _check(x, k, mean_abs)
     return implementation("spike_count", "spike_count", x)(x, k=float(k), mean_abs=mean_abs)
