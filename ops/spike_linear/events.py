@@ -35,7 +35,7 @@ def spike_linear_events(
     if group is not None and (group < 1 or size % group):
         raise ValueError(f"group={group} must divide the {size} channels")
     num_groups = 1 if group is None else size // group
-    spikes = spike_encode(count.reshape(-1, size), encoding=encoding, lsb_first=lsb_first)
+    spikes = spike_encode(count.reshape(count.shape[:-1].numel(), size), encoding=encoding, lsb_first=lsb_first)
     columns = weight.T.long()
     total = columns.new_zeros(spikes.shape[1], num_groups, len(weight))
     of_sign = len(spikes) - 1 if lsb_first else 0
