@@ -192,13 +192,17 @@ def either(a, b):
 
 @gluon.jit
 def digit_of(x, threshold, inverse, place):
-    """Digit `place` of the counts of x as int8, see triton_kernels."""
+    """Digit `place` of the counts of x fp32 as int8, see triton_kernels."""
     ratio = x * inverse
-    ratio = gl.fma(gl.fma(-ratio, threshold, x), inverse, ratio)
-    ratio = gl.minimum(gl.maximum(ratio, -1073741824.0), 1073741824.0)
+    for _ in gl.static_range(2):
+        ratio = gl.fma(gl.fma(-ratio, threshold, x), inverse, ratio)
     away = gl.where(ratio < 0, -8388608.0, 8388608.0)
-    count = gl.where(gl.abs(ratio) < 8388608.0, (ratio + away) - away, ratio).to(gl.int32)
-    return ((count + (0x808080 & ((1 << (8 * place)) - 1))) >> (8 * place)).to(gl.int8)
+    whole = gl.where(gl.abs(ratio) < 8388608.0, (ratio + away) - away, ratio)
+    whole = gl.where(gl.abs(ratio) < float("inf"), whole, 0.0)
+    rest = gl.minimum(gl.maximum(whole, -2147483520.0), 2147483520.0).to(gl.int32)
+    for _ in range(place):
+        rest = ((rest >> 7) + 1) >> 1
+    return rest.to(gl.int8)
 
 
 @gluon.jit
@@ -311,7 +315,7 @@ def consume(
 def products(
     weight_tiles, count_tiles, y, x, weight, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    SIZE: gl.constexpr, HOW: gl.constexpr, HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
+    SIZE: gl.constexpr, HOW: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, outputs] (tiles [TOKENS, 64]) of weights [outputs, BLOCKS * DEPTH] int8 and counts [tokens, BLOCKS *
     DEPTH] int8; x, digits and blocks: see triton_kernels. ROWS: 128 or 256 rows a tile. HOW: a group's sums "in_turn"

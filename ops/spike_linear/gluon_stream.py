@@ -35,10 +35,12 @@ def load_weights(
     weights = gl.load(
         weight + row * (BLOCKS * DEPTH) + (own * DEPTH + along(DEPTH, 2, left)), mask=own < BLOCKS, other=0
     )
-    row = gl.minimum(output + along(ROWS, 1, sums), num_outputs - 1).to(gl.int64)
-    own = block + along(num_warps, 0, sums)
+    flat: gl.constexpr = gl.SliceLayout(2, sums)
+    row = output + gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(0, flat)), 0)
+    row = gl.minimum(row, num_outputs - 1).to(gl.int64) * SCALES
+    own = block + gl.expand_dims(gl.arange(0, num_warps, layout=gl.SliceLayout(1, flat)), 1)
     at = gl.where(own < BLOCKS, own, 0) if SCALES > 1 else own * 0
-    return weights, gl.load(scale + row * SCALES + at)
+    return weights, gl.expand_dims(gl.load(scale + row + at), 2)
 
 
 @gluon.jit
@@ -64,7 +66,7 @@ def load_round(
 
 @gluon.jit
 def add_round(
-    total, held, count, inside, more, most, token, block, stride_digit, BLOCKS: gl.constexpr, AHEAD: gl.constexpr,
+    total, held, count, inside, digits, most, token, block, stride_digit, BLOCKS: gl.constexpr, AHEAD: gl.constexpr,
     right: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """total with the products of a round's weights and all digits of the counts."""
@@ -76,10 +78,10 @@ def add_round(
         total += mma_v2(held[i][0], counts[i], zeros).to(gl.float32) * held[i][1]
     power = 256.0
     for place in range(1, most + 1):
-        digits = count + place * stride_digit
+        more = gl.load(digits + token, mask=inside, other=0) > 0
         for i in gl.static_range(AHEAD):
             at = block + i * num_warps
-            digit = load_counts(digits, inside & (more > 0), token, at, BLOCKS, right, num_warps)
+            digit = load_counts(count + place * stride_digit, more, token, at, BLOCKS, right, num_warps)
             total += mma_v2(held[i][0], digit, zeros).to(gl.float32) * (held[i][1] * power)
         power *= 256.0
     return total
@@ -89,11 +91,12 @@ def add_round(
 def few_tokens(
     weight, count, scale, threshold, digits, bias, y, num_outputs, num_tokens, stride_digit,
     BLOCKS: gl.constexpr, SCALES: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, AHEAD: gl.constexpr,
-    HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, outputs] of weight [outputs, BLOCKS * DEPTH] int8, scale [outputs, SCALES] (SCALES is BLOCKS or 1) and
     count int8 [digits, tokens, BLOCKS * DEPTH], digits stride_digit apart: ROWS outputs of up to TOKENS tokens a
     program. AHEAD blocks of every warp are loaded at once, the first ones before the counts are known."""
+    num_warps: gl.constexpr = gl.num_warps()
     sums: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 16)
     right: gl.constexpr = gl.DotOperandLayout(1, sums, 16)
@@ -101,19 +104,18 @@ def few_tokens(
     output = gl.program_id(0) * ROWS
     held = load_round(weight, scale, output, 0, num_outputs, BLOCKS, SCALES, ROWS, AHEAD, left, sums, num_warps)
     gdc_wait()
-    token = along(TOKENS, 2, right)
+    every = gl.arange(0, TOKENS, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
+    most = gl.max(gl.load(digits + every, mask=every < num_tokens, other=0), 0)
+    token = along(TOKENS, 2, right).to(gl.int64)
     inside = token < num_tokens
-    more = gl.load(digits + token, mask=inside, other=0)
-    most = gl.max(gl.max(gl.max(more, 2), 1), 0)
-    token = token.to(gl.int64)
     total = gl.full([num_warps, ROWS, TOKENS], 0.0, gl.float32, layout=sums)
     total = add_round(
-        total, held, count, inside, more, most, token, 0, stride_digit, BLOCKS, AHEAD, right, num_warps
+        total, held, count, inside, digits, most, token, 0, stride_digit, BLOCKS, AHEAD, right, num_warps
     )  # fmt: skip
     for block in range(ROUND, BLOCKS, ROUND):
         held = load_round(weight, scale, output, block, num_outputs, BLOCKS, SCALES, ROWS, AHEAD, left, sums, num_warps)
         total = add_round(
-            total, held, count, inside, more, most, token, block, stride_digit, BLOCKS, AHEAD, right, num_warps
+            total, held, count, inside, digits, most, token, block, stride_digit, BLOCKS, AHEAD, right, num_warps
         )  # fmt: skip
     stored: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, num_warps], [0, 1])
     summed = gl.convert_layout(gl.sum(total, 0), stored)

@@ -1,38 +1,31 @@
 """Bodies of the kernels of counts and INT8 weights; tiles are the caller's.
 
-A count of any size is digits in base 256, each in -128 .. 127: count = d0 + 256 d1 + 65536 d2 + 16777216 d3. The digit
-d0 of every count is stored and multiplied; the others are zero but for a few channels of a few tokens, and are made
-again from x where one is needed. `digits` says of every token how many more than d0 it has, `blocks` (bits, 32 a word)
-in which blocks of DEPTH channels. Products of digits and weights are exact integers in int32.
+A count of any size is digits in base 256, each in -128 .. 127: count = d0 + 256 d1 + 65536 d2 + ..., at most five. The
+digit d0 of every count is stored and multiplied; the others are zero but for a few channels of a few tokens, and are
+made again from x where one is needed. `digits` says of every token how many more than d0 it has, `blocks` (bits, 32 a
+word) in which blocks of DEPTH channels. Products of digits and weights are exact integers in int32.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+
+from ops.spike_count.triton_kernels import counted, threshold_of
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a number below 2^22, it leaves no bits behind the point
-OFFSETS = tl.constexpr(0x808080)
-
-
-@triton.jit
-def quotient(x, threshold, inverse):
-    """x / threshold rounded to nearest; inverse is 1 / threshold, rounded to nearest (Markstein's division)."""
-    ratio = x * inverse
-    return tl.fma(tl.fma(-ratio, threshold, x), inverse, ratio)
 
 
 @triton.jit
 def counts_of(x, threshold, inverse):
-    """round(x / threshold) as int32, half to even, at most 2^30 in size."""
-    ratio = tl.minimum(tl.maximum(quotient(x, threshold, inverse), -1073741824.0), 1073741824.0)
-    whole = tl.where(ratio < 0, -8388608.0, 8388608.0)
-    return tl.where(tl.abs(ratio) < 8388608.0, (ratio + whole) - whole, ratio).to(tl.int32)
+    """Counts int32 of x fp32, as ops.spike_count gives them; 0 where they are not finite."""
+    whole = counted(x, threshold, inverse)
+    whole = tl.where(tl.abs(whole) < float("inf"), whole, 0.0)
+    return tl.minimum(tl.maximum(whole, -2147483520.0), 2147483520.0).to(tl.int32)
 
 
 @triton.jit
-def digit(count, place):
-    """Digit `place` of counts, as int8."""
-    return ((count + (OFFSETS & ((1 << (8 * place)) - 1))) >> (8 * place)).to(tl.int8)
+def without_lowest(count):
+    """The digits of counts but the lowest, as counts: (count + 128) / 256, rounded down, without overflow."""
+    return ((count >> 7) + 1) >> 1
 
 
 @triton.jit
@@ -54,44 +47,57 @@ def lowest_digits(
     BLOCK: tl.constexpr,
     WORDS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
+    ALL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """count int8 [tokens, SIZE], threshold, digits [tokens] and blocks [tokens, WORDS] of x [tokens, SIZE]: a token a
-    program. mean [tokens]: of |x|, where x is a part of its tokens. blocks is left as it is where digits is 0."""
+    program. mean [tokens]: of |x|, where x is a part of its tokens. blocks is left as it is where digits is 0.
+
+    ALL: count is [5, tokens, SIZE], all digits of the tokens that have more than one. EARLY: the next kernel may start
+    at once (NVIDIA only).
+    """
     if EARLY:
-        gdc_launch_dependents()
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     values = tl.load(x + token * SIZE + channel, mask=channel < SIZE, other=0.0)
     size = tl.abs(values.to(tl.float32))
     total, top = tl.sum(size, 0), tl.max(size, 0)
-    level = tl.math.div_rn(total, SIZE * 1.0).to(x.dtype.element_ty).to(tl.float32)
     if HAS_MEAN:
-        level = tl.load(mean + token).to(tl.float32)
-    # Comparisons with NaN are false.
-    sound = (level < float("inf")) & (total < float("inf"))
-    own = tl.minimum(tl.maximum(tl.math.div_rn(level, k), 1e-5), 1e4)
-    inverse = tl.math.div_rn(1.0, own)
-    if sound & (top * inverse < 127.0):
-        rounded = (quotient(values.to(tl.float32), own, inverse) + ROUND).to(tl.int32, bitcast=True)
+        level = tl.load(mean + token)
+    else:
+        level = tl.div_rn(total, SIZE * 1.0)
+    own = threshold_of(level.to(x.dtype.element_ty).to(tl.float32), k)
+    own = tl.where(total < float("inf"), own, float("nan"))
+    inverse = tl.div_rn(1.0, own)
+    tl.store(threshold + token, own)
+    if top * inverse < 127.0:  # false where own is NaN
+        ratio = values.to(tl.float32) * inverse
+        for _ in tl.static_range(2):  # the bits of a division, see spike_count.triton_kernels.counted
+            ratio = tl.fma(tl.fma(-ratio, own, values.to(tl.float32)), inverse, ratio)
+        rounded = (ratio + ROUND).to(tl.int32, bitcast=True)
         tl.store(count + token * SIZE + channel, rounded.to(tl.int8), mask=channel < SIZE)
-        tl.store(threshold + token, own)
         tl.store(digits + token, 0)
     else:
-        most, bit = tl.zeros([1], tl.int32), tl.arange(0, 32)
+        most, bit = 0, tl.arange(0, 32)
         for word in range(WORDS):
             part = word * (32 * DEPTH) + tl.arange(0, 32 * DEPTH)
             inside = part < SIZE
             again = tl.load(x + token * SIZE + part, mask=inside, other=0.0).to(tl.float32)
-            whole = tl.where(sound, counts_of(again, own, inverse), 0)
-            tl.store(count + token * SIZE + part, digit(whole, 0), mask=inside)
-            more = (((whole + 0x80) >> 8) != 0).to(tl.int32) + (((whole + 0x8080) >> 16) != 0).to(tl.int32)
-            more += (((whole + 0x808080) >> 24) != 0).to(tl.int32)
-            needed = tl.max(tl.reshape(more, [32, DEPTH]), 1)
+            rest = counts_of(again, own, inverse)
+            tl.store(count + token * SIZE + part, rest.to(tl.int8), mask=inside)
+            needed = tl.zeros([32], tl.int32)
+            for place in tl.static_range(1, 5):
+                rest = without_lowest(rest)
+                needed = tl.where(tl.max(tl.reshape(tl.abs(rest), [32, DEPTH]), 1) > 0, place, needed)
+                if ALL:
+                    at = (place * tl.num_programs(0).to(tl.int64) + token) * SIZE + part
+                    tl.store(count + at, rest.to(tl.int8), mask=inside)
             most = tl.maximum(most, tl.max(needed, 0))
             tl.store(blocks + token * WORDS + word, tl.sum((needed > 0).to(tl.int32) << bit, 0))
-        tl.store(threshold + token, tl.where(sound, own, float("nan")))
-        tl.store(digits + token, tl.max(most, 0))
+        tl.store(digits + token, most)
 
 
 @triton.jit
@@ -127,9 +133,9 @@ def product(
     program, split = tl.program_id(0), tl.program_id(1)
     band = program // (BAND * num_columns)
     height = tl.minimum(num_rows - band * BAND, BAND)
-    rest = program - band * BAND * num_columns
-    output = (band * BAND + rest % height) * ROWS + tl.arange(0, ROWS)
-    token = rest // height * TOKENS + tl.arange(0, TOKENS)
+    place = program - band * BAND * num_columns
+    output = (band * BAND + place % height) * ROWS + tl.arange(0, ROWS)
+    token = place // height * TOKENS + tl.arange(0, TOKENS)
     channel = tl.arange(0, DEPTH)
     # What is beyond the last row or token is read twice and not stored.
     row, column = tl.minimum(output, num_outputs - 1).to(tl.int64), tl.minimum(token, num_tokens - 1).to(tl.int64)
@@ -161,11 +167,12 @@ def product(
                     for start in range(0, DEPTH, 32):
                         few = at + start + tl.arange(0, 32)
                         values = tl.load(x + column[None, :] * SIZE + few[:, None]).to(tl.float32)
-                        whole = tl.where(inside[None, :], counts_of(values, own[None, :], inverse[None, :]), 0)
+                        rest = tl.where(inside[None, :], counts_of(values, own[None, :], inverse[None, :]), 0)
                         tile = tl.load(weight + row[:, None] * SIZE + few[None, :])
                         power = 256.0
-                        for place in range(1, most + 1):
-                            part = tl.dot(tile, digit(whole, place), out_dtype=tl.int32)
+                        for _ in range(most):
+                            rest = without_lowest(rest)
+                            part = tl.dot(tile, rest.to(tl.int8), out_dtype=tl.int32)
                             total += part.to(tl.float32) * (factor * power)[:, None]
                             power *= 256.0
     inside = (output < num_outputs)[:, None] & (token < num_tokens)[None, :]
