@@ -289,6 +289,7 @@ def consume(
         else:
             total, slot, phase = whole_rows(slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums)
         tma.store_wait(0)  # of the tile before, from out_slots
+        gl.thread_barrier()
         most = gl.max(most, 0)
         if most > 0:
             total = add_digits(
