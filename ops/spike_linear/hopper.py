@@ -1,0 +1,118 @@
+"""Launches of the Hopper kernels (gluon_hopper.py, gluon_stream.py) for the products that they take.
+
+Gluon's interface moves between Triton's releases, so they run with the one they were written for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Mapping, Optional
+
+import torch
+import triton
+from torch import Tensor
+
+from ops.launch import Launcher, Prepared
+from ops.spike_linear.launch import Call, Digits
+
+TRITON = "3.6."
+DEPTH = 128
+"""Channels of a block and of a group."""
+
+
+def choose(prepared: Prepared, call: Call):
+    """What computes a call's product here, or None: Few or Many."""
+    size, num_scales = call.weight.shape[1], call.scale.shape[1]
+    if size % DEPTH or num_scales not in (1, size // DEPTH) or not is_hopper(call.device):
+        return None
+    if call.num_tokens <= Few.most_tokens:
+        return prepared(Few, size, num_scales)
+    if call.x.dtype == torch.float32 or call.num_outputs % 8 or call.weight.data_ptr() % 16:
+        return None
+    return prepared(Many, size, num_scales)
+
+
+@cache
+def is_hopper(device) -> bool:
+    """Whether these kernels were written for the device and for this Triton."""
+    known = triton.__version__.startswith(TRITON) and device.type == "cuda"
+    return known and torch.cuda.get_device_capability(device)[0] == 9
+
+
+class Few:
+    """Up to 16 tokens: weights are streamed once. launchers: all of them."""
+
+    most_tokens = 16
+
+    def __init__(self, size: int, num_scales: int, entries: Mapping[str, Mapping]):
+        from ops.spike_linear import gluon_stream
+
+        self.size = size
+        self.digits = Digits(size, DEPTH, entries["digits"], all_digits=True, early=True)
+        tile = {**entries["few"], "launch_pdl": True}
+        self.rows = tile["ROWS"]
+        self._products = {
+            (num_tokens, has_bias): Launcher(
+                gluon_stream.few_tokens,
+                dict(BLOCKS=size // DEPTH, SCALES=num_scales, TOKENS=num_tokens, HAS_BIAS=has_bias),
+                tile,
+            )
+            for num_tokens in (8, 16)
+            for has_bias in (False, True)
+        }
+        self.launchers = [*self.digits.launchers, *self._products.values()]
+
+    def __call__(self, call: Call) -> Tensor:
+        """y [tokens, F] in x's dtype."""
+        count, threshold, digits, _ = self.digits(call)
+        y = call.empty(call.num_tokens, call.num_outputs, dtype=call.x.dtype)
+        launcher = self._products[8 if call.num_tokens <= 8 else 16, call.bias is not None]
+        bias = call.x if call.bias is None else call.bias
+        inputs = (call.weight, count, call.scale, threshold, digits, bias)
+        grid = (triton.cdiv(call.num_outputs, self.rows),)
+        launcher(grid, *inputs, y, call.num_outputs, call.num_tokens, call.num_tokens * self.size)
+        return y
+
+
+class Many:
+    """More tokens: tiles through the tensor memory accelerator, one program on every multiprocessor."""
+
+    def __init__(self, size: int, num_scales: int, entries: Mapping[str, Mapping]):
+        self.size, self.digits = size, Digits(size, DEPTH, entries["digits"])
+        self.tile = entries["rows" if num_scales == 1 else "groups"]
+        self.how = "whole_rows" if num_scales == 1 else ("in_turn", "ahead")[self.tile["RUNNING"] - 1]
+        self.launchers = self.digits.launchers
+
+    def __call__(self, call: Call) -> Tensor:
+        """y [tokens, F] in x's dtype."""
+        return self.product(call, *self.digits(call))
+
+    def product(self, call: Call, count, threshold, digits, blocks) -> Tensor:
+        """y of what Digits made."""
+        from ops.spike_linear import gluon_hopper
+
+        tile, shape = self.tile, (call.num_tokens, call.num_outputs)
+        y = call.empty(*shape, dtype=call.x.dtype)
+        num_tiles = triton.cdiv(shape[1], tile["ROWS"]) * triton.cdiv(shape[0], tile["TOKENS"])
+        gluon_hopper.products[(min(num_tiles, _num_multiprocessors(call.device)),)](
+            _tiles_of(call.weight, [tile["ROWS"], DEPTH]), _tiles_of(count[0], [tile["TOKENS"], DEPTH]),
+            _tiles_of(y, [tile["TOKENS"], 64]), call.x, call.weight, call.scale, threshold, digits, blocks,
+            call.x if call.bias is None else call.bias, shape[1], shape[0],
+            BLOCKS=self.size // DEPTH, HOW=self.how, HAS_BIAS=call.bias is not None, num_warps=4,
+            **{name: tile[name] for name in ("ROWS", "TOKENS", "SIZE", "BAND", "STAGES")},
+        )  # fmt: skip
+        return y
+
+
+@cache
+def _num_multiprocessors(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles_of(x: Tensor, block: list):
+    """A matrix as a descriptor of its blocks."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.int8 if x.dtype == torch.int8 else gl.bfloat16)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
