@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def threshold_of(mean, k):
-    """Thresholds of means that are rounded already, both fp32; NaN where the mean is not finite."""
-    threshold = tl.minimum(tl.maximum(tl.div_rn(mean, k), 1e-5), 1e4)
+def threshold_of(mean, per_mean):
+    """Thresholds of means that are rounded already, all fp32; NaN where the mean is not finite."""
+    threshold = tl.minimum(tl.maximum(tl.div_rn(mean, per_mean), 1e-5), 1e4)
     return tl.where(tl.abs(mean) < float("inf"), threshold, float("nan"))
 
 
@@ -49,7 +49,7 @@ def spikes(
     thresholds,
     x_hat,
     num_rows,
-    k,
+    per_mean,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -59,7 +59,7 @@ def spikes(
     """count [num_rows, SIZE] and thresholds [num_rows] where COUNTS, else x_hat like x. ROWS rows a program.
 
     Rows of up to BLOCK numbers are read once. Longer ones are read in parts, once for the mean and once again.
-    mean_abs [num_rows] where HAS_MEAN. What is not asked for may be any tensor.
+    mean_abs [num_rows] where HAS_MEAN. per_mean: spikes per mean activation. What is not asked for may be any tensor.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
@@ -80,7 +80,7 @@ def spikes(
                 sizes += tl.abs(part.to(tl.float32))
         total = tl.sum(sizes, 1)
         mean = tl.div_rn(total, tl.full([ROWS], SIZE, tl.float32))
-    threshold = threshold_of(mean.to(x.dtype.element_ty).to(tl.float32), k)
+    threshold = threshold_of(mean.to(x.dtype.element_ty).to(tl.float32), per_mean)
     if COUNTS:
         tl.store(thresholds + rows, threshold, mask=rows < num_rows)
     inverse = tl.div_rn(tl.full([ROWS], 1.0, tl.float32), threshold)[:, None]

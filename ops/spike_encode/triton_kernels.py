@@ -62,7 +62,7 @@ def decode(
     strange = tl.zeros([BLOCK], dtype=tl.int32)
     step_at = spikes + at
     for step in range(0, num_steps):
-        fired = tl.load(step_at, mask=mask, other=0)
+        fired = tl.load(step_at, mask=mask, other=0).to(tl.float32)
         known = (fired == 0) | (fired == 1)
         if NEGATIVE:
             known = known | (fired == -1)
