@@ -76,6 +76,7 @@ def exact_step(
             if getattr(parameter, "sequence_parallel", False):
                 dist.all_reduce(grads[name], group=mesh.groups.tp)
         place = dict(tp_rank=mesh.tp_rank, tp=layout.tp, ep_rank=mesh.ep_rank, ep=layout.ep)
+        place["norms_before_projection"] = config.pair.norms_before_projection
         return dict(loss=float(sums[0]) / num_tokens, grads=grads, place=place, seen=seen)
 
 
@@ -86,14 +87,14 @@ def _counter(seen: list):
     return observe
 
 
-def check_exact(results: list[dict], whole: dict, *, before: bool = False, rel: float = 1e-9) -> None:
-    """Losses and gradients of a layout are those of one rank, as far as float64 goes. before: see local_shard."""
+def check_exact(results: list[dict], whole: dict, *, rel: float = 1e-9) -> None:
+    """Losses and gradients of a layout are those of one rank, as far as float64 goes."""
     total = sum(float(grad.square().sum()) for grad in whole["grads"].values()) ** 0.5
     met = set()
     for result in results:
         assert abs(result["loss"] - whole["loss"]) <= rel * whole["loss"]
         for name, grad in result["grads"].items():
-            expected = local_shard(name, whole["grads"][name], norms_before_projection=before, **result["place"])
+            expected = local_shard(name, whole["grads"][name], **result["place"])
             assert float((grad - expected).norm()) <= rel * max(float(expected.norm()), 1e-3 * total), name
             met.add(name)
     assert met == set(whole["grads"])
