@@ -8,8 +8,9 @@ def spike_count(x, *, k=3.0, mean_abs=None):
     """See ops.spike_count."""
     exact = torch.promote_types(x.dtype, torch.float32)
     mean_abs = x.abs().mean(-1, keepdim=True) if mean_abs is None else mean_abs
-    threshold = (mean_abs.to(exact) / k).clamp(1e-5, 1e4)
-    return (x.to(exact) / threshold).round().to(torch.int32), threshold
+    threshold = (mean_abs.to(x.dtype).to(exact) / k).clamp(1e-5, 1e4)
+    threshold = torch.where(mean_abs.isfinite(), threshold, torch.nan)
+    return (x.to(exact) / threshold).round().nan_to_num(0.0).to(torch.int32), threshold
 
 
 def spike_values(x, *, k=3.0, mean_abs=None):
