@@ -8,6 +8,7 @@ import sys
 import _path  # noqa: F401
 from sbtrain.checkpoint.run_dir import open_run
 from sbtrain.convert.export import export_checkpoint
+from sbtrain.convert.export_config import left_out
 
 
 def main(arguments: list[str]) -> int:
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{step_dir} -> {options['out']} (format {form})")
+    if note := left_out(recipe.model):
+        print(f"note: {note}")
     return 0
 
 

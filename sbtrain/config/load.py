@@ -129,7 +129,7 @@ def _parse(arg: str) -> Override:
     key, equals, value = arg.partition("=")
     if not equals and not arg.startswith("~"):
         raise ValueError(f"{arg} is not an override; write key=value")
-    if any(name[:1].isdigit() for name in key.split(".")):
+    if any(name[:1].isdigit() for name in _names_in(key)):
         raise ValueError(f"{arg}: names do not begin with a digit; name a stage for example ctx_8k")
     try:
         override = OverridesParser.create().parse_override(arg)
@@ -139,6 +139,17 @@ def _parse(arg: str) -> Override:
         quoted = value.replace('"', '\\"')
         raise ValueError(f"{arg} needs quotes around its value; write '{key}=\"{quoted}\"'")
     return override
+
+
+def _names_in(key: str) -> list[str]:
+    """The parts of a dotted key that are names: not the numbers by which some mappings have their entries."""
+    names = key.lstrip("+~").split(".")
+    try:
+        parent = type_at(Recipe, ".".join(names[:-1])) if names[1:] else Recipe
+    except ValueError:
+        return names
+    numbered = typing.get_origin(parent) is dict and typing.get_args(parent)[0] is int
+    return names[:-1] if numbered else names
 
 
 def _compose(file: Path, groups: list[str]) -> DictConfig:
@@ -156,7 +167,14 @@ def _compose(file: Path, groups: list[str]) -> DictConfig:
                     raise
                 chosen.append(f"+{group}")
                 config = compose(config_name=file.name, overrides=[search, *chosen])
-    return OmegaConf.create(OmegaConf.to_container(config))  # without Hydra's flags
+    return OmegaConf.create(_named(OmegaConf.to_container(config)))  # without Hydra's flags
+
+
+def _named(value: Any) -> Any:
+    """The value with text for the numbers among the keys of mappings: what a dotted key can reach."""
+    if isinstance(value, dict):
+        return {str(key) if type(key) is int else key: _named(part) for key, part in value.items()}
+    return [_named(part) for part in value] if isinstance(value, list) else value
 
 
 def _apply(config: DictConfig, override: Override) -> None:
@@ -171,7 +189,7 @@ def _apply(config: DictConfig, override: Override) -> None:
         raise ValueError(f"{key}={{}} changes nothing; remove entries by name, ~{key}.NAME")
     _check_entries(config, key, may_add=override.is_add() or override.is_force_add())
     _make_parents(config, key.rpartition(".")[0])
-    OmegaConf.update(config, key, value, merge=True)
+    OmegaConf.update(config, key, _named(value), merge=True)
 
 
 def _remove(config: DictConfig, key: str) -> None:

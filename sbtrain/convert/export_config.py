@@ -36,6 +36,13 @@ def choose_format(format: str, model: ModelConfig) -> str:
     return format
 
 
+def left_out(model: ModelConfig) -> str | None:
+    """What a format of this table does not hold of the model, as a line for the user; None where it holds all."""
+    if not model.spiking.enabled:
+        return None
+    return "spikes are no part of this format: it holds the model without them; format=w8aspike has them"
+
+
 def sbtrain_refusal(model: ModelConfig) -> str | None:
     """Why only sbtrain_moe can hold this model; None if another format can."""
     kinds, gla = kinds_of(model), model.gla
