@@ -100,7 +100,9 @@ def _alike(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
     if pair.shared_projections:
         pair = replace(pair, norm_place=theirs.pair.norm_place)
     if gla.gate is Gate.tied:
-        gla = replace(gla, gate_rank=theirs.gla.gate_rank, gate_normalizer=theirs.gla.gate_normalizer)
+        gla = replace(gla, gate_normalizer=theirs.gla.gate_normalizer)
+    if gla.gate is not Gate.low_rank:
+        gla = replace(gla, gate_rank=theirs.gla.gate_rank)
     if (moe.expert_ffn_size or theirs.ffn_size) == (theirs.moe.expert_ffn_size or theirs.ffn_size):
         moe = replace(moe, expert_ffn_size=theirs.moe.expert_ffn_size)
     if moe.bias_update_rate > 0 and theirs.moe.bias_update_rate > 0:

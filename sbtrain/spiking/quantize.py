@@ -1,8 +1,8 @@
 """Symmetric INT8 weights, a scale for each output row and group of input channels.
 
-w is about scale * q with q an integer of -127 to 127; scale = max |w| of the group / 127. The value scale * q is a fixed
-point: quantized again it is itself. Source: SpikingBrain report, section 3.3, and the released W8ASpike model (groups of
-128 input channels, scales [F, D / group, 1], no zero points).
+w is about scale * q with q an integer of -127 to 127; scale = max |w| of the group / 127. The value scale * q is a
+fixed point: quantized again it is itself. Source: SpikingBrain report, section 3.3, and the released W8ASpike model
+(groups of 128 input channels, scales [F, D / group, 1], no zero points).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def correlated(num_tokens, num_inputs, generator, *, rank=4):
 
 
 def column_by_column(weight, hessian, *, group, damping):
-    """Optimal brain surgeon, one column at a time: the inverse of what remains of the Hessian is computed every time."""
+    """Optimal brain surgeon, one column at a time: what remains of the Hessian is inverted every time."""
     damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
     left, integers, scales = weight.clone(), torch.zeros_like(weight), []
     for j in range(weight.shape[1]):
