@@ -2,8 +2,9 @@
 
 q = f(Wq x), k = f(Wk x), v = Wv x; f is relu (7B) or sigmoid (76B). No RoPE, unless model.gla.rope. The decay per kv
 head and key channel comes from a low-rank gate, log decay = logsigmoid(W1 W0 x + b) / 16 (7B; W1 W0 is one matrix where
-the gate is full_rank), or is tied to the key, decay = 1 - k (76B): log decay = -softplus(Wk x), from the pre-activation since 1 - k rounds to 0, and before RoPE. Log
-decays are fp32. The output is RMS-normalized per head with one shared weight.
+the gate is full_rank), or is tied to the key, decay = 1 - k (76B): log decay = -softplus(Wk x), from the pre-activation
+since 1 - k rounds to 0, and before RoPE. Log decays are fp32. The output is RMS-normalized per head with one shared
+weight.
 
 Meta tokens come before every document: the state that they leave behind, from zero, is the one a document starts from.
 """
