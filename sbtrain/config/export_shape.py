@@ -21,7 +21,7 @@ from sbtrain.config.model_schema import (
     RouterScore,
 )
 from sbtrain.config.pattern import parse_pattern
-from sbtrain.config.spiking_export import alike, spiking_of
+from sbtrain.config.spiking_export import spiking_of
 
 MODEL_TYPES = ("gla_swa", "sbtrain_hybrid", "sbtrain_moe")
 
@@ -52,6 +52,9 @@ _NOT_IN_EXPORTS = {
     "moe": ("router_init_std", "aux_loss_coeff", "exact_aux_loss", "z_loss_coeff", "capacity_factor"),
 }
 """Keys of the groups that say how to start or to train a model, not what it computes."""
+
+_OWN = ("pattern", "vocab_multiple", "max_positions", "spiking")
+"""Keys that are compared in another way, or not at all: any model may be made to spike."""
 
 
 def has_int8_weights(values: dict[str, Any]) -> bool:
@@ -94,7 +97,6 @@ def contradiction(ours: ModelConfig, theirs: ModelConfig) -> str | None:
         "moe": not any(kind.moe for kind in kinds),
         "window": all("S" not in kind.mixers for kind in kinds),
         "meta": ours.meta.num_tokens == theirs.meta.num_tokens == 0,
-        "spiking": not ours.spiking.enabled and not theirs.spiking.enabled,
     }
     for key, mine, exported in _differences(_alike(ours, theirs), theirs):
         group = key.split(".")[0]
@@ -116,13 +118,13 @@ def _alike(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
         moe = replace(moe, expert_ffn_size=theirs.moe.expert_ffn_size)
     if moe.bias_update_rate > 0 and theirs.moe.bias_update_rate > 0:
         moe = replace(moe, bias_update_rate=theirs.moe.bias_update_rate)
-    return replace(ours, gla=gla, moe=moe, pair=pair, spiking=alike(ours.spiking, theirs.spiking, theirs.num_layers))
+    return replace(ours, gla=gla, moe=moe, pair=pair)
 
 
 def _differences(ours, theirs, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for field in fields(ours):
         key, mine, exported = field.name, getattr(ours, field.name), getattr(theirs, field.name)
-        if key in ("pattern", "vocab_multiple", "max_positions") or mine == exported or mine is None:
+        if key in _OWN or mine == exported or mine is None:
             continue
         if is_dataclass(mine) and is_dataclass(exported) and key != "rope_scaling":
             yield from _differences(mine, exported, f"{key}.")
