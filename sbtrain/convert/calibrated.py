@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,18 +26,13 @@ from sbtrain.config.model_schema import Gate, ModelConfig
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.spiking_schema import SpikingConfig
 from sbtrain.convert.names import projection_of
+from sbtrain.convert.reader import GlobalReader
 from sbtrain.convert.weights import table
 from sbtrain.spiking.quantize import dequantize
 
 FILE = "calibration.json"
 VERSION = 1
 SCALES = ".scales"
-
-
-class GlobalReader(Protocol):
-    """Unsharded tensors by our global names; CheckpointReader is one."""
-
-    def get(self, name: str) -> Tensor: ...
 
 
 def int8_model(model: ModelConfig, spiking: SpikingConfig) -> ModelConfig:

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from sbtrain.convert.calibrated import Calibrated, Int8Reader
 from sbtrain.convert.export_config import MODEL_TYPES, W8ASPIKE, choose_format, config_of, modeling_files
 from sbtrain.convert.mapping import Mapping
 from sbtrain.convert.names import exported_name, projection_of, scales_name
-from sbtrain.convert.reader import CheckpointReader
+from sbtrain.convert.reader import CheckpointReader, GlobalReader
 from sbtrain.convert.shards import DTYPES, ShardWriter
 from sbtrain.convert.weights import EMBEDDING, table
 from sbtrain.data import tokenizer as tokenizers
@@ -43,12 +42,6 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class GlobalReader(Protocol):
-    """What exports need of a training checkpoint; CheckpointReader is one."""
-
-    def get(self, name: str) -> Tensor: ...
 
 
 def export(

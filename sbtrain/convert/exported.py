@@ -5,6 +5,7 @@ All formats of sbtrain.convert.export, hence the folder formats of the released 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ from sbtrain.config.export_shape import MODEL_TYPES, has_int8_weights, model_of_
 from sbtrain.config.hf_shape import read_config
 from sbtrain.config.model_schema import ModelConfig
 from sbtrain.convert.hf import HFCheckpoint
-from sbtrain.convert.mapping import WHOLE, Mapping, Part
+from sbtrain.convert.mapping import WHOLE, Mapping, Part, Reader
 from sbtrain.convert.names import exported_name, projection_of, scales_name
 from sbtrain.convert.weights import table
 
-__all__ = ["MODEL_TYPES", "check_exported", "copy_exported", "fill_exported", "read_model"]
+__all__ = ["MODEL_TYPES", "check_exported", "copy_exported", "fill_exported", "opened", "read_model"]
 
 
 def read_model(folder: str | Path) -> ModelConfig:
@@ -39,19 +40,21 @@ def copy_exported(
     parameters: dict[str, Tensor], rows: dict[str, Mapping], *, path: str | Path, part: Part = WHOLE
 ) -> None:
     """The same for one rank's parameters of a model with these mappings."""
-    reader = _opened(path, rows.values())
+    reader = opened(path, rows.values())
     for name, parameter in parameters.items():
         rows[name].copy_into(parameter, reader, part)
 
 
 def check_exported(path: str | Path, rows: list[Mapping]) -> None:
     """Raise what `copy_exported` would raise about the folder. Reads headers alone."""
-    reader = _opened(path, rows)
+    reader = opened(path, rows)
     for row in rows:
         row.check(reader)
 
 
-def _opened(path: str | Path, rows) -> _Renamed:
+def opened(path: str | Path, rows: Iterable[Mapping]) -> Reader:
+    """The folder's tensors under the names of the tables. Raises ValueError where it has some that rows do not."""
+    rows = list(rows)
     reader = _Renamed(path)
     wanted = {name for row in rows for source in row.sources for name in reader.names_of(source.name)}
     unused = sorted(set(reader.checkpoint.names()) - wanted)
