@@ -43,7 +43,7 @@ MODELS = {
     "gla_swa_no_bias_tied": (replace(RELEASED, qkv_bias=False, tie_embeddings=True), SpikingConfig()),
     "sbtrain_hybrid": (
         replace(SMALL, pattern="LFS", num_layers=3, qk_norm=True, tie_embeddings=True),
-        SpikingConfig(weight_group=4, k=2.5, layer_k={1: 4.0}, skip={"gate": "all", "proj": "1-2"}, spike_down_proj=True),
+        replace(GROUPS, k=2.5, layer_k={1: 4.0}, skip={"gate": "all", "proj": "1-2"}, spike_down_proj=True),
     ),
     "sbtrain_hybrid_plain_attention": (SMALL, replace(GROUPS, queries=False, kv_int8=False)),
     "sbtrain_moe_pairs": (replace(SMALL, pattern="(LS)(LF)", qkv_bias=False, gla=TIED), GROUPS),
