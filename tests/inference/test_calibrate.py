@@ -177,7 +177,7 @@ class Counted(TorchDispatchMode):
 
 
 def _most_bytes(num_layers, samples, text, tokenizer, monkeypatch):
-    """Most bytes of operations' results, but for what each sample needs on the host, and of parameters; and a layer's."""
+    """Most bytes of operations' results, without what a sample needs on the host; of parameters; and a layer's own."""
     model = int8_model(replace(MODEL, num_layers=num_layers), replace(SPIKING, spike_down_proj=True))
     rows = calibration_rows(Calibration(str(text), samples=samples, seq_len=40), tokenizer)
     layers, most_parameters, build_layer = weakref.WeakSet(), [0], layerwise.build_layer
