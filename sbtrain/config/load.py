@@ -167,7 +167,14 @@ def _compose(file: Path, groups: list[str]) -> DictConfig:
                     raise
                 chosen.append(f"+{group}")
                 config = compose(config_name=file.name, overrides=[search, *chosen])
-    return OmegaConf.create(OmegaConf.to_container(config))  # without Hydra's flags
+    return OmegaConf.create(_named(OmegaConf.to_container(config)))  # without Hydra's flags
+
+
+def _named(value: Any) -> Any:
+    """The value with text for the numbers among the keys of mappings: what a dotted key can reach."""
+    if isinstance(value, dict):
+        return {str(key) if type(key) is int else key: _named(part) for key, part in value.items()}
+    return [_named(part) for part in value] if isinstance(value, list) else value
 
 
 def _apply(config: DictConfig, override: Override) -> None:
@@ -182,7 +189,7 @@ def _apply(config: DictConfig, override: Override) -> None:
         raise ValueError(f"{key}={{}} changes nothing; remove entries by name, ~{key}.NAME")
     _check_entries(config, key, may_add=override.is_add() or override.is_force_add())
     _make_parents(config, key.rpartition(".")[0])
-    OmegaConf.update(config, key, value, merge=True)
+    OmegaConf.update(config, key, _named(value), merge=True)
 
 
 def _remove(config: DictConfig, key: str) -> None:

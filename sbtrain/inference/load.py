@@ -136,9 +136,7 @@ def _warm_in(model: HybridModel, tokens: int, mesh: Mesh, step_dir: Path) -> Non
     model.spike_steps.trained(tokens)
     share = model.model_config.spiking.share_after(tokens)
     if share < 1 and mesh.rank == 0:
-        print(
-            f"{step_dir} was trained on {tokens} of model.spiking.warm_in_tokens: {share:.1%} of an activation spikes"
-        )
+        print(f"{step_dir}: {share:.1%} of model.spiking.warm_in_tokens are done, so much of an activation spikes")
 
 
 @torch.no_grad()

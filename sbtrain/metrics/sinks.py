@@ -168,10 +168,14 @@ class TensorBoard:
 
 
 class Console:
-    """One aligned line a step with progress and ETA; a terminal also sees a bar, and the steps between two lines."""
+    """One aligned line a step with progress and ETA; a terminal also sees a bar, and the steps between two lines.
+
+    Models that spike have a column for the share of silent windows.
+    """
 
     COLUMNS = (("stage", 9), ("step", 11), ("tokens", 15), ("loss", 8), ("grad norm", 9), ("lr", 8), ("tok/s/GPU", 9),
                ("MFU", 6), ("ETA", 7))  # fmt: skip
+    SPARSITY = ("sparsity", 8)
     BAR = 12
 
     def __init__(self, *, num_steps: int, num_tokens: int, every_steps: int = 1, stream=None):
@@ -184,7 +188,8 @@ class Console:
         """Print the step; between two lines of `every_steps` a terminal shows it in passing."""
         eta_s = self._eta_s(record)
         if record["stage"] != self._stage:
-            self._print(self._header() if self._stage is None else "\n" + self._header())
+            header = self._header(self._columns(record))
+            self._print(header if self._stage is None else "\n" + header)
             self._stage = record["stage"]
         due = record["step"] % self._every == 0 or record["tokens"] >= self._num_tokens or "first_step" in record
         if due:
@@ -203,8 +208,11 @@ class Console:
         self._stream.write(("\r\x1b[K" if self._tty else "") + line + "\n")
         self._stream.flush()
 
-    def _header(self) -> str:
-        cells = [title.ljust(width) if title == "stage" else title.rjust(width) for title, width in self.COLUMNS]
+    def _columns(self, record: dict) -> tuple:
+        return (*self.COLUMNS, self.SPARSITY) if "spike_sparsity" in record else self.COLUMNS
+
+    def _header(self, columns: tuple) -> str:
+        cells = [title.ljust(width) if title == "stage" else title.rjust(width) for title, width in columns]
         return "  ".join(cells)
 
     def _line(self, record: dict, eta_s: float | None) -> str:
@@ -219,8 +227,9 @@ class Console:
             short(record["tokens_per_s_per_gpu"]),
             "-" if mfu is None else f"{mfu:.1%}",
             "-" if eta_s is None else duration(eta_s),
+            f"{record.get('spike_sparsity', 0):.1%}",
         )
-        cells = [value.rjust(width) for value, (_, width) in zip(values, self.COLUMNS)]
+        cells = [value.rjust(width) for value, (_, width) in zip(values, self._columns(record))]
         cells[0] = values[0].ljust(self.COLUMNS[0][1])
         return "  ".join(cells) + (f"  {self._bar(record)}" if self._tty else "")
 

@@ -67,7 +67,7 @@ def html_page(run: RunFiles, plots: dict[str, Path]) -> str:
             *section("Bits per byte", bits_table(run), plots, ["bits_per_byte"]),
             *section("Stages", stage_table(run), plots, ["loss"]),
             *section("Experts and pairs", start_table(run), plots, ["expert_load", "expert_map"]),
-            *section("Training", "", plots, ["lr", "tokens_per_s", "grad_norm"]),
+            *section("Training", "", plots, ["lr", "tokens_per_s", "grad_norm", "spike_sparsity", "spike_share"]),
             "</body></html>",
         ]
     )

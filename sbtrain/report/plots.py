@@ -25,6 +25,8 @@ CURVES = (
     ("lr", "lr", "Learning rate", "linear"),
     ("tokens_per_s", "tokens_per_s_per_gpu", "Tokens per second per GPU", "linear"),
     ("grad_norm", "grad_norm", "Gradient norm before clipping", "log"),
+    ("spike_sparsity", "spike_sparsity", "Windows of three steps without a spike", "linear"),
+    ("spike_share", "spike_share", "Share of activations replaced by spikes", "linear"),
 )
 
 
