@@ -2,42 +2,56 @@
 
 import torch
 
-SIGNED = ("ternary", "bidirectional", "twos_complement")
-COUNTED = ("binary", "ternary")
+from ops.spike_encode.steps import (
+    COUNTED,
+    LARGEST_COUNT,
+    LEAST_COUNT,
+    NEGATIVE_SPIKES,
+    check_bits,
+    fitting_steps,
+    raise_for,
+)
 
 
-def spike_encode(count, *, encoding, num_steps=None):
+def spike_encode(count, *, encoding, num_steps=None, lsb_first=False):
     """See ops.spike_encode."""
     count = count.to(torch.int64)
-    largest = int(count.abs().max()) if count.numel() else 0
-    if encoding not in SIGNED and count.numel() and int(count.min()) < 0:
-        raise ValueError(f"encoding={encoding} holds no negative counts, got {int(count.min())}; use one of {SIGNED}")
-    needed = _steps(encoding, largest)
-    num_steps = needed if num_steps is None else num_steps
-    if num_steps < needed:
-        raise ValueError(f"num_steps={num_steps} cannot hold a count of {largest} in {encoding}; use at least {needed}")
-    steps = torch.arange(num_steps, device=count.device).view(-1, *[1] * count.dim())
+    num_steps = fitting_steps(encoding, *span(count), num_steps)
+    by_step = (-1, *[1] * count.dim())
     if encoding in COUNTED:
+        steps = torch.arange(num_steps, device=count.device).view(by_step)
         return ((steps < count.abs()) * count.sign()).float()
+    places = _places(num_steps, lsb_first, count.device).view(by_step)
     if encoding == "twos_complement":
-        return (count % (1 << num_steps) >> (num_steps - 1 - steps) & 1).float()
-    return ((count.abs() >> (num_steps - 1 - steps) & 1) * count.sign()).float()
+        return (count >> places & 1).float()
+    return ((count.abs() >> places & 1) * count.sign()).float()
 
 
-def spike_decode(spikes, *, encoding):
+def spike_decode(spikes, *, encoding, lsb_first=False):
     """See ops.spike_encode."""
+    strange = (spikes != 0) & (spikes != 1)
+    if encoding in NEGATIVE_SPIKES:
+        strange &= spikes != -1
+    raise_for(encoding, bool(strange.any()), False)
     spikes = spikes.to(torch.int64)
-    if encoding in COUNTED:
-        return spikes.sum(0).to(torch.int32)
-    num_steps = len(spikes)
-    weights = 1 << torch.arange(num_steps - 1, -1, -1, device=spikes.device)
-    if encoding == "twos_complement":
-        weights[0] = -weights[0]
-    return (weights.view(-1, *[1] * (spikes.dim() - 1)) * spikes).sum(0).to(torch.int32)
+    if encoding not in COUNTED:
+        check_bits(len(spikes))
+        places = _places(len(spikes), lsb_first, spikes.device)
+        weights = 1 << places
+        if encoding == "twos_complement" and len(spikes):
+            weights[places.argmax()] *= -1
+        spikes = weights.view(-1, *[1] * (spikes.dim() - 1)) * spikes
+    total = spikes.sum(0)
+    raise_for(encoding, False, bool(((total < LEAST_COUNT) | (total > LARGEST_COUNT)).any()))
+    return total.to(torch.int32)
 
 
-def _steps(encoding, largest):
-    if encoding in COUNTED:
-        return largest
-    bits = max(1, largest.bit_length())
-    return max(2, bits + 1) if encoding == "twos_complement" else bits
+def span(count):
+    """(smallest, largest) of an integer tensor, in one transfer to the host; (0, 0) of an empty one."""
+    return torch.stack(torch.aminmax(count)).tolist() if count.numel() else (0, 0)
+
+
+def _places(num_steps, lsb_first, device):
+    """The power of two of every step."""
+    places = torch.arange(num_steps, device=device)
+    return places if lsb_first else places.flip(0)

@@ -273,14 +273,26 @@ def _products(model: ModelConfig) -> list[Case]:
 
 
 def _spikes(model: ModelConfig) -> list[Case]:
-    """What spiked inference runs; the references are all there is."""
+    """What spiked training and inference run. The backward pass of spike_values moves nothing: it is not timed."""
     hidden, ffn = model.hidden_size, model.ffn_size
+
+    def activations(draw: Draw, num_tokens: int, *, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        return {"x": draw.normal(num_tokens, *shape).detach()}
+
+    def values_call(functions, x: Inputs) -> tuple[Tensor, ...]:
+        return (functions["spike_values"](x["x"]),)
 
     def encode_inputs(draw: Draw, num_tokens: int) -> dict[str, Tensor]:
         return {"count": draw.integers(-7, 8, num_tokens, hidden, dtype=torch.int32)}
 
     def encode_call(functions, x: Inputs) -> tuple[Tensor, ...]:
         return (functions["spike_encode"](x["count"], encoding="bidirectional", num_steps=NUM_SPIKE_STEPS),)
+
+    def decode_inputs(draw: Draw, num_tokens: int) -> dict[str, Tensor]:
+        return {"spikes": draw.integers(-1, 2, NUM_SPIKE_STEPS, num_tokens, hidden).float()}
+
+    def decode_call(functions, x: Inputs) -> tuple[Tensor, ...]:
+        return (functions["spike_decode"](x["spikes"], encoding="bidirectional"),)
 
     def linear_inputs(draw: Draw, num_tokens: int) -> dict[str, Tensor]:
         return {"x": draw.normal(num_tokens, hidden), "weight": draw.normal(ffn, hidden, scale=hidden**-0.5)}
@@ -289,11 +301,20 @@ def _spikes(model: ModelConfig) -> list[Case]:
         Case(
             "spike_count",
             "",
-            lambda draw, num_tokens: {"x": draw.normal(num_tokens, hidden).detach()},
+            partial(activations, shape=(hidden,)),
             lambda functions, x: tuple(functions["spike_count"](x["x"])),
             compared=False,
         ),
+        *(
+            Case("spike_count", f"values, {name}", partial(activations, shape=shape), values_call, compared=False)
+            for name, shape in (
+                ("hidden", (hidden,)),
+                ("FFN", (ffn,)),
+                ("query heads", (model.num_heads, model.head_dim)),
+            )
+        ),
         Case("spike_encode", f"{NUM_SPIKE_STEPS} steps", encode_inputs, encode_call, max_tokens=8192),
+        Case("spike_encode", f"decode {NUM_SPIKE_STEPS} steps", decode_inputs, decode_call, max_tokens=8192),
         Case(
             "spike_linear",
             "",

@@ -79,6 +79,8 @@ def test_sinks_are_seen_by_every_query():
         # q, o [T, 32], k, v [T, 16] in bf16, decays [T, 16] in fp32; backward reads all and writes as many gradients
         ("gla", 2 * 96 + 64, (2 * 96 + 64) + (2 * 96 + 64) + (2 * 64 + 64)),
         ("spike_count", 2 * 32 + 4 * 32 + 4, None),
+        ("spike_count values, FFN", 2 * 48 + 2 * 48, None),
+        ("spike_encode decode 8 steps", 8 * 4 * 32 + 4 * 32, None),
     ],
 )
 def test_moved_bytes_are_each_input_and_output_once(title, forward, both):

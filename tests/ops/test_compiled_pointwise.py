@@ -1,4 +1,4 @@
-"""MetaX's tiles of the pointwise ops, the cross-entropy and grouped products compiled for two stand-ins: a proxy.
+"""MetaX's tiles of the pointwise ops, cross-entropy, grouped products and spikes compiled for two stand-ins: a proxy.
 
 A matrix has stride 1 along one dimension, and everything starts at multiples of 16: what takes the most shared memory.
 """
@@ -13,15 +13,16 @@ from ops import tuning
 from ops.backends.maca import BACKEND
 from test_compiled_kernels import TARGETS
 
-FP32 = ("rstd", "parts", "top", "sums", "picked", "lse", "scale", "inv_freq")
+FP32 = ("rstd", "parts", "top", "sums", "picked", "lse", "scale", "inv_freq", "thresholds", "spikes")
 OTHER = {
     **dict.fromkeys(FP32, "*fp32"),
-    **dict.fromkeys(("eps", "direction"), "fp32"),
+    **dict.fromkeys(("eps", "direction", "per_mean"), "fp32"),
     **dict.fromkeys(("num_rows", "num_tokens", "row_tokens", "num_valid", "num_groups", "size"), "i32"),
+    **dict.fromkeys(("num_counts", "num_steps"), "i32"),
     **dict.fromkeys(("stride_group", "stride_out", "stride_in"), "i32"),
     **{f"{x}_stride_{dimension}": "i32" for x in "qk" for dimension in ("row", "token", "head")},
     **dict.fromkeys(("positions", "labels"), "*i64"),
-    "offsets": "*i32",
+    **dict.fromkeys(("offsets", "count", "problems"), "*i32"),
 }
 
 
@@ -32,6 +33,8 @@ def kernels():
     from ops.linear_cross_entropy.launch import Softmax
     from ops.rms_norm.launch import Kernels as Norms
     from ops.rope.launch import Kernels as Rotary
+    from ops.spike_count.launch import Kernels as Counts
+    from ops.spike_encode.launch import Kernels as Codings
     from ops.swiglu.launch import Kernels as Gates
 
     makes = [
@@ -42,6 +45,9 @@ def kernels():
         ("rope", Rotary, 7, 0, 128),
         ("linear_cross_entropy", Softmax, 152064),
         ("grouped_mm", Products, 16, 2560, 3584, "ieee"),
+        *(("spike_count", Counts, size, size == 128, BACKEND.limits.max_num_warps) for size in (128, 3584, 18944)),
+        ("spike_encode", Codings, "bidirectional", False),
+        ("spike_encode", Codings, "twos_complement", True),
     ]
     for op, make, *sizes in makes:
         entries = tuning.read(tuning.tune_file(op, "maca"), BACKEND)[tuning.DEFAULT]
