@@ -10,6 +10,7 @@ import numpy
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from sbtrain.inference.spiking_plots import write_spiking_plots
 from sbtrain.metrics.figure import GRAY, INK, LINE, PALE, blank, literal, save
 from sbtrain.metrics.sinks import short
 from sbtrain.report.experts import LOAD_TITLE, MAP_TITLE, expert_records, load_figure, map_figure
@@ -37,6 +38,8 @@ def write_plots(run: RunFiles, folder: Path) -> dict[str, Path]:
     if expert_records(run):
         plots["expert_load"] = save(load_figure(*blank(LOAD_TITLE), run), folder / "expert_load.png")
         plots["expert_map"] = save(map_figure(*blank(MAP_TITLE), run), folder / "expert_map.png")
+    if run.spiking:
+        plots |= write_spiking_plots(run.spiking, folder)
     if run.points:
         plots["bits_per_byte"] = save(bits_figure(run), folder / "bits_per_byte.png")
     return plots
