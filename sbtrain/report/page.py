@@ -40,8 +40,8 @@ img { display: block; width: 100%; min-width: 34rem; height: auto; margin: 1.25r
 SPIKING_PLOTS = ["spiking_windows", "spiking_counts", "spiking_cost", "spiking_raster"]
 ABOUT_SPIKES = (
     "Silent windows: 3-step windows without a spike, the sparsity of the SpikingBrain report. Spikes: of a value, as "
-    "the bits of its count with their sign. Energy (pJ, and the share saved against a multiply-accumulate in FP16 or INT8): ideal, "
-    "additions alone, at 45 nm. Cost: rise of the mean over the same weights without spikes."
+    "the bits of its count with their sign. Energy (pJ, and the share saved against a multiply-accumulate in FP16 or "
+    "INT8): ideal, additions alone, at 45 nm. Cost: rise of the mean over the same weights without spikes."
 )
 
 
