@@ -20,7 +20,7 @@ from parallel.mesh import Mesh
 from sbtrain.config.model_schema import ModelConfig
 from sbtrain.inference.bits import BitsOptions, Passage, judge, passages
 from sbtrain.inference.load import Loaded, Where, load_model
-from sbtrain.spiking.neuron import Neuron, neurons
+from sbtrain.spiking.neuron import Neuron, neurons, set_share
 from sbtrain.spiking.statistics import SpikeStatistics, Tally, tallies
 
 RASTER_TOKENS, RASTER_CHANNELS, NUM_RASTERS = 16, 96, 3
@@ -57,17 +57,19 @@ def _with_neurons(config: ModelConfig) -> ModelConfig:
 def run(loaded: Loaded, options: SpikingOptions) -> dict:
     """{off: {results, mean}, sweep: [{k, results, mean, cost, total, projections, layers, sites}], shown_k, rasters}.
 
-    results: as of suite bpb, mean: of their bits per byte, cost: mean over that without spikes, less 1. total and
-    the entries of projections, layers and sites ("layer.projection"): SpikeFigures. The model is left as it was.
+    results: as of suite bpb. mean: of their bits per byte. cost: by how much, of 1, the mean is above that without
+    spikes. total and the entries of projections, layers and sites ("layer.projection"): SpikeFigures. shown_k: of the
+    point that tables and plots show. rasters: counts of a few tokens. The model is left as it was loaded.
+    Raises what suite bpb raises, and ValueError where the model has no neurons.
     """
     text, found = passages(loaded, options), neurons(loaded.model)
     if not found:
         raise ValueError("suite spiking finds no neurons: model.spiking.skip leaves out every projection")
     shown = min(options.k, key=lambda k: abs(k - loaded.config.spiking.k))
-    with _restored(found):
-        for neuron in found:
-            neuron.share = 0.0
+    with _restored(loaded, found):
+        set_share(loaded.model, 0.0)
         off = _scored(loaded, text)
+        set_share(loaded.model, 1.0)
         sweep, rasters = [], []
         for k in tqdm(options.k, desc="spiking", unit="k", disable=None):
             watchers = [_watch(neuron, k) for neuron in found]
@@ -88,6 +90,7 @@ class Watcher:
     def __call__(self, neuron: Neuron, x: Tensor, mean_abs: Tensor | None = None) -> None:
         """Called with the neuron's input before its spikes are counted."""
         count, _ = ops.spike_count(x, k=neuron.k, mean_abs=mean_abs)
+        count = count.flatten(2) if neuron.site == "queries" else count  # the channels of all heads
         count = count.reshape(-1, count.shape[-1])
         if self.statistics is None:
             self.statistics = SpikeStatistics(count.shape[-1], device=count.device)
@@ -96,18 +99,20 @@ class Watcher:
 
 
 def _watch(neuron: Neuron, k: float) -> Watcher:
-    neuron.k, neuron.share, neuron.observer = k, 1.0, Watcher(neuron)
+    neuron.k, neuron.observer = k, Watcher(neuron)
     return neuron.observer
 
 
 @contextmanager
-def _restored(found: list[Neuron]) -> Iterator[None]:
-    before = [(neuron.k, neuron.share, neuron.observer) for neuron in found]
+def _restored(loaded: Loaded, found: list[Neuron]) -> Iterator[None]:
+    """Afterwards everything is replaced by spikes, each neuron has its own k, and nobody watches."""
+    before = [neuron.k for neuron in found]
     try:
         yield
     finally:
-        for neuron, (k, share, observer) in zip(found, before, strict=True):
-            neuron.k, neuron.share, neuron.observer = k, share, observer
+        set_share(loaded.model, 1.0)
+        for neuron, k in zip(found, before, strict=True):
+            neuron.k, neuron.observer = k, None
 
 
 def _scored(loaded: Loaded, text: list[Passage]) -> dict:
