@@ -19,7 +19,7 @@ from sbtrain.data.tokenizer import Tokenizer
 from sbtrain.inference.load import Loaded, Where
 
 _BATCH_DOCUMENTS = 16
-_NO_TEXT = "suite bpb has no text: give data=PREFIX (of prepare_data's files) or data=FILE.jsonl"
+_NO_TEXT = "there is no text: give data=PREFIX (of prepare_data's files) or data=FILE.jsonl"
 
 
 @dataclass(frozen=True)

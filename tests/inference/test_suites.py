@@ -258,7 +258,7 @@ def test_what_one_rank_cannot_read_all_ranks_refuse(exported, run_ranks, tmp_pat
         ("evaluate", ["model=a=b", "suite=passkey", "lengths=64"], "have no room for the question"),
         ("evaluate", ["model=a=b", "lengths=1k"], "lengths=1k is not a whole number"),
         ("evaluate", ["model=a=b", "passkey"], "'passkey' is no option; write key=value"),
-        ("evaluate", ["model=a=b"], "suite bpb has no text"),
+        ("evaluate", ["model=a=b"], "there is no text"),
         ("evaluate", ["model=a=b", "data=none"], "data=none is neither a text file nor a prefix"),
         ("evaluate", ["suite=bpb"], "give model=FOLDER"),
         ("evaluate", ["model=none"], "model=none is not a folder"),
