@@ -40,7 +40,9 @@ class Engine:
             self.config.no_sync_func = no_sync if mesh.layout.vpp > 1 else no_sync[0]
         self.config.finalize_model_grads_func = _finalize_gradients
         self.metrics: dict = {}
-        self.expert_steps = self.models[0].expert_steps.joined([chunk.expert_steps for chunk in self.models[1:]])
+        first, *others = self.models
+        self.expert_steps = first.expert_steps.joined([chunk.expert_steps for chunk in others])
+        self.spike_steps = first.spike_steps.joined([chunk.spike_steps for chunk in others])
         self.optimizer, self._clip_grad = build_optimizer(self.chunks, **adam), adam["clip_grad"]
         self.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -64,7 +66,11 @@ class Engine:
         self.config.grad_scale_func = self.config.no_sync_func = self.config.finalize_model_grads_func = None
         for chunk in self.chunks:
             chunk.grad_accs.clear()
-        del self.models, self.chunks, self.optimizer, self.expert_steps
+        del self.models, self.chunks, self.optimizer, self.expert_steps, self.spike_steps
+
+    def trained(self, tokens: int) -> None:
+        """Say how many tokens the run has been trained on: what changes with them in the model follows."""
+        self.spike_steps.trained(tokens)
 
     def weights_changed(self) -> None:
         """Call after writing into the model's parameters: the fp32 master copies follow them."""
@@ -81,6 +87,7 @@ class Engine:
             loss_scale = 1.0 / max(num_tokens, 1)
             for chunk in self.chunks:
                 chunk.train()
+            self.spike_steps.begin()
             self.expert_steps.begin(num_tokens=self.mesh.dp * sum(len(row.tokens) for row in rows))
             if self.expert_steps.lacks_load():
                 with torch.no_grad():
@@ -115,7 +122,7 @@ class Engine:
         """
         with section("optimizer step"):
             grad_norm = step(self.optimizer, lr=lr, clip_grad=self._clip_grad)
-            self.metrics = self.expert_steps.end()
+            self.metrics = {**self.expert_steps.end(), **self.spike_steps.end()}
             return grad_norm
 
     def sharded_state_dict(self, *, for_loading: bool = False) -> dict:

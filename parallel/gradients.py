@@ -6,6 +6,7 @@ import weakref
 
 from torch import Tensor
 
+import ops
 from ops.gradient_buffer import GradientBuffer
 from parallel import mcore
 
@@ -74,10 +75,7 @@ class GradientBuffers(mcore.DistributedDataParallel):
     def _make_backward_post_hook(self, parameter):
         def hook(*unused):
             if parameter.grad is not None:
-                if self.write(parameter):
-                    parameter.main_grad.add_(parameter.grad)
-                else:
-                    parameter.main_grad.copy_(parameter.grad)
+                ops.accumulate(parameter.main_grad, parameter.grad, add=self.write(parameter))
                 parameter.grad = None
             self.register_ready(parameter)
 

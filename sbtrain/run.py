@@ -279,6 +279,7 @@ def begin_stage(
         engine.weights_changed()
         first.check(engine.models)
         state = RunState(stage=name)
+    engine.trained(state.tokens)
     if state.step == 0 and evaluations.due("start"):
         evaluations.add("start", engine.models, engine.mesh, tokens=0, must_stop=watch.must_stop)
     if state.stage == name:

@@ -100,6 +100,7 @@ def open_run(run: str | Path, step: str = "") -> tuple[Recipe, Path]:
 def identity(recipe: Recipe) -> dict:
     """The values that make two recipes the same run, by dotted key."""
     value = {key: part for key, part in asdict(recipe).items() if key not in FREE}
+    value["model"]["spiking"] = recipe.model.spiking.in_training()
     for stage in value["stages"].values():
         for key in FREE_OF_STAGE:
             del stage[key]

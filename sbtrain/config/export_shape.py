@@ -52,6 +52,9 @@ _NOT_IN_EXPORTS = {
 }
 """Keys of the groups that say how to start or to train a model, not what it computes."""
 
+_OWN = ("pattern", "vocab_multiple", "max_positions", "spiking")
+"""Keys that are compared in another way, or not at all: any model may be made to spike."""
+
 
 def is_export(values: dict[str, Any]) -> bool:
     """Whether a config.json is that of an exported model."""
@@ -111,7 +114,7 @@ def _alike(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
 def _differences(ours, theirs, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for field in fields(ours):
         key, mine, exported = field.name, getattr(ours, field.name), getattr(theirs, field.name)
-        if key in ("pattern", "vocab_multiple", "max_positions") or mine == exported or mine is None:
+        if key in _OWN or mine == exported or mine is None:
             continue
         if is_dataclass(mine) and is_dataclass(exported) and key != "rope_scaling":
             yield from _differences(mine, exported, f"{key}.")

@@ -129,7 +129,7 @@ def _parse(arg: str) -> Override:
     key, equals, value = arg.partition("=")
     if not equals and not arg.startswith("~"):
         raise ValueError(f"{arg} is not an override; write key=value")
-    if any(name[:1].isdigit() for name in key.split(".")):
+    if any(name[:1].isdigit() for name in _names_in(key)):
         raise ValueError(f"{arg}: names do not begin with a digit; name a stage for example ctx_8k")
     try:
         override = OverridesParser.create().parse_override(arg)
@@ -139,6 +139,17 @@ def _parse(arg: str) -> Override:
         quoted = value.replace('"', '\\"')
         raise ValueError(f"{arg} needs quotes around its value; write '{key}=\"{quoted}\"'")
     return override
+
+
+def _names_in(key: str) -> list[str]:
+    """The parts of a dotted key that are names: not the numbers by which some mappings have their entries."""
+    names = key.lstrip("+~").split(".")
+    try:
+        parent = type_at(Recipe, ".".join(names[:-1])) if names[1:] else Recipe
+    except ValueError:
+        return names
+    numbered = typing.get_origin(parent) is dict and typing.get_args(parent)[0] is int
+    return names[:-1] if numbered else names
 
 
 def _compose(file: Path, groups: list[str]) -> DictConfig:

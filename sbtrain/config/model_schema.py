@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional
 
+from sbtrain.config.spiking_schema import SpikingConfig
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -197,6 +199,7 @@ class ModelConfig:
     pair: layers with two mixers.
     meta: learnable tokens before every document.
     moe: mixture-of-experts FFNs.
+    spiking: activations as spikes.
     """
 
     pattern: str = "F"
@@ -220,6 +223,7 @@ class ModelConfig:
     pair: PairConfig = field(default_factory=PairConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    spiking: SpikingConfig = field(default_factory=SpikingConfig)
 
     @property
     def padded_vocab_size(self) -> int:

@@ -20,6 +20,7 @@ from sbtrain.config.mixer_rules import check_mixers, cut_problem
 from sbtrain.config.moe_rules import check_moe, experts_problem, ranks_problem
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
+from sbtrain.config.spiking_rules import check_spiking
 
 TRAINABLE_MIXERS = ("F", "S", "L")
 TRAINABLE_PAIRS = ("(LS)", "(LF)")
@@ -35,6 +36,7 @@ def check(recipe: Recipe) -> None:
     check_shape(recipe.model)
     check_pattern(recipe.model)
     check_moe(recipe.model)
+    check_spiking(recipe.model)
     check_start(recipe)
     check_optim(recipe)
     check_counts(recipe)

@@ -26,9 +26,13 @@ def build(kind: type, value: Any, key: str = "") -> Any:
     if is_dataclass(kind):
         return _build_dataclass(kind, value, key)
     if typing.get_origin(kind) is dict:
-        entry = typing.get_args(kind)[1]
-        entries = _mapping(value, key)
-        return {_name(name, key): build(entry, item, f"{key}.{name}") for name, item in entries.items()}
+        named, entry = typing.get_args(kind)
+        read, entries = _number if named is int else _name, _mapping(value, key)
+        names = [read(name, key) for name in entries]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{key}.{twice} is given more than once; keep one of them")
+        return {name: build(entry, item, f"{key}.{name}") for name, item in zip(names, entries.values())}
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{key}={value!r} is not {_wanted(kind)}; write for example '{key}=[8,7]'")
@@ -120,6 +124,13 @@ def _name(name: Any, key: str) -> str:
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"{key}: {name!r} is not a name; use letters, digits and _, not a digit first (ctx_8k)")
     return name
+
+
+def _number(name: Any, key: str) -> int:
+    """A key that is an integer; YAML gives one, the command line its digits."""
+    if isinstance(name, bool) or not str(name).isdecimal():
+        raise ValueError(f"{key}: {name!r} is not a number; write for example '{key}={{3: 2.5}}'")
+    return int(name)
 
 
 def _member(kind: type[Enum], value: Any, key: str) -> Enum:

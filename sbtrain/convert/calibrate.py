@@ -20,16 +20,18 @@ from parallel.schedule import chunks_of, in_rounds, run_rows
 from parallel.sequence.shard import Row
 from parallel.sequence.ulysses import heads_problem
 from sbtrain.config.model_schema import ModelConfig
+from sbtrain.config.spiking_schema import SpikingConfig
 
 
 def teacher_of(model: ModelConfig, layout: Layout, *, seq_len: int) -> ModelConfig:
-    """The model that start.path holds: full attention and a dense FFN in every layer, no meta tokens.
+    """The model that start.path holds: full attention and a dense FFN in every layer, no meta tokens, no spikes.
 
     seq_len: of the longest document. Where key/value heads cannot be dealt over layout.sp, as full attention needs, its
     layers are windows of seq_len tokens: the same numbers, carried by halos.
     """
     problem = heads_problem(num_kv_heads=model.num_kv_heads // layout.tp, sp=layout.sp)
-    return replace(model, pattern="S" if problem else "F", window=seq_len, meta=replace(model.meta, num_tokens=0))
+    plain = dict(meta=replace(model.meta, num_tokens=0), spiking=SpikingConfig())
+    return replace(model, pattern="S" if problem else "F", window=seq_len, **plain)
 
 
 @torch.no_grad()

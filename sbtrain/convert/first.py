@@ -24,6 +24,7 @@ from sbtrain.convert.start import fill, starts_from_export
 from sbtrain.convert.upcycle import alpha_of, expected_weight
 from sbtrain.convert.upcycle_check import dense_of, ffn_differences, moe_layers
 from sbtrain.model.build import build_chunks, global_buffers, global_parameters
+from sbtrain.spiking.neuron import without_spikes
 
 FILE = "start.json"
 
@@ -72,7 +73,7 @@ class FirstWeights:
     def check(self, model) -> None:
         """Measure what upcycling has changed, on the model with its first weights, and keep and print all measured."""
         if self._rows and moe_layers(self.recipe.model):
-            with section("check of the upcycled experts"):
+            with section("check of the upcycled experts"), without_spikes(chunks_of(model)):
                 self._check_upcycling(model)
         if self.measured and self.mesh.rank == 0:
             write_json(Path(self.recipe.run_dir) / FILE, self.measured)

@@ -13,16 +13,18 @@ from parallel.schedule import chunks_of, in_rounds, run_rows
 from parallel.sequence.shard import Row
 from sbtrain.config.model_schema import ModelConfig
 from sbtrain.config.pattern import parse_pattern
+from sbtrain.config.spiking_schema import SpikingConfig
 from sbtrain.convert.calibrate import total_over_ranks
 from sbtrain.convert.hf import HFCheckpoint
 from sbtrain.convert.mapping import Part
 from sbtrain.convert.upcycle import ffn_rows
 from sbtrain.model.mlp import GatedMLP
+from sbtrain.spiking.neuron import Sites
 
 
 def dense_of(model: ModelConfig) -> ModelConfig:
-    """The same mixers with the dense FFNs that the experts were copied from."""
-    return replace(model, pattern=model.pattern.replace(":m", ""))
+    """The same mixers with the dense FFNs that the experts were copied from, without spikes."""
+    return replace(model, pattern=model.pattern.replace(":m", ""), spiking=SpikingConfig())
 
 
 def moe_layers(model: ModelConfig) -> list[int]:
@@ -82,7 +84,8 @@ class _Judge:
     def _dense(self) -> GatedMLP:
         """This tp rank's part of the dense FFN, which the caller drops."""
         config, index = self.model.model_config, self.layer.index
-        ffn = GatedMLP(self.model.config, groups=self.mesh.groups)
+        nowhere = Sites(SpikingConfig(), layer=index, tp_group=self.mesh.groups.tp)
+        ffn = GatedMLP(self.model.config, groups=self.mesh.groups, sites=nowhere)
         reader, part = HFCheckpoint(self.path), Part(tp_rank=self.mesh.tp_rank, tp=self.mesh.layout.tp)
         parameters = dict(ffn.named_parameters())
         for row in ffn_rows("", f"model.layers.{index}.mlp", config, moe=False, from_dense=True):

@@ -14,6 +14,7 @@ import ops
 from parallel.collectives import together
 from parallel.mesh import Mesh, device
 from sbtrain.checkpoint.run_dir import open_run
+from sbtrain.checkpoint.store import read_state
 from sbtrain.config.hf_shape import FAMILIES, read_config, read_shape
 from sbtrain.config.rules import algorithm_problem
 from sbtrain.config.schema import ModelConfig, Precision, Recipe
@@ -92,6 +93,8 @@ def _from_run(where: Where, mesh: Mesh, change: Callable[[ModelConfig], ModelCon
     config = change(recipe.model)
     model = _build(config, mesh, where)
     together(lambda: _fill_from_run(model, step_dir))
+    if recipe.model.spiking.enabled and recipe.model.spiking.warm_in_tokens:
+        _warm_in(model, together(lambda: read_state(step_dir))["tokens"], mesh, step_dir)
     return together(lambda: _loaded(model, config, mesh, folder, recipe=recipe, origin=step_dir))
 
 
@@ -106,6 +109,16 @@ def _find_run(where: Where) -> tuple[Recipe, Path, Path]:
     if device().type != "cpu":  # where the reference runs, whatever the recipe says
         ops.use(recipe.ops)
     return recipe, step_dir, Path(with_tokenizer[0])
+
+
+def _warm_in(model: HybridModel, tokens: int, mesh: Mesh, step_dir: Path) -> None:
+    """Replace activations by spikes as far as training had come, as its own evaluations did; say so if not fully."""
+    model.spike_steps.trained(tokens)
+    share = model.model_config.spiking.share_after(tokens)
+    if share < 1 and mesh.rank == 0:
+        print(
+            f"{step_dir} was trained on {tokens} of model.spiking.warm_in_tokens: {share:.1%} of an activation spikes"
+        )
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from parallel.mesh import Mesh
 from sbtrain.config.model_schema import ModelConfig
 from sbtrain.inference.bits import BitsOptions, Passage, judge, passages
 from sbtrain.inference.load import Loaded, Where, load_model
-from sbtrain.spiking.neuron import Neuron, neurons, set_share
+from sbtrain.spiking.neuron import Neuron, Replacement, neurons, set_share
 from sbtrain.spiking.statistics import SpikeStatistics, Tally, tallies
 
 RASTER_TOKENS, RASTER_CHANNELS, NUM_RASTERS = 16, 96, 3
@@ -105,13 +105,15 @@ def _watch(neuron: Neuron, k: float) -> Watcher:
 
 @contextmanager
 def _restored(loaded: Loaded, found: list[Neuron]) -> Iterator[None]:
-    """Afterwards everything is replaced by spikes, each neuron has its own k, and nobody watches."""
-    before = [neuron.k for neuron in found]
+    """Afterwards as much is replaced as before, each neuron has its own k, and nobody watches."""
+    ks = [neuron.k for neuron in found]
+    shares = [(module, module.share) for module in loaded.model.modules() if isinstance(module, Replacement)]
     try:
         yield
     finally:
-        set_share(loaded.model, 1.0)
-        for neuron, k in zip(found, before, strict=True):
+        for module, share in shares:
+            module.share = share
+        for neuron, k in zip(found, ks, strict=True):
             neuron.k, neuron.observer = k, None
 
 

@@ -9,12 +9,14 @@ from parallel import mcore
 from parallel.layout import SequenceAlgorithms
 from parallel.recompute import recomputed
 from parallel.sequence.shard import Documents
+from sbtrain.config.model_schema import Gate
 from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.config.pattern import LayerKind
 from sbtrain.config.schema import ModelConfig, Recompute
 from sbtrain.model.cache import Cache
 from sbtrain.model.norm import RMSNorm
 from sbtrain.model.spec import layer_modules
+from sbtrain.spiking.neuron import Sites, SpikedInput
 
 
 def residual_norm(config: mcore.TransformerConfig, model: ModelConfig) -> RMSNorm:
@@ -47,6 +49,8 @@ class DecoderLayer(mcore.MegatronModule):
         self.kind, self.index, self.recompute = kind, index, recompute
         self.tp_rank = groups.tp.rank()
         self.input_layernorm = residual_norm(config, model)
+        sites = Sites(model.spiking, layer=index, tp_group=groups.tp)
+        self.spiked_input = SpikedInput(sites, gated="L" in kind.mixers and model.gla.gate is not Gate.tied)
         self.self_attention, self.mlp = layer_modules(
             kind,
             config,
@@ -55,6 +59,7 @@ class DecoderLayer(mcore.MegatronModule):
             sp_algorithm=sp_algorithm,
             recompute=recompute,
             experts=experts,
+            sites=sites,
         )
         self.pre_mlp_layernorm = residual_norm(config, model)
 
@@ -66,7 +71,7 @@ class DecoderLayer(mcore.MegatronModule):
 
     def _run(self, x: Tensor, documents: Documents, cache: Cache | None) -> Tensor:
         layer_cache = None if cache is None else cache.layer(self.index)
-        mixed = self.self_attention(self.input_layernorm(x), documents, layer_cache)
+        mixed = self.self_attention(*self.spiked_input(self.input_layernorm(x)), documents, layer_cache)
         # a mixture of experts sees to it itself: rows must not travel again
         if self.recompute is Recompute.selective and not self.kind.moe and torch.is_grad_enabled():
             x = x + mixed

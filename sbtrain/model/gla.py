@@ -25,6 +25,7 @@ from sbtrain.model.mixer import Mixer, split_meta
 from sbtrain.model.norm import RMSNorm
 from sbtrain.model.projections import split_qkv
 from sbtrain.model.rotary import Rotary
+from sbtrain.spiking.neuron import Sites
 
 FEATURE_MAPS = {FeatureMap.relu: F.relu, FeatureMap.sigmoid: torch.sigmoid}
 
@@ -56,9 +57,10 @@ class GatedLinearAttention(Mixer):
         model: ModelConfig,
         groups,
         sp_algorithm: SequenceAlgorithm,
+        sites: Sites,
         own_projections: bool = True,
     ):
-        super().__init__(config, model=model, groups=groups, own_projections=own_projections)
+        super().__init__(config, model=model, groups=groups, sites=sites, own_projections=own_projections)
         self.gla, self.meta_in_state = model.gla, model.meta.in_state
         heads = dict(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
         self.mix = mixing("L", sp_algorithm, **heads, group=groups.cp)
@@ -86,10 +88,10 @@ class GatedLinearAttention(Mixer):
             for parameter in module.parameters():
                 parameter.is_new = True
 
-    def core(self, x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:
+    def core(self, gate_x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:
         """See Mixer.core."""
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
-        q, k, log_decay = self._features(x, q, k)
+        q, k, log_decay = self._features(gate_x, q, k)
         if self.rotary is not None:
             q, k = self.rotary(q, k, documents.positions)
         if documents.num_meta:
@@ -104,17 +106,18 @@ class GatedLinearAttention(Mixer):
         o = self.out_norm(o)
         return o.reshape(o.shape[1], 1, -1)
 
-    def _features(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(q, k, log_decay in fp32) from the mixer's input and its projections to queries and keys."""
+    def _features(self, gate_x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, k, log_decay in fp32, fp64 for fp64) from what the gate reads and the projections to queries and keys."""
         activation = FEATURE_MAPS[self.gla.feature_map]
+        exact = torch.promote_types(k.dtype, torch.float32)
         if self.gla.gate is Gate.low_rank:
-            gate, _ = self.gate_up(self.gate_down(x))
-            log_decay = F.logsigmoid(gate.float()).view(*k.shape) / self.gla.gate_normalizer
+            gate, _ = self.gate_up(self.gate_down(gate_x))
+            log_decay = F.logsigmoid(gate.to(exact)).view(*k.shape) / self.gla.gate_normalizer
             return activation(q), activation(k), log_decay
         bound = self.gla.lower_bound
         if bound == 0.0:
-            return activation(q), activation(k), F.logsigmoid(-k.float())
-        log_decay = (bound + (1 - bound) * torch.sigmoid(-k.float())).log()
+            return activation(q), activation(k), F.logsigmoid(-k.to(exact))
+        log_decay = (bound + (1 - bound) * torch.sigmoid(-k.to(exact))).log()
         return activation(q), (1 - bound) * activation(k), log_decay
 
     def _scan_with_meta(self, cache: LayerCache | None, inputs: tuple[Tensor, ...], documents: Documents) -> Tensor:

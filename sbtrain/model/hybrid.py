@@ -18,6 +18,7 @@ from sbtrain.config.schema import Recompute
 from sbtrain.model.cache import Cache, LayerCache
 from sbtrain.model.decoder import Decoder
 from sbtrain.moe.step import ExpertSteps
+from sbtrain.spiking.step import SpikeSteps
 
 
 class Embedding(mcore.MegatronModule):
@@ -99,6 +100,7 @@ class HybridModel(mcore.LanguageModule):
             all_layers=moe_layers,
             moe=model.moe,
         )
+        self.spike_steps = SpikeSteps([self.decoder], model.spiking)
         self.output_layer = self._head(config, model) if self.post_process else None
         self._mark_shared_embedding()
         mcore.mark_tensor_parallel(self)

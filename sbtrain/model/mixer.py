@@ -11,6 +11,7 @@ from parallel.sequence.shard import Documents
 from sbtrain.config.schema import ModelConfig
 from sbtrain.model.cache import LayerCache
 from sbtrain.model.projections import linear_proj, linear_qkv
+from sbtrain.spiking.neuron import Sites
 
 
 class Mixer(mcore.MegatronModule):
@@ -19,27 +20,41 @@ class Mixer(mcore.MegatronModule):
     own_projections: False where a pair has one set of projections for both mixers, and calls core itself.
     """
 
-    def __init__(self, config: mcore.TransformerConfig, *, model: ModelConfig, groups, own_projections: bool = True):
+    def __init__(
+        self,
+        config: mcore.TransformerConfig,
+        *,
+        model: ModelConfig,
+        groups,
+        sites: Sites,
+        own_projections: bool = True,
+    ):
         super().__init__(config)
         self.head_dim = model.head_dim
         self.num_heads, self.num_kv_heads = (n // groups.tp.size() for n in (model.num_heads, model.num_kv_heads))
         if own_projections:
             self.linear_qkv = linear_qkv(config, groups.tp)
             self.linear_proj = linear_proj(config, groups.tp)
+            self.spiked_output = sites.neuron("proj", cut=True)
 
-    def forward(self, x: Tensor, documents: Documents, cache: LayerCache | None = None, norm=None) -> Tensor:
-        """x [T/(sp·tp with tp_sequence_parallel),1,D] -> the same. cache: read and replaced (see Documents.keepers);
-        then the row is one document. norm: of what the output projection reads.
+    def forward(
+        self, x: Tensor, gate_x: Tensor, documents: Documents, cache: LayerCache | None = None, norm=None
+    ) -> Tensor:
+        """x [T/(sp·tp with tp_sequence_parallel),1,D] -> the same. gate_x: x as a gate reads it, see SpikedInput.
+
+        cache: read and replaced (see Documents.keepers); then the row is one document. norm: of what the output
+        projection reads.
         """
-        o = self.core(x, self.linear_qkv(x)[0], documents, cache)
-        return self.linear_proj(o if norm is None else norm(o))[0]
+        o = self.core(gate_x, self.linear_qkv(x)[0], documents, cache)
+        o = o if norm is None else norm(o)
+        return self.linear_proj(o if self.spiked_output is None else self.spiked_output(o))[0]
 
     @abstractmethod
-    def core(self, x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:
+    def core(self, gate_x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:
         """What comes before the output projection, [T/sp,1,Hq·head_dim] of a tp rank's heads.
 
-        x: the mixer's input; qkv [T/sp,1,Hkv·(G+2)·head_dim]: what linear_qkv makes of it. Rows of meta tokens, whose
-        number documents knows, come before the T/sp; with a cache they come alone, to be kept in it.
+        gate_x: what a gate reads; qkv [T/sp,1,Hkv·(G+2)·head_dim]: what linear_qkv makes of the mixer's input. Rows of
+        meta tokens, whose number documents knows, come before the T/sp; with a cache they come alone, to be kept in it.
         """
 
 

@@ -43,13 +43,14 @@ class AllHeadsNorm(nn.Module):
         """x [..., size/tp] -> the same shape and dtype."""
         if self.tp_group.size() == 1:
             return ops.rms_norm(x, self.weight, eps=self.eps)
-        wide = x.float()
+        exact = torch.promote_types(x.dtype, torch.float32)
+        wide = x.to(exact)
         squares = mcore.reduce_from_tensor_model_parallel_region(
             wide.square().sum(-1, keepdim=True), group=self.tp_group
         )
         # every rank's output depends on the sum, so its gradient is a sum over the ranks as well
         squares = mcore.copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
-        return (wide * torch.rsqrt(squares / self.size + self.eps) * self.weight.float()).to(x.dtype)
+        return (wide * torch.rsqrt(squares / self.size + self.eps) * self.weight.to(exact)).to(x.dtype)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The weight as megatron's sharded tensor, cut over tp."""

@@ -21,6 +21,7 @@ from sbtrain.config.schema import ModelConfig
 from sbtrain.model.cache import LayerCache
 from sbtrain.model.norm import AllHeadsNorm, RMSNorm
 from sbtrain.model.projections import linear_proj, linear_qkv
+from sbtrain.spiking.neuron import Sites
 
 
 class BySymbol(mcore.MegatronModule):
@@ -46,13 +47,20 @@ class Pair(mcore.MegatronModule):
     """
 
     def __init__(
-        self, config: mcore.TransformerConfig, *, model: ModelConfig, groups, branches: dict[str, mcore.ModuleSpec]
+        self,
+        config: mcore.TransformerConfig,
+        *,
+        model: ModelConfig,
+        groups,
+        sites: Sites,
+        branches: dict[str, mcore.ModuleSpec],
     ):
         super().__init__(config)
         self.shared, self.norms_before = model.pair.shared_projections, model.pair.norms_before_projection
         if self.shared:
             self.linear_qkv = linear_qkv(config, groups.tp)
             self.linear_proj = linear_proj(config, groups.tp)
+            self.spiked_output = sites.neuron("proj", cut=True)
         built = {symbol: mcore.build_module(spec, config) for symbol, spec in branches.items()}
         self.branches = BySymbol(config, built)
         self.merge_norms = BySymbol(config, {symbol: self._merge_norm(model, groups) for symbol in branches})
@@ -65,17 +73,21 @@ class Pair(mcore.MegatronModule):
             return AllHeadsNorm(model.num_heads * model.head_dim, tp_group=groups.tp, **about)
         return RMSNorm(model.hidden_size, sequence_parallel=self.config.sequence_parallel, **about)
 
-    def forward(self, x: Tensor, documents: Documents, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, gate_x: Tensor, documents: Documents, cache: LayerCache | None = None) -> Tensor:
         """See Mixer.forward; one branch keeps a state in the cache, the other keys and values."""
         if self.norms_before and not self.shared:
             branches = ((branch, self.merge_norms[symbol]) for symbol, branch in self.branches.items())
-            first, second = (branch(x, documents, cache, norm) for branch, norm in branches)
+            first, second = (branch(x, gate_x, documents, cache, norm) for branch, norm in branches)
             return 0.5 * (first + second)
         if not self.shared:
-            return self._merged({symbol: branch(x, documents, cache) for symbol, branch in self.branches.items()})
+            return self._merged(
+                {symbol: branch(x, gate_x, documents, cache) for symbol, branch in self.branches.items()}
+            )
         qkv, _ = self.linear_qkv(x)
-        outputs = {symbol: branch.core(x, qkv, documents, cache) for symbol, branch in self.branches.items()}
-        return self.linear_proj(self._merged(outputs))[0]
+        o = self._merged(
+            {symbol: branch.core(gate_x, qkv, documents, cache) for symbol, branch in self.branches.items()}
+        )
+        return self.linear_proj(o if self.spiked_output is None else self.spiked_output(o))[0]
 
     def _merged(self, outputs: dict[str, Tensor]) -> Tensor:
         first, second = (self.merge_norms[symbol](o) for symbol, o in outputs.items())

@@ -23,6 +23,7 @@ from sbtrain.model.mixer import Mixer, split_meta
 from sbtrain.model.norm import RMSNorm
 from sbtrain.model.projections import split_qkv
 from sbtrain.model.rotary import Rotary
+from sbtrain.spiking.neuron import Sites
 
 
 class SoftmaxAttention(Mixer):
@@ -35,16 +36,19 @@ class SoftmaxAttention(Mixer):
         model: ModelConfig,
         groups,
         sp_algorithm: SequenceAlgorithm,
+        sites: Sites,
         window: int | None,
         own_projections: bool = True,
     ):
-        super().__init__(config, model=model, groups=groups, own_projections=own_projections)
+        super().__init__(config, model=model, groups=groups, sites=sites, own_projections=own_projections)
         self.window, self.sp_group = window, groups.cp
         heads = dict(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
         self.mix = mixing("F" if window is None else "S", sp_algorithm, **heads, window=window, group=groups.cp)
         self.q_norm = self._head_norm(model, groups.tp) if model.qk_norm else None
         self.k_norm = self._head_norm(model, groups.tp) if model.qk_norm else None
         self.rotary = Rotary(model)
+        self.spiked_queries = None if window is None else sites.queries()
+        self.rounding = None if window is None else sites.key_value_rounding()
 
     def _head_norm(self, model: ModelConfig, tp_group) -> RMSNorm:
         return RMSNorm(
@@ -55,12 +59,12 @@ class SoftmaxAttention(Mixer):
             over_heads=lambda weight: mcore.copy_to_tensor_model_parallel_region(weight, group=tp_group),
         )
 
-    def core(self, x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:
+    def core(self, gate_x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:
         """See Mixer.core."""
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotary(q, k, documents.positions)
+        q, k, v = self._replaced(*self.rotary(q, k, documents.positions), v)
         if documents.num_meta:
             o = self._attend_with_meta(cache, q, k, v, documents)
         elif cache is None:
@@ -70,6 +74,12 @@ class SoftmaxAttention(Mixer):
         else:
             o = self._attend_with(cache, q, k, v)
         return o.reshape(o.shape[1], 1, -1)
+
+    def _replaced(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries from spikes, keys and values from INT8, where the model has that."""
+        if self.spiked_queries is not None:
+            q = self.spiked_queries(q)
+        return (q, k, v) if self.rounding is None else (q, self.rounding(k), self.rounding(v))
 
     def _attend_with_meta(
         self, cache: LayerCache | None, q: Tensor, k: Tensor, v: Tensor, documents: Documents
@@ -108,9 +118,10 @@ def _see_all(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
 
     q [1,Q,Hq,D], keys and values [1,t,Hkv,D] in parts -> [1,Q,Hq,D].
     """
-    grouped = q.unflatten(2, (keys[0].shape[2], -1)).float() * q.shape[-1] ** -0.5
-    scores = [torch.einsum("bqhgd,bthd->bhgqt", grouped, k.float()) for k in keys]
+    exact = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.unflatten(2, (keys[0].shape[2], -1)).to(exact) * q.shape[-1] ** -0.5
+    scores = [torch.einsum("bqhgd,bthd->bhgqt", grouped, k.to(exact)) for k in keys]
     weights = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).softmax(-1)
     parts = weights.split([k.shape[1] for k in keys], dim=-1)
-    outputs = [torch.einsum("bhgqt,bthd->bqhgd", part, v.float()) for part, v in zip(parts, values)]
+    outputs = [torch.einsum("bhgqt,bthd->bqhgd", part, v.to(exact)) for part, v in zip(parts, values)]
     return reduce(torch.add, outputs).to(q.dtype).flatten(2, 3)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import ops
 from parallel import mcore
 from parallel.recompute import rebuilt, recomputed
+from sbtrain.spiking.neuron import Neuron, activated
 
 
 class Experts(mcore.MegatronModule):
@@ -46,13 +47,18 @@ class Experts(mcore.MegatronModule):
         }
 
 
-def grouped_ffn(x: Tensor, fc1: Tensor, fc2: Tensor, offsets: Tensor, *, rebuild: bool = False) -> Tensor:
-    """SwiGLU FFNs of groups of rows. x [R, D] -> [R, D]; rebuild: the activations are made again in the backward."""
+def grouped_ffn(
+    x: Tensor, fc1: Tensor, fc2: Tensor, offsets: Tensor, neuron: Neuron | None = None, *, rebuild: bool = False
+) -> Tensor:
+    """SwiGLU FFNs of groups of rows. x [R, D] -> [R, D]; rebuild: the activations are made again in the backward.
+
+    neuron: that of the down projections, None where they do not spike.
+    """
     gate_up = ops.grouped_mm(x, fc1, offsets=offsets)
-    active = ops.swiglu(gate_up)
+    active, again = activated(gate_up, neuron)
     if not rebuild:
         return ops.grouped_mm(active, fc2, offsets=offsets)
-    with rebuilt(active, lambda: ops.swiglu(gate_up)):
+    with rebuilt(active, again):
         return ops.grouped_mm(active, fc2, offsets=offsets)
 
 
@@ -62,29 +68,31 @@ class SharedExperts(mcore.MLP):
     Its two halves are called apart, so that each runs while rows travel.
     """
 
-    def __init__(self, config: mcore.TransformerConfig, *, ffn_size: int, groups):
+    def __init__(self, config: mcore.TransformerConfig, *, ffn_size: int, groups, neuron: Neuron | None = None):
+        """neuron: that of its down projection, which reads a tp rank's part of the channels."""
         submodules = mcore.MLPSubmodules(linear_fc1=mcore.ColumnParallelLinear, linear_fc2=mcore.RowParallelLinear)
         config = copy(config)
         config.ffn_hidden_size = ffn_size  # what linear_fc2 is built by
         super().__init__(config, submodules, ffn_hidden_size=ffn_size, tp_group=groups.tp)
+        self.spiked_active = neuron
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T,1,D] -> [T,1,D]."""
-        return self.linear_fc2(ops.swiglu(self.linear_fc1(x)[0]))[0]
+        return self.linear_fc2(activated(self.linear_fc1(x)[0], self.spiked_active)[0])[0]
 
     def first_half(self, x: Tensor, *, rebuild: bool, recompute: bool) -> tuple:
         """What second_half goes on from. rebuild: the activations are made again; recompute: all of it."""
         if recompute:
             return recomputed(self.forward, x), None
-        gate_up = self.linear_fc1(x)[0]
-        return ops.swiglu(gate_up), gate_up if rebuild else None, self.linear_fc2
+        active, again = activated(self.linear_fc1(x)[0], self.spiked_active)
+        return active, again if rebuild else None, self.linear_fc2
 
     def second_half(self, half: tuple) -> Tensor:
         """[T,1,D] from first_half's result."""
         if len(half) == 2:
             return half[0]
-        active, gate_up, linear = half
-        if gate_up is None:
+        active, again, linear = half
+        if again is None:
             return linear(active)[0]
-        with rebuilt(active, lambda: ops.swiglu(gate_up)):
+        with rebuilt(active, again):
             return linear(active)[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import ops
 from parallel.expert import copy_from, sum_at
 from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.moe.experts import Experts
@@ -78,7 +79,7 @@ class HotExperts:
 
 def _add_to(total: Tensor):
     def hook(copy: Tensor) -> None:
-        total.add_(copy.grad)
+        ops.accumulate(total, copy.grad, add=True)
         copy.grad = None
 
     return hook

@@ -16,6 +16,7 @@ from sbtrain.moe.dispatch import Dispatcher, Limits, Plan, arrive, come_home, le
 from sbtrain.moe.experts import Experts, SharedExperts, grouped_ffn
 from sbtrain.moe.hot import HotExperts
 from sbtrain.moe.router import Router
+from sbtrain.spiking.neuron import Sites
 
 
 class MoELayer(mcore.MegatronModule):
@@ -24,7 +25,9 @@ class MoELayer(mcore.MegatronModule):
     Experts are spread over the ep ranks; their FFNs are not cut by tp, tokens are: each tp rank routes its part.
     """
 
-    def __init__(self, config, *, model: ModelConfig, groups, recompute: Recompute, options: ExpertsConfig):
+    def __init__(
+        self, config, *, model: ModelConfig, groups, recompute: Recompute, options: ExpertsConfig, sites: Sites
+    ):
         super().__init__(config)
         moe, self.groups = model.moe, groups
         self.recompute, self.options = recompute, options
@@ -33,7 +36,9 @@ class MoELayer(mcore.MegatronModule):
         self.experts = Experts(config, num_experts=moe.num_experts, ffn_size=ffn_size, groups=groups)
         self.shared_experts = None
         if moe.num_shared_experts:
-            self.shared_experts = SharedExperts(config, ffn_size=moe.num_shared_experts * ffn_size, groups=groups)
+            about = dict(groups=groups, neuron=sites.neuron("down", cut=True))
+            self.shared_experts = SharedExperts(config, ffn_size=moe.num_shared_experts * ffn_size, **about)
+        self.spiked_input, self.spiked_active = sites.neuron("gate_up"), sites.neuron("down")
         limits = Limits(moe.capacity_factor, options.align_tokens, options.align is Align.drop)
         self.dispatcher = Dispatcher(moe.num_experts, limits=limits, group=groups.ep)
         self.hot = HotExperts(self.experts, num_experts=moe.num_experts, options=options, group=groups.ep)
@@ -58,8 +63,11 @@ class MoELayer(mcore.MegatronModule):
         departure, counts = self.dispatcher.begin(experts, weights, counted, hot)
         if counts.dropped is not None and self._counts:
             self.router.tally.add_dropped(counts.dropped)
-        sent = leave(rows, departure)  # before the wait, so that the device has something to do
+        seen = rows if self.spiked_input is None else self.spiked_input(rows)  # the router sees the rows as they are
+        sent = leave(seen, departure)  # before the wait, so that the device has something to do
         plan = self.dispatcher.plan(counts, experts.numel())
+        if self.shared_experts is not None:
+            x = self._seen_by_all(x, seen)
         out, shared = self._exchange(sent, x, plan, hot) if self.groups.ep.size() > 1 else self._alone(sent, x, plan)
         return self._joined(come_home(out, weights, departure), len(x)) + (0 if shared is None else shared)
 
@@ -67,10 +75,15 @@ class MoELayer(mcore.MegatronModule):
     def _counts(self) -> bool:
         return self.training and self.router.step_tokens is not None and not is_replay()
 
+    @property
+    def _deals(self) -> bool:
+        """Whether all tp ranks are given the same rows, and each routes a part of them."""
+        return self.groups.tp.size() > 1 and not self.config.sequence_parallel
+
     def _own_rows(self, x: Tensor, num_meta: int) -> tuple[Tensor, Tensor]:
         """The rows that this tp rank routes [T', D], and which of them count, bool [T']."""
         tp, num_rows = self.groups.tp.size(), len(x)
-        if tp == 1 or self.config.sequence_parallel:
+        if not self._deals:
             index = torch.arange(num_rows, device=x.device)
             return x[:, 0], index >= num_meta
         padded = pad(x[:, 0], (0, 0, 0, -num_rows % tp))
@@ -80,11 +93,17 @@ class MoELayer(mcore.MegatronModule):
 
     def _joined(self, rows: Tensor, num_rows: int) -> Tensor:
         """The transpose of _own_rows: [T', D] of each tp rank -> [T,1,D]."""
-        if self.groups.tp.size() > 1 and not self.config.sequence_parallel:
+        if self._deals:
             rows = mcore.gather_from_sequence_parallel_region(
                 rows, tensor_parallel_output_grad=False, group=self.groups.tp
             )
         return rows[:num_rows, None]
+
+    def _seen_by_all(self, x: Tensor, seen: Tensor) -> Tensor:
+        """x [T,1,D] as shared experts read it. seen: this tp rank's rows as routed ones do."""
+        if self.spiked_input is None:
+            return x
+        return self.spiked_input(x) if self._deals else seen[:, None]
 
     def _route(self, rows: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         if self.recompute in (Recompute.activations, Recompute.selective) and torch.is_grad_enabled():
@@ -127,8 +146,8 @@ class MoELayer(mcore.MegatronModule):
     def _ffn(self, rows: Tensor, weights: tuple[Tensor, Tensor], offsets: Tensor) -> Tensor:
         """The FFNs of groups of rows, with as much kept for the backward pass as the recipe wants."""
         if not torch.is_grad_enabled() or self.recompute is Recompute.full:
-            return grouped_ffn(rows, *weights, offsets)
+            return grouped_ffn(rows, *weights, offsets, self.spiked_active)
         overloaded = 0 < self.options.recompute_above_tokens < len(rows)
         if self.recompute is Recompute.selective or overloaded:
-            return recomputed(grouped_ffn, rows, *weights, offsets)
-        return grouped_ffn(rows, *weights, offsets, rebuild=self.recompute is Recompute.activations)
+            return recomputed(grouped_ffn, rows, *weights, offsets, self.spiked_active)
+        return grouped_ffn(rows, *weights, offsets, self.spiked_active, rebuild=self.recompute is Recompute.activations)

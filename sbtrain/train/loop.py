@@ -37,6 +37,7 @@ def train(
         loss = engine.forward_backward(rows)
         grad_norm = engine.step(lr=lr)
         state = state.advanced(stage.global_batch_tokens)
+        engine.trained(state.tokens)
         watch.check(state, loss=loss.mean, grad_norm=grad_norm)
         sinks.write(
             meter.record(

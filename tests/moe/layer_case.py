@@ -17,6 +17,7 @@ from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.schema import Precision, Recompute
 from sbtrain.model.build import transformer_config
 from sbtrain.moe.layer import MoELayer
+from sbtrain.spiking.neuron import Sites
 
 HIDDEN, WIDTH = 16, 12
 
@@ -64,7 +65,8 @@ def run_layer(
         mesh = stack.enter_context(Mesh.build(layout))
         model = moe_model(moe)
         config = transformer_config(model, layout, Precision.fp32)
-        layer = MoELayer(config, model=model, groups=mesh.groups, recompute=recompute, options=options)
+        sites = Sites(model.spiking, layer=0, tp_group=mesh.groups.tp)
+        layer = MoELayer(config, model=model, groups=mesh.groups, recompute=recompute, options=options, sites=sites)
         experts = slice(layer.dispatcher.first_local, layer.dispatcher.first_local + layer.dispatcher.num_local)
         with torch.no_grad():
             for name, weight in layer.named_parameters():

@@ -75,6 +75,22 @@ def _linear_cross_entropy(torch, *, num_tokens, vocab, valid_vocab=None, chunk_t
     return call, [_randn(torch, num_tokens, 8), _randn(torch, vocab, 8)]
 
 
+def accumulated(rank: int, backend: str, size: int, dtype: str) -> bool:
+    """Whether a part of size elements is written and then added exactly, and a transposed one too."""
+    import torch
+
+    file = import_module(f"ops.accumulate.{backend}")
+    first, second = (torch.randn(size).to(getattr(torch, dtype)) for _ in range(2))
+    total = torch.full((size,), float("nan"))
+    file.accumulate(total, first, add=False)
+    equal = torch.equal(total, first.float())
+    file.accumulate(total, second, add=True)
+    equal &= torch.equal(total, first.float() + second.float())
+    square = torch.zeros(2, size)
+    file.accumulate(square, torch.stack([first, second], 1).T, add=True)
+    return equal and torch.equal(square, torch.stack([first, second]).float())
+
+
 def buffered(rank: int, backend: str) -> list[float]:
     """The gradient that two micro-batches put into a buffer, against autograd's on the reference."""
     import torch

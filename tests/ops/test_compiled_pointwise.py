@@ -17,7 +17,7 @@ FP32 = ("rstd", "parts", "top", "sums", "picked", "lse", "scale", "inv_freq")
 OTHER = {
     **dict.fromkeys(FP32, "*fp32"),
     **dict.fromkeys(("eps", "direction"), "fp32"),
-    **dict.fromkeys(("num_rows", "num_tokens", "row_tokens", "num_valid", "num_groups"), "i32"),
+    **dict.fromkeys(("num_rows", "num_tokens", "row_tokens", "num_valid", "num_groups", "size"), "i32"),
     **dict.fromkeys(("stride_group", "stride_out", "stride_in"), "i32"),
     **{f"{x}_stride_{dimension}": "i32" for x in "qk" for dimension in ("row", "token", "head")},
     **dict.fromkeys(("positions", "labels"), "*i64"),
@@ -27,6 +27,7 @@ OTHER = {
 
 def kernels():
     """(kernel launcher, shared memory that its tune entry allows) of every kernel at the 7B model's sizes."""
+    from ops.accumulate.launch import Kernels as Sums
     from ops.grouped_mm.launch import Kernels as Products
     from ops.linear_cross_entropy.launch import Softmax
     from ops.rms_norm.launch import Kernels as Norms
@@ -34,6 +35,7 @@ def kernels():
     from ops.swiglu.launch import Kernels as Gates
 
     makes = [
+        ("accumulate", Sums),
         ("rms_norm", Norms, 3584, BACKEND.limits.max_num_warps),
         ("swiglu", Gates, 18944),
         ("rope", Rotary, 28, 4, 128),

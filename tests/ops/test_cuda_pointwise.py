@@ -163,3 +163,25 @@ def test_cross_entropy_holds_one_chunk_of_logits(buffered):
     fp32_and_bf16_gradient = 6 * weight.numel()
     expected = logits if buffered else max(4 * weight.numel() + logits, fp32_and_bf16_gradient)
     assert peaks[-1] <= expected + of_hidden + 2**22
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", [*TOLERANCES, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (4097,), (3, 1000, 513), (3584, 18944)])
+def test_accumulate_is_one_fp32_addition(tiles, shape, dtype, add):
+    total, part = torch.randn(shape, device="cuda"), torch.randn(shape, device="cuda").to(dtype)
+    expected = total + part.float() if add else part.float()
+    module = test_cuda_backends.cuda_module("accumulate")[0]
+    assert torch.equal(module.accumulate(total, part, add=add), expected) and torch.equal(total, expected)
+
+
+def test_accumulate_takes_parts_of_other_strides():
+    total, part = torch.zeros(300, 200, device="cuda"), torch.randn(200, 300, device="cuda").bfloat16().T
+    assert torch.equal(ops.accumulate(total, part, add=True), part.float())
+
+
+def test_accumulate_beyond_32_bit_offsets():
+    length = 2**31 + 5
+    total, part = torch.zeros(length, device="cuda"), torch.ones(length, device="cuda", dtype=torch.bfloat16)
+    ops.accumulate(total, part, add=True)
+    assert bool((total == 1).all())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from interpreted_pointwise_case import buffered, differences
+from interpreted_pointwise_case import accumulated, buffered, differences
 from test_interpreted_kernels import pytestmark as needs_interpreter
 from test_interpreted_kernels import within
 
@@ -62,3 +62,9 @@ def test_grouped_mm_in_fp16(interpreter, backend):
 def test_cross_entropy_into_a_buffer(interpreter, backend):
     (values,) = interpreter(buffered, backend)
     assert within(values, 1e-5), values
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("size", [1, 2048, 5001])
+def test_accumulation_is_exact(interpreter, size, dtype, backend):
+    assert interpreter(accumulated, backend, size, dtype) == [True]
