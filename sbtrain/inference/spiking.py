@@ -25,6 +25,9 @@ from sbtrain.spiking.statistics import SpikeStatistics, Tally, tallies
 
 RASTER_TOKENS, RASTER_CHANNELS, NUM_RASTERS = 16, 96, 3
 
+SITES = ("qkv", "gate", "queries", "proj", "gate_up", "down")
+"""In the order of a layer. A gate that reads what q, k and v read has no neuron of its own."""
+
 
 @dataclass(frozen=True)
 class SpikingOptions(BitsOptions):
@@ -126,7 +129,13 @@ def _figures(watchers: list[Watcher]) -> dict:
     """Of all neurons that tokens have reached, together and by projection, layer, and both."""
     reached = [watcher for watcher in watchers if watcher.statistics is not None]
     found = list(zip(reached, tallies([watcher.statistics for watcher in reached])))
-    groups: dict[str, dict[str, list[Tally]]] = {"projections": {}, "layers": {}, "sites": {}}
+    found.sort(key=lambda pair: (pair[0].neuron.layer, SITES.index(pair[0].neuron.site)))
+    there = {watcher.neuron.site for watcher in reached}
+    groups: dict[str, dict[str, list[Tally]]] = {
+        "projections": {site: [] for site in SITES if site in there},
+        "layers": {},
+        "sites": {},
+    }
     for watcher, tally in found:
         site, layer = watcher.neuron.site, str(watcher.neuron.layer)
         for kind, name in (("projections", site), ("layers", layer), ("sites", f"{layer}.{site}")):

@@ -100,7 +100,7 @@ def test_sparsity_falls_and_accuracy_rises_with_k(mesh, tmp_path, texts):
     report = spiking.run(spiked, options_of(texts, k=(0.5, 1.0, 2.0, 4.0, 1000.0)))
     assert report["off"]["results"] == plain["results"] and report["off"]["mean"] < 1.5, "it has learned"
     costs = [point["cost"] for point in report["sweep"]]
-    assert costs == sorted(costs, reverse=True) and costs[0] > 0.05 > costs[3] > costs[4] > -0.02
+    assert costs == sorted(costs, reverse=True) and costs[0] > 1 and abs(costs[4]) < 0.05
     sparsities = [point["total"]["silent_windows"] for point in report["sweep"]]
     assert sparsities == sorted(sparsities, reverse=True)
     assert 0.5 < sparsities[2] < 0.8, "near the report's"
@@ -149,7 +149,7 @@ def test_launch_evaluate_leaves_tables_and_plots(exported, texts, capsys):
     assert table(report) in printed
     first, *others = (block.splitlines() for block in table(report).split("\n\n"))
     assert [line.split("  ")[0] for line in first] == ["bits per byte", "no spikes", "k = 2", "k = 3"]
-    assert [line.split()[0] for line in others[0][1:]] == ["qkv", "proj", "queries", "gate_up", "all"]
+    assert [line.split()[0] for line in others[0][1:]] == ["qkv", "queries", "proj", "gate_up", "all"]
     assert len(others[1]) == 5 and f"{report['sweep'][1]['cost']:+.2%}" in first[3]
     for raster in report["rasters"]:
         assert raster["site"] == "qkv" and math.prod(torch.tensor(raster["counts"]).shape) == 16 * MODEL.hidden_size
