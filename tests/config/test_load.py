@@ -57,9 +57,10 @@ def test_the_generic_recipe_takes_its_shape_from_the_checkpoint(checkpoint):
     assert recipe.data.tokenizer == checkpoint
 
 
-def test_the_spiking_demo_goes_on_from_what_the_demo_leaves(checkpoint):
+def test_the_spiking_demo_goes_on_from_what_the_demo_leaves(tmp_path):
     demo = load(["recipe=demo", "dry_run=true"])
-    recipe = load(["recipe=spike_demo", f"start.path={checkpoint}"])
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": demo.model.num_layers}))
+    recipe = load(["recipe=spike_demo", f"start.path={tmp_path}"])
     assert recipe.model.spiking.enabled and 0 < recipe.model.spiking.warm_in_tokens < recipe.stages["ctx_1024"].tokens
     assert (recipe.model.pattern, recipe.model.window) == (demo.model.pattern, demo.model.window)
     assert f"path: {demo.export_dir}\n" in (door.RECIPES / "spike_demo.yaml").read_text()
