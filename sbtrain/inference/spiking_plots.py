@@ -83,6 +83,7 @@ def raster_figure(rasters: list[dict]) -> Figure:
         axes.set_ylabel("channel", color=GRAY, fontsize=9)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.tick_params(colors=GRAY, labelsize=8)
+        axes.spines[:].set_color("#cbd2d9")
     axes.set_xlabel("token", color=GRAY)
     return figure
 
