@@ -4,7 +4,7 @@ python launch/evaluate.py model=FOLDER|run=FOLDER [suite=bpb,passkey,spiking,lm_
                           [precision=fp32|bf16]
     bpb:      [data=PREFIX|FILE,...] [lengths=512,1024,2048] [tokens=16384] [text_key=text]
     passkey:  [lengths=512,1024,2048] [depths=0,25,50,75,100] [samples=4] [seed=0]
-    spiking:  [k=2,2.5,3,3.5,4] [data=PREFIX|FILE,...] [lengths=1024] [tokens=16384] [text_key=text]
+    spiking:  [k=2,2.5,3,3.5,4] [spike_down_proj=false] [data=PREFIX|FILE,...] [lengths=1024] [tokens=16384]
     lm_eval:  tasks=NAME,... [include_path=FOLDER] [limit=0] [num_fewshot=-1] [batch_size=1]
 """
 

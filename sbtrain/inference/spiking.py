@@ -34,11 +34,13 @@ class SpikingOptions(BitsOptions):
     """What is read, as in suite bpb, and the neurons' k.
 
     k: spikes per mean activation, of all neurons; the text is read once for each. The one that the model was made for,
-    or the nearest to it, is the one shown in detail.
+    or the nearest to it, is the one shown in detail. spike_down_proj: the down projection of FFNs spikes too, also
+    where model.spiking has it not.
     """
 
     lengths: tuple[int, ...] = (1024,)
     k: tuple[float, ...] = (2.0, 2.5, 3.0, 3.5, 4.0)
+    spike_down_proj: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,13 +50,14 @@ class SpikingOptions(BitsOptions):
             raise ValueError("k= names a number twice; keep one of them")
 
 
-def load(where: Where, mesh: Mesh) -> Loaded:
-    """The model with neurons: its own, or those that model.spiking has by default."""
-    return load_model(where, mesh, change=_with_neurons)
+def load(where: Where, options: SpikingOptions, mesh: Mesh) -> Loaded:
+    """The model with neurons: its own, or where it was trained without those that model.spiking describes."""
 
+    def with_neurons(config: ModelConfig) -> ModelConfig:
+        down = config.spiking.spike_down_proj or options.spike_down_proj
+        return replace(config, spiking=replace(config.spiking, enabled=True, spike_down_proj=down))
 
-def _with_neurons(config: ModelConfig) -> ModelConfig:
-    return config if config.spiking.enabled else replace(config, spiking=replace(config.spiking, enabled=True))
+    return load_model(where, mesh, change=with_neurons)
 
 
 def run(loaded: Loaded, options: SpikingOptions) -> dict:

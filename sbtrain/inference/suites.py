@@ -19,12 +19,16 @@ from sbtrain.inference.load import Loaded, Where, load_model
 from sbtrain.inference.options import build, check_keys, split
 
 
+def _as_it_is(where: Where, options: Any, mesh: Mesh) -> Loaded:
+    return load_model(where, mesh)
+
+
 @dataclass(frozen=True)
 class Suite:
     """options: a dataclass, its fields are keys. table(report): for the terminal.
 
     check(where, options): what can be refused before a model is loaded. run(loaded, options) -> report, or
-    run(where, options) with load=None. load(where, mesh): the model; suites that load alike share one.
+    run(where, options) with load=None. load(where, options, mesh): the model; suites with the same function share one.
     plots(report, folder): writes PNG files, name -> path.
     """
 
@@ -33,7 +37,7 @@ class Suite:
     table: Callable[[dict], str]
     check: Callable[[Where, Any], None] = lambda where, options: None
     plots: Callable[[dict, Path], dict[str, Path]] | None = None
-    load: Callable[[Where, Mesh], Loaded] | None = load_model
+    load: Callable[[Where, Any, Mesh], Loaded] | None = _as_it_is
 
 
 SUITES = {
@@ -86,7 +90,8 @@ def evaluate(arguments: Sequence[str]) -> None:
 def _run_loaded(suites: dict[str, Suite], where: Where, options: dict[str, Any], out: Path) -> None:
     """Suites on one model, which is gone afterwards: the next ones need the memory."""
     with Mesh.build(Layout()) as mesh:
-        loaded = next(iter(suites.values())).load(where, mesh)
+        first, suite = next(iter(suites.items()))
+        loaded = suite.load(where, options[first], mesh)
         for name, suite in suites.items():
             _finish(name, suite.run(loaded, options[name]), options[name], out, origin=loaded.origin)
 

@@ -128,8 +128,11 @@ def exported(tmp_path, monkeypatch):
 
 
 def test_a_model_without_spikes_gets_neurons(mesh, exported):
-    loaded = spiking.load(Where(model=exported), mesh)
-    assert {neuron.site for neuron in neurons(loaded.model)} == {"qkv", "proj", "gate_up", "queries"}
+    loaded = spiking.load(Where(model=exported), spiking.SpikingOptions(), mesh)
+    sites = {"qkv", "proj", "gate_up", "queries"}
+    assert {neuron.site for neuron in neurons(loaded.model)} == sites
+    more = spiking.load(Where(model=exported), spiking.SpikingOptions(spike_down_proj=True), mesh)
+    assert {neuron.site for neuron in neurons(more.model)} == sites | {"down"}
     assert not neurons(load_model(Where(model=exported), mesh).model)
     plain = build(MODEL, mesh, precision=Precision.fp32)
     assert loaded.model.state_dict().keys() == plain.state_dict().keys()
