@@ -146,10 +146,30 @@ def hf_state(state: dict[str, Tensor], model) -> dict[str, Tensor]:
             out[to + renamed[rest]] = tensor
         elif rest == "mlp.linear_fc1.weight":
             out[to + "mlp.gate_proj.weight"], out[to + "mlp.up_proj.weight"] = tensor.chunk(2)
+        elif rest.startswith("mlp."):
+            out.update({f"{to}mlp.{theirs}": piece for theirs, piece in _hf_experts(rest[len("mlp.") :], tensor)})
         else:
             mixer = _hf_mixer(rest.removeprefix("self_attention."), tensor, model)
             out.update({f"{to}self_attn.{theirs}": piece for theirs, piece in mixer.items()})
     return out
+
+
+def _hf_experts(name: str, tensor: Tensor):
+    """(name, tensor) of the parts of a mixture: every expert by itself."""
+    if name.startswith("router."):
+        yield name, tensor
+    elif name.startswith("shared_experts."):
+        yield from _hf_expert("shared_expert.", name, tensor)
+    else:
+        for j, expert in enumerate(tensor):
+            yield from _hf_expert(f"experts.{j}.", name, expert)
+
+
+def _hf_expert(to: str, name: str, tensor: Tensor):
+    if "linear_fc2" in name:
+        yield f"{to}down_proj.weight", tensor
+    else:
+        yield from zip((f"{to}gate_proj.weight", f"{to}up_proj.weight"), tensor.chunk(2))
 
 
 _BRANCHES = {"L": "la_", "S": "swa_", "F": "fa_"}

@@ -23,7 +23,7 @@ from sbtrain.model.mixer import Mixer, split_meta
 from sbtrain.model.norm import RMSNorm
 from sbtrain.model.projections import split_qkv
 from sbtrain.model.rotary import Rotary
-from sbtrain.spiking.neuron import Sites
+from sbtrain.spiking.neuron import Sites, from_int8, to_int8
 
 
 class SoftmaxAttention(Mixer):
@@ -64,22 +64,31 @@ class SoftmaxAttention(Mixer):
         q, k, v = split_qkv(qkv, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = self._replaced(*self.rotary(q, k, documents.positions), v)
+        q, k = self.rotary(q, k, documents.positions)
+        q = q if self.spiked_queries is None else self.spiked_queries(q)
         if documents.num_meta:
-            o = self._attend_with_meta(cache, q, k, v, documents)
+            o = self._attend_with_meta(cache, q, *self._rounded(k, v), documents)
         elif cache is None:
-            o = self.mix(q, k, v, cu_seqlens=documents.cu_seqlens)
+            o = self.mix(q, *self._rounded(k, v), cu_seqlens=documents.cu_seqlens)
         elif documents.keepers is not None:
             o = self._attend_over_shards(cache, q, k, v, documents)
         else:
             o = self._attend_with(cache, q, k, v)
         return o.reshape(o.shape[1], 1, -1)
 
-    def _replaced(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries from spikes, keys and values from INT8, where the model has that."""
-        if self.spiked_queries is not None:
-            q = self.spiked_queries(q)
-        return (q, k, v) if self.rounding is None else (q, self.rounding(k), self.rounding(v))
+    def _rounded(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return (k, v) if self.rounding is None else (self.rounding(k), self.rounding(v))
+
+    def _to_store(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """What caches keep of keys and values: them, or INT8 and scales where nothing else is computed with."""
+        if self.rounding is None or self.rounding.share < 1:
+            return self._rounded(k, v)
+        (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+        return k, v, k_scale, v_scale
+
+    def _to_read(self, stored: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, v, *scales = stored
+        return tuple(from_int8(x, scale, dtype=dtype) for x, scale in zip((k, v), scales)) if scales else (k, v)
 
     def _attend_with_meta(
         self, cache: LayerCache | None, q: Tensor, k: Tensor, v: Tensor, documents: Documents
@@ -94,22 +103,22 @@ class SoftmaxAttention(Mixer):
 
     def _attend_over_shards(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         kept = None if self.window is None else self.window - 1
-        cache.key, cache.value = (tail(x, kept, keepers=documents.keepers, group=self.sp_group) for x in (k, v))
-        return self.mix(q, k, v, cu_seqlens=documents.cu_seqlens, **cache.sinks)
+        stored = self._to_store(k, v)
+        cache.store([tail(x, kept, keepers=documents.keepers, group=self.sp_group) for x in stored])
+        return self.mix(q, *self._to_read(stored, q.dtype), cu_seqlens=documents.cu_seqlens, **cache.sinks)
 
     def _attend_with(self, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        stored = self._to_store(k, v)
         if cache.key is not None:
-            k, v = torch.cat([cache.key, k], dim=1), torch.cat([cache.value, v], dim=1)
-        kept = k.shape[1] if self.window is None else self.window - 1
-        cache.key, cache.value = (
-            k[:, k.shape[1] - kept :] if kept < k.shape[1] else k,
-            v[:, -kept:] if kept else v[:, :0],
-        )
+            stored = tuple(torch.cat(parts, dim=1) for parts in zip(cache.stored, stored))
+        k, v = self._to_read(stored, q.dtype)
+        kept = k.shape[1] if self.window is None else min(self.window - 1, k.shape[1])
+        cache.store([x[:, x.shape[1] - kept :] for x in stored])
         if q.shape[1] == 1:
             keys, values = ([sinks[None]] for sinks in cache.sinks.values()) if cache.sinks else ([], [])
             return _see_all(q, [*keys, k], [*values, v])
         # views would keep the whole chunk alive, q/k/v projection included
-        cache.key, cache.value = cache.key.clone(), cache.value.clone()
+        cache.store([x.clone() for x in cache.stored])
         return ops.attention(q, k, v, window=self.window, **cache.sinks)
 
 

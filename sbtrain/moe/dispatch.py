@@ -244,7 +244,7 @@ class _Combine(torch.autograd.Function):
         of_rows = weights.flatten().index_select(0, departure.order)[:, None]
         grad_y = torch.mul(grads, of_rows, out=torch.empty_like(y))
         grad_weights = torch.zeros_like(weights).flatten()
-        grad_weights.scatter_(0, departure.order, (y.float() * grads).sum(-1))
+        grad_weights.scatter_(0, departure.order, (y.float() * grads).sum(-1).to(weights.dtype))
         return grad_y, grad_weights.view_as(weights), None
 
 

@@ -38,6 +38,10 @@ class Replacement(nn.Module):
             return x
         return replace(x) if self.share == 1 else _Blend.apply(x, replace, self.share)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """What megatron asks of every part: there is nothing to save."""
+        return {}
+
 
 class _Blend(torch.autograd.Function):
     """Part of the way from x to replace(x); the gradient passes straight through."""
