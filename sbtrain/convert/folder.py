@@ -1,4 +1,4 @@
-"""A Hugging Face folder, of a source family or exported by us, read as a training checkpoint is: by our global names."""
+"""A Hugging Face folder, of a source family or exported by us, read like a training checkpoint: by our global names."""
 
 from __future__ import annotations
 
