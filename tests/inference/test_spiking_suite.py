@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import ops
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.sequence.shard import Documents
-from sbtrain.config.schema import Precision
+from sbtrain.checkpoint.files import write_json
+from sbtrain.config.load import save
+from sbtrain.config.schema import DataConfig, Precision, Recipe, Stage
 from sbtrain.config.spiking_schema import SpikingConfig
 from sbtrain.convert.export import export
 from sbtrain.inference import bits, spiking
@@ -156,6 +159,23 @@ def test_launch_evaluate_leaves_tables_and_plots(exported, texts, capsys):
     assert len(others[1]) == 5 and f"{report['sweep'][1]['cost']:+.2%}" in first[3]
     for raster in report["rasters"]:
         assert raster["site"] == "qkv" and math.prod(torch.tensor(raster["counts"]).shape) == 16 * MODEL.hidden_size
+
+
+def test_the_page_of_a_run_shows_its_spikes(exported, texts, tmp_path, capsys):
+    """Written when the run ended, built again when the suite has been run."""
+    run = tmp_path / "run"
+    (run / "report").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    dcp.save(global_state(MODEL), checkpoint_id=run / "checkpoints" / "step_5", no_dist=True)
+    stages = {"ctx_32": Stage(seq_len=32, tokens=64, global_batch_tokens=64)}
+    model = replace(MODEL, spiking=SpikingConfig(k=4.0))
+    save(Recipe(name="tiny", model=model, data=DataConfig(tokenizer="tokenizer"), stages=stages), run / "recipe.yaml")
+    write_json(run / "ledger.json", {"stages_done": [], "checkpoint": "checkpoints/step_5", "step": 5})
+    assert launch([f"run={run}", "suite=spiking", f"data={texts}", "lengths=32", "tokens=64", "k=3,4.5"]) == 0
+    page = (run / "report" / "index.html").read_text()
+    assert f"report: {run}/report/index.html" in capsys.readouterr().out
+    assert "<h2>Spikes</h2>" in page and "Measured on step_5." in page and "k = 4.5" in page
+    assert json.loads((run / "evaluation" / "spiking.json").read_text())["shown_k"] == 4.5, "nearest to the recipe's 4"
 
 
 @pytest.mark.parametrize(

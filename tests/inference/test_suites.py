@@ -250,7 +250,7 @@ def test_what_one_rank_cannot_read_all_ranks_refuse(exported, run_ranks, tmp_pat
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("evaluate", ["model=a=b", "suite=pbb"], "suite=pbb does not exist; choose from bpb, passkey, spiking, lm_eval"),
+        ("evaluate", ["model=a=b", "suite=pbb"], "suite=pbb does not exist; choose from bpb, passkey, spiking, lm_"),
         ("evaluate", ["model=a=b", "suite="], "choose from bpb, passkey, spiking, lm_eval"),
         ("evaluate", ["model=a=b", "sample=3"], "sample= is not known here; "),
         ("evaluate", ["model=a=b", "suite=passkey", "depth=3"], "did you mean depths=?"),
