@@ -15,7 +15,7 @@ from sbtrain.data.heldout import heldout_rows, scored_bytes
 from sbtrain.inference.corpus import check_data, excerpt, is_text
 from sbtrain.inference.load import Loaded, Where
 
-_NO_TEXT = "suite bpb has no text: give data=PREFIX (of prepare_data's files) or data=FILE.jsonl"
+_NO_TEXT = "there is no text: give data=PREFIX (of prepare_data's files) or data=FILE.jsonl"
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,47 @@ def run(loaded: Loaded, options: BitsOptions) -> dict:
     Raises ValueError naming the file that is missing, damaged, of another tokenizer, or without text to score.
     """
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        prefixes = _prefixes(loaded, options, Path(scratch))
-        pairs = [(source, length) for source in prefixes for length in options.lengths]
-        for source, length in tqdm(pairs, desc="bpb", unit="context", disable=None):
-            rows = heldout_rows(prefixes[source], seq_len=length, tokens=options.tokens, tokenizer=loaded.tokenizer)
-            results.append({"source": source, "length": length, **_judge(loaded, rows, prefixes[source])})
+    for passage in tqdm(passages(loaded, options), desc="bpb", unit="context", disable=None):
+        results.append({"source": passage.source, "length": passage.length, **judge(loaded, passage)})
     return {"results": results}
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Text to be scored: rows of one source, cut to one length, and the bytes that their labels stand for."""
+
+    source: str
+    length: int
+    rows: list[Row]
+    num_bytes: int
+
+
+def passages(loaded: Loaded, options: BitsOptions) -> list[Passage]:
+    """The text of every source at every length. Raises what `run` raises."""
+    found, sizes = [], loaded.tokenizer.token_bytes()
+    with tempfile.TemporaryDirectory() as scratch:
+        for source, prefix in _prefixes(loaded, options, Path(scratch)).items():
+            for length in options.lengths:
+                rows = heldout_rows(prefix, seq_len=length, tokens=options.tokens, tokenizer=loaded.tokenizer)
+                num_bytes = scored_bytes(rows, sizes)
+                if not num_bytes:
+                    raise ValueError(
+                        f"{prefix}: its documents are too short to score; give documents of two tokens and more"
+                    )
+                found.append(Passage(source, length, rows, num_bytes))
+    return found
+
+
+def judge(loaded: Loaded, passage: Passage) -> dict:
+    """{bits_per_byte, nats_per_token, tokens, bytes} of the model on a passage."""
+    sums = evaluate_rows(loaded.model, loaded.mesh, passage.rows)
+    nats, num_tokens = sum(s.loss for s in sums), sum(s.num_tokens for s in sums)
+    return {
+        "bits_per_byte": nats / math.log(2) / passage.num_bytes,
+        "nats_per_token": nats / num_tokens,
+        "tokens": num_tokens,
+        "bytes": passage.num_bytes,
+    }
 
 
 def table(report: dict) -> str:
@@ -73,20 +107,6 @@ def table(report: dict) -> str:
         figures = {result["length"]: result["bits_per_byte"] for result in results if result["source"] == source}
         lines.append(f"{source:{width}}" + "".join(f"{figures[length]:>9.4f}" for length in lengths))
     return "\n".join(lines)
-
-
-def _judge(loaded: Loaded, rows: list[Row], prefix: str) -> dict:
-    sums = evaluate_rows(loaded.model, loaded.mesh, rows)
-    nats, num_tokens = sum(s.loss for s in sums), sum(s.num_tokens for s in sums)
-    num_bytes = scored_bytes(rows, loaded.tokenizer.token_bytes())
-    if not num_bytes:
-        raise ValueError(f"{prefix}: its documents are too short to score; give documents of two tokens and more")
-    return {
-        "bits_per_byte": nats / math.log(2) / num_bytes,
-        "nats_per_token": nats / num_tokens,
-        "tokens": num_tokens,
-        "bytes": num_bytes,
-    }
 
 
 def _prefixes(loaded: Loaded, options: BitsOptions, scratch: Path) -> dict[str, str]:

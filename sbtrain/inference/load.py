@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +96,10 @@ def open_source(where: Where) -> Source:
         return Source(config, FolderReader(folder, config), folder, folder)
 
 
-def load_model(where: Where, mesh: Mesh) -> Loaded:
+def load_model(where: Where, mesh: Mesh, *, change: Callable[[ModelConfig], ModelConfig] | None = None) -> Loaded:
     """Build the model on the mesh's device and stream its weights into it; the optimizer is not read.
 
+    change: of the configuration before the model is built; it must leave the parameters as they are.
     mesh: of sp ranks alone; it must stay open as long as the model is used. Collective: ranks time their links where
     layout.sp_algorithm is auto. Raises ValueError, one line naming the key or file and the fix, for folders and files
     that are missing, damaged or do not fit together; what one rank cannot read, all refuse.
@@ -106,16 +107,18 @@ def load_model(where: Where, mesh: Mesh) -> Loaded:
     where.check()
     if mesh.dp > 1:
         raise ValueError(f"inference runs in one process, this is one of {mesh.world_size}; start it without torchrun")
-    return _from_run(where, mesh) if where.run else _from_folder(where, mesh)
+    change = change or (lambda config: config)
+    return _from_run(where, mesh, change) if where.run else _from_folder(where, mesh, change)
 
 
-def _from_run(where: Where, mesh: Mesh) -> Loaded:
+def _from_run(where: Where, mesh: Mesh, change: Callable[[ModelConfig], ModelConfig]) -> Loaded:
     recipe, step_dir, folder = together(lambda: _find_run(where))
-    model = _build(recipe.model, mesh, where)
+    config = change(recipe.model)
+    model = _build(config, mesh, where)
     together(lambda: _fill_from_run(model, step_dir))
     if recipe.model.spiking.enabled and recipe.model.spiking.warm_in_tokens:
         _warm_in(model, together(lambda: read_state(step_dir))["tokens"], mesh, step_dir)
-    return together(lambda: _loaded(model, recipe.model, mesh, folder, recipe=recipe, origin=step_dir))
+    return together(lambda: _loaded(model, config, mesh, folder, recipe=recipe, origin=step_dir))
 
 
 def _find_run(where: Where) -> tuple[Recipe, Path, Path]:
@@ -152,10 +155,11 @@ def _fill_from_run(model: HybridModel, step_dir: Path) -> None:
         parameter.copy_(tensor)
 
 
-def _from_folder(where: Where, mesh: Mesh) -> Loaded:
+def _from_folder(where: Where, mesh: Mesh, change: Callable[[ModelConfig], ModelConfig]) -> Loaded:
     folder = Path(where.model)
     with _in_terms_of_model():
         config, exported = together(lambda: _read_shape(folder))
+        config = change(config)
         model = _build(config, mesh, where)
         together(lambda: _fill_from_folder(model, folder, exported=exported))
     return together(lambda: _loaded(model, config, mesh, folder, recipe=None, origin=folder))

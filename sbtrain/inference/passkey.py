@@ -129,8 +129,8 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def heat_map(report: dict, path: Path) -> None:
-    """Write accuracy and margin by depth and length as a PNG."""
+def heat_map(report: dict, folder: Path) -> dict[str, Path]:
+    """Write accuracy and margin by depth and length as passkey.png; its name and path."""
     depths, lengths = _axes(report)
     cells = {(cell["depth"], cell["length"]): cell for cell in report["results"]}
     figure = Figure(figsize=(4 + 1.6 * len(lengths), 2 + 0.45 * len(depths)), layout="constrained")
@@ -149,7 +149,8 @@ def heat_map(report: dict, path: Path) -> None:
             for x, value in enumerate(row):
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, bbox=SHADE)
         figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=120)
+    figure.savefig(folder / "passkey.png", dpi=120)
+    return {"passkey": folder / "passkey.png"}
 
 
 def _axes(report: dict) -> tuple[list[int], list[int]]:

@@ -14,9 +14,13 @@ from typing import Any
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from sbtrain.checkpoint.files import write_json
-from sbtrain.inference import bits, harness, passkey
-from sbtrain.inference.load import Where, load_model
+from sbtrain.inference import bits, harness, passkey, spiking, spiking_plots, spiking_tables
+from sbtrain.inference.load import Loaded, Where, load_model
 from sbtrain.inference.options import build, check_keys, split
+
+
+def _as_it_is(where: Where, options: Any, mesh: Mesh) -> Loaded:
+    return load_model(where, mesh)
 
 
 @dataclass(frozen=True)
@@ -24,21 +28,30 @@ class Suite:
     """options: a dataclass, its fields are keys. table(report): for the terminal.
 
     check(where, options): what can be refused before a model is loaded. run(loaded, options) -> report, or
-    run(where, options) with loads_model=False. plot(report, path): writes a PNG.
+    run(where, options) with load=None. load(where, options, mesh): the model; suites with the same function share one.
+    plots(report, folder): writes PNG files, name -> path.
     """
 
     options: type
     run: Callable[[Any, Any], dict]
     table: Callable[[dict], str]
     check: Callable[[Where, Any], None] = lambda where, options: None
-    plot: Callable[[dict, Path], None] | None = None
-    loads_model: bool = True
+    plots: Callable[[dict, Path], dict[str, Path]] | None = None
+    load: Callable[[Where, Any, Mesh], Loaded] | None = _as_it_is
 
 
 SUITES = {
     "bpb": Suite(bits.BitsOptions, bits.run, bits.table, check=bits.check),
-    "passkey": Suite(passkey.PasskeyOptions, passkey.run, passkey.table, plot=passkey.heat_map),
-    "lm_eval": Suite(harness.HarnessOptions, harness.run, harness.table, check=harness.check, loads_model=False),
+    "passkey": Suite(passkey.PasskeyOptions, passkey.run, passkey.table, plots=passkey.heat_map),
+    "spiking": Suite(
+        spiking.SpikingOptions,
+        spiking.run,
+        spiking_tables.table,
+        check=bits.check,
+        plots=spiking_plots.write_spiking_plots,
+        load=spiking.load,
+    ),
+    "lm_eval": Suite(harness.HarnessOptions, harness.run, harness.table, check=harness.check, load=None),
 }
 
 
@@ -68,15 +81,19 @@ def evaluate(arguments: Sequence[str]) -> None:
     out = _folder(choice.out, where)
     for name, suite in suites.items():
         suite.check(where, options[name])
-    ours = {name: suite for name, suite in suites.items() if suite.loads_model}
-    if ours:
-        with Mesh.build(Layout()) as mesh:
-            loaded = load_model(where, mesh)
-            for name, suite in ours.items():
-                _finish(name, suite.run(loaded, options[name]), options[name], out, origin=loaded.origin)
-        del loaded  # a suite that loads the model itself needs the memory
-    for name in (name for name in suites if name not in ours):
+    for load in dict.fromkeys(suite.load for suite in suites.values() if suite.load):
+        _run_loaded({name: suite for name, suite in suites.items() if suite.load is load}, where, options, out)
+    for name in (name for name, suite in suites.items() if not suite.load):
         _finish(name, suites[name].run(where, options[name]), options[name], out, origin=where.folder)
+
+
+def _run_loaded(suites: dict[str, Suite], where: Where, options: dict[str, Any], out: Path) -> None:
+    """Suites on one model, which is gone afterwards: the next ones need the memory."""
+    with Mesh.build(Layout()) as mesh:
+        first, suite = next(iter(suites.items()))
+        loaded = suite.load(where, options[first], mesh)
+        for name, suite in suites.items():
+            _finish(name, suite.run(loaded, options[name]), options[name], out, origin=loaded.origin)
 
 
 def _finish(name: str, report: dict, options: Any, out: Path, *, origin: Path) -> None:
@@ -86,12 +103,11 @@ def _finish(name: str, report: dict, options: Any, out: Path, *, origin: Path) -
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / f"{name}.json", {"suite": name, "model": str(origin), **asdict(options), **report})
-        if suite.plot:
-            suite.plot(report, out / f"{name}.png")
+        plots = suite.plots(report, out) if suite.plots else {}
     except OSError as error:
         reason = error.strerror
         raise ValueError(f"results cannot be written to {out} ({reason}); give out=FOLDER or free space") from None
-    print(f"-> {out / name}.json{f', {out / name}.png' if suite.plot else ''}", flush=True)
+    print(f"-> {', '.join(map(str, [out / f'{name}.json', *plots.values()]))}", flush=True)
 
 
 def _folder(out: str, where: Where) -> Path:

@@ -7,6 +7,7 @@ import os
 from html import escape
 from pathlib import Path
 
+from sbtrain.inference.spiking_tables import layer_cells, projection_cells, sweep_cells
 from sbtrain.metrics.sinks import duration, short
 from sbtrain.report.experts import start_facts
 from sbtrain.report.plots import write_plots
@@ -34,6 +35,14 @@ tr.last td { font-weight: 600; }
 img { display: block; width: 100%; min-width: 34rem; height: auto; margin: 1.25rem 0 0.5rem; }
 .notes { border-left: 3px solid #f0b429; padding: 0.25rem 0 0.25rem 1rem; margin: 1.5rem 0 0; list-style: none; }
 """
+
+
+SPIKING_PLOTS = ["spiking_windows", "spiking_counts", "spiking_cost", "spiking_raster"]
+ABOUT_SPIKES = (
+    "Silent windows: 3-step windows without a spike, the sparsity of the SpikingBrain report. Spikes: of a value, as "
+    "the bits of its count with their sign. Energy (pJ, and the share saved against a multiply-accumulate in FP16 or "
+    "INT8): ideal, additions alone, at 45 nm. Cost: rise of the mean over the same weights without spikes."
+)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -67,6 +76,7 @@ def html_page(run: RunFiles, plots: dict[str, Path]) -> str:
             *section("Bits per byte", bits_table(run), plots, ["bits_per_byte"]),
             *section("Stages", stage_table(run), plots, ["loss"]),
             *section("Experts and pairs", start_table(run), plots, ["expert_load", "expert_map"]),
+            *section("Spikes", spiking_tables(run), plots, SPIKING_PLOTS),
             *section("Training", "", plots, ["lr", "tokens_per_s", "grad_norm", "spike_sparsity", "spike_share"]),
             "</body></html>",
         ]
@@ -151,6 +161,17 @@ def start_table(run: RunFiles) -> str:
     """What was measured when the first weights were set, and the tokens that experts dropped."""
     facts = start_facts(run)
     return html_table(["measured", "value"], [[escape(name), escape(value)] for name, value in facts]) if facts else ""
+
+
+def spiking_tables(run: RunFiles) -> str:
+    """Cost and sparsity by k, then all figures of one k by projection and by layer."""
+    if not run.spiking:
+        return ""
+    tables = ""
+    for header, rows in (sweep_cells(run.spiking), projection_cells(run.spiking), layer_cells(run.spiking)):
+        tables += html_table(header, [[escape(cell) for cell in row] for row in rows])
+    about = f"{ABOUT_SPIKES} Measured on {Path(run.spiking['model']).name}."
+    return tables + f'<p class="quiet">{escape(about)}</p>'
 
 
 def html_table(header: list[str], rows: list[list[str]], last: bool = False) -> str:

@@ -7,16 +7,16 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from sbtrain.inference.spiking_plots import write_spiking_plots
+from sbtrain.metrics.figure import GRAY, INK, LINE, PALE, blank, literal, save
 from sbtrain.metrics.sinks import short
 from sbtrain.report.experts import LOAD_TITLE, MAP_TITLE, expert_records, load_figure, map_figure
 from sbtrain.report.run_files import RunFiles
 from sbtrain.report.tables import bits_rows, source_names
 
-INK, GRAY, LINE, PALE = "#1f2933", "#7b8794", "#1f6feb", "#a9c8f7"
 TEACHER, START = "#3e4c59", "#cbd2d9"
 STAGES = ("#b6d4fe", "#6ea8fe", "#1f6feb", "#0b3d91", "#062a66")
 
@@ -40,6 +40,8 @@ def write_plots(run: RunFiles, folder: Path) -> dict[str, Path]:
     if expert_records(run):
         plots["expert_load"] = save(load_figure(*blank(LOAD_TITLE), run), folder / "expert_load.png")
         plots["expert_map"] = save(map_figure(*blank(MAP_TITLE), run), folder / "expert_map.png")
+    if run.spiking:
+        plots |= write_spiking_plots(run.spiking, folder)
     if run.points:
         plots["bits_per_byte"] = save(bits_figure(run), folder / "bits_per_byte.png")
     return plots
@@ -138,28 +140,3 @@ def running_mean(values: list[float], reach: int) -> list[float]:
     places = numpy.arange(len(values))
     low, high = numpy.maximum(places - reach, 0), numpy.minimum(places + reach + 1, len(values))
     return list((total[high] - total[low]) / (high - low))
-
-
-def literal(name: str) -> str:
-    """A name as matplotlib shows it letter by letter: a dollar sign does not begin a formula."""
-    return name.replace("$", r"\$")
-
-
-def blank(title: str, height: float = 3.2):
-    """A figure with one empty set of axes in the report's style."""
-    figure = Figure(figsize=(8, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=20)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#cbd2d9")
-    axes.tick_params(colors=GRAY, labelsize=9)
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG."""
-    figure.savefig(path, facecolor="white")
-    return path

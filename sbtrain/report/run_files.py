@@ -14,6 +14,7 @@ class RunFiles:
     """recipe, ledger: as parsed; records: steps of metrics.jsonl in order; points: of evaluation.json, in order.
 
     start: what start.json says of the first weights; most runs measure nothing for them and have none.
+    spiking: what suite spiking has measured, evaluation/spiking.json; empty where it was not run.
     notes: one sentence for each part that is missing or unreadable.
     """
 
@@ -24,6 +25,7 @@ class RunFiles:
     points: list[dict]
     notes: tuple[str, ...]
     start: dict = field(default_factory=dict)
+    spiking: dict = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -51,6 +53,9 @@ def read_run(run_dir: str | Path) -> RunFiles:
     start = None
     if (folder / "start.json").exists():
         start = read_part(folder / "start.json", json.loads, dict, "how the experts began is not known", notes)
+    spiking = None
+    if (folder / "evaluation" / "spiking.json").exists():
+        spiking = read_part(folder / "evaluation" / "spiking.json", read_spiking, dict, "spikes are not shown", notes)
     records = read_part(folder / "metrics.jsonl", read_lines, list, "there are no training curves", notes)
     return RunFiles(
         folder=folder,
@@ -60,6 +65,7 @@ def read_run(run_dir: str | Path) -> RunFiles:
         points=comparable((evaluation or {}).get("points", []), notes),
         notes=tuple(notes),
         start=start or {},
+        spiking=spiking or {},
     )
 
 
@@ -88,6 +94,15 @@ def read_part(path: Path, parse, kind: type, consequence: str, notes: list[str])
         reason = str(error).splitlines()[0]
         notes.append(f"{path.name} cannot be read ({reason}): {consequence}.")
     return None
+
+
+def read_spiking(text: str) -> dict:
+    """What suite spiking wrote. Raises ValueError where a part of it is missing."""
+    value = json.loads(text)
+    parts = {"model", "off", "sweep", "shown_k", "rasters"}
+    if not isinstance(value, dict) or not parts <= value.keys():
+        raise ValueError("is no result of suite spiking")
+    return value
 
 
 def read_lines(text: str) -> list[dict]:

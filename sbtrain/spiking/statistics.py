@@ -22,8 +22,9 @@ SHOWN_COUNTS = 16
 """Bins of the histogram of counts, 0 to 15; those above share one more."""
 
 ADD_PJ, INT8_MAC_PJ, FP16_MAC_PJ = 0.03, 0.23, 1.5
-"""Energy of an INT8 addition, an INT8 and an FP16 multiply-accumulate at 45 nm, in pJ, as in the report's eq. 24. Source:
-Horowitz, "Computing's energy problem", ISSCC 2014 (8-bit add 0.03, 8-bit multiply 0.2, fp16 add 0.4, multiply 1.1)."""
+"""Energy of an INT8 addition, an INT8 and an FP16 multiply-accumulate at 45 nm, in pJ, as in the report's eq. 24.
+Source: Horowitz, "Computing's energy problem", ISSCC 2014 (8-bit add 0.03, 8-bit multiply 0.2, fp16 add 0.4, fp16
+multiply 1.1)."""
 
 _LOW = 1 << NUM_STEPS
 _CODES = 2 * _LOW

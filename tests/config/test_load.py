@@ -48,13 +48,22 @@ def test_recipes_with_a_shape_load_without_weights(name):
 
 
 def test_every_recipe_is_covered_above_or_below():
-    assert recipe_names() == ["76b_cpt", "7b_cpt", "cpt", "demo", "moe_demo", "qwen2_5_0_5b_cpt"]
+    assert recipe_names() == ["76b_cpt", "7b_cpt", "cpt", "demo", "moe_demo", "qwen2_5_0_5b_cpt", "spike_demo"]
 
 
 def test_the_generic_recipe_takes_its_shape_from_the_checkpoint(checkpoint):
     recipe = load(["recipe=cpt", f"start.path={checkpoint}"])
     assert (recipe.model.num_layers, recipe.model.head_dim, recipe.model.num_kv_heads) == (4, 8, 2)
     assert recipe.data.tokenizer == checkpoint
+
+
+def test_the_spiking_demo_goes_on_from_what_the_demo_leaves(tmp_path):
+    demo = load(["recipe=demo", "dry_run=true"])
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": demo.model.num_layers}))
+    recipe = load(["recipe=spike_demo", f"start.path={tmp_path}"])
+    assert recipe.model.spiking.enabled and 0 < recipe.model.spiking.warm_in_tokens < recipe.stages["ctx_1024"].tokens
+    assert (recipe.model.pattern, recipe.model.window) == (demo.model.pattern, demo.model.window)
+    assert f"path: {demo.export_dir}\n" in (door.RECIPES / "spike_demo.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -250,15 +250,15 @@ def test_what_one_rank_cannot_read_all_ranks_refuse(exported, run_ranks, tmp_pat
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("evaluate", ["model=a=b", "suite=pbb"], "suite=pbb does not exist; choose from bpb, passkey, lm_eval"),
-        ("evaluate", ["model=a=b", "suite="], "choose from bpb, passkey, lm_eval"),
+        ("evaluate", ["model=a=b", "suite=pbb"], "suite=pbb does not exist; choose from bpb, passkey, spiking, lm_"),
+        ("evaluate", ["model=a=b", "suite="], "choose from bpb, passkey, spiking, lm_eval"),
         ("evaluate", ["model=a=b", "sample=3"], "sample= is not known here; "),
         ("evaluate", ["model=a=b", "suite=passkey", "depth=3"], "did you mean depths=?"),
         ("evaluate", ["model=a=b", "suite=passkey", "depths=101"], "depths= must be percentages"),
         ("evaluate", ["model=a=b", "suite=passkey", "lengths=64"], "have no room for the question"),
         ("evaluate", ["model=a=b", "lengths=1k"], "lengths=1k is not a whole number"),
         ("evaluate", ["model=a=b", "passkey"], "'passkey' is no option; write key=value"),
-        ("evaluate", ["model=a=b"], "suite bpb has no text"),
+        ("evaluate", ["model=a=b"], "there is no text"),
         ("evaluate", ["model=a=b", "data=none"], "data=none is neither a text file nor a prefix"),
         ("evaluate", ["suite=bpb"], "give model=FOLDER"),
         ("evaluate", ["model=none"], "model=none is not a folder"),

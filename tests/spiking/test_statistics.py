@@ -97,3 +97,17 @@ def test_all_silent():
     figures = tally_of(torch.zeros(3, 5, dtype=torch.int32)).figures()
     assert figures.silent_windows == figures.zero_counts == figures.zero_bits == figures.silent_channels == 1.0
     assert figures.energy.pj == figures.mean_spikes == 0.0 and figures.energy.saved_fp16 == 1.0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_host():
+    count = torch.randint(-900, 900, (2000, 96), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    statistics, there = SpikeStatistics(96, device="cuda"), count.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        statistics.add(there)
+        silent = sparsity(there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert tallies([statistics])[0].figures() == tally_of(count).figures()
+    assert float(silent) == pytest.approx(float(sparsity(count)))
