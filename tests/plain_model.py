@@ -23,7 +23,8 @@ def plain_logits(
     """Logits [T, vocab] of a row tokens [T] (or [B, T, vocab] of [B, T], each row by itself).
 
     state: tensors under the names of the Hugging Face source family (Qwen2, Qwen3, Llama), and for every L layer i
-        model.layers.{i}.self_attn.gk_proj.0.weight [rank, D], .gk_proj.1.weight [Hkv*hd, rank], .gk_proj.1.bias,
+        model.layers.{i}.self_attn.gk_proj.0.weight [rank, D], .gk_proj.1.weight [Hkv*hd, rank], .gk_proj.1.bias (or
+        gk_proj.weight [Hkv*hd, D] and gk_proj.bias where the gate is full_rank)
         and model.layers.{i}.self_attn.g_norm.weight [hd]. Without lm_head.weight the embedding is used.
         A pair has la_q_proj, swa_q_proj (of S) or fa_q_proj (of F) and so on for each branch, or one q_proj and so
         on for both, and la_merge_norm, swa_merge_norm or fa_merge_norm; of meta tokens, model.meta_tokens [M, D].
@@ -203,7 +204,11 @@ def _gla(weights: dict[str, Tensor], model: ModelConfig, x: Tensor, spikes: _Spi
         decay = model.gla.lower_bound + (1 - model.gla.lower_bound) * (1 - k)
         k = 1 - decay
     else:
-        gate = F.linear(gate_x @ weights["gk_proj.0.weight"].T, weights["gk_proj.1.weight"], weights["gk_proj.1.bias"])
+        if model.gla.gate is Gate.full_rank:
+            gate = F.linear(gate_x, weights["gk_proj.weight"], weights["gk_proj.bias"])
+        else:
+            down = gate_x @ weights["gk_proj.0.weight"].T
+            gate = F.linear(down, weights["gk_proj.1.weight"], weights["gk_proj.1.bias"])
         decay = torch.sigmoid(gate).pow(1 / model.gla.gate_normalizer).unflatten(-1, (-1, model.head_dim))
     if model.gla.rope:
         q, k = _rope(q, model), _rope(k, model)

@@ -14,6 +14,8 @@ _ROWS = (
     "linear_qkv.bias",
     "gate_up.weight",
     "gate_up.bias",
+    "gate.weight",
+    "gate.bias",
     "output_layer.weight",
 )
 _EXPERTS = ("experts.linear_fc1", "experts.linear_fc2")
@@ -70,6 +72,9 @@ def global_state(model, *, seed: int = 0, dtype=torch.float32) -> dict[str, Tens
                 state[prefix + "gate_down.weight"] = random(model.gla.gate_rank, hidden)
                 state[prefix + "gate_up.weight"] = random(kv * head, model.gla.gate_rank, scale=1)
                 state[prefix + "gate_up.bias"] = random(kv * head)
+            elif model.gla.gate is Gate.full_rank:
+                state[prefix + "gate.weight"] = random(kv * head, hidden, scale=0.5)
+                state[prefix + "gate.bias"] = random(kv * head)
             state[prefix + "out_norm.weight"] = random(head, shift=1)
         elif model.qk_norm:
             state[prefix + "q_norm.weight"] = random(head, shift=1)
@@ -183,6 +188,8 @@ def _hf_mixer(name: str, tensor: Tensor, model) -> dict[str, Tensor]:
         "gate_down.weight": "gk_proj.0.weight",
         "gate_up.weight": "gk_proj.1.weight",
         "gate_up.bias": "gk_proj.1.bias",
+        "gate.weight": "gk_proj.weight",
+        "gate.bias": "gk_proj.bias",
         "out_norm.weight": "g_norm.weight",
         "q_norm.weight": f"{branch}q_norm.weight",
         "k_norm.weight": f"{branch}k_norm.weight",

@@ -14,7 +14,6 @@ from parallel.mesh import Mesh
 from parallel.place import section
 from run_case import curve, run_until, tiny_recipe, write_inputs
 from sbtrain.checkpoint.run_dir import Exit, check_owner, identity
-from sbtrain.convert.export import export_checkpoint
 from sbtrain.inference.load import Where, load_model
 from sbtrain.spiking.neuron import neurons
 from sbtrain.train.evaluate import HeldOut
@@ -88,16 +87,12 @@ def test_what_has_no_effect_does_not_belong_to_the_run(whole):
     assert [key for key in plain if key.startswith("model.spiking")] == ["model.spiking.enabled"]
 
 
-def test_exports_hold_the_plain_model_and_say_so(whole, capsys, monkeypatch):
-    """The same bytes as of the same weights without spikes."""
+def test_an_export_of_a_checkpoint_on_the_way_in_says_so(whole, capsys, monkeypatch):
     root, _ = whole
     monkeypatch.syspath_prepend(LAUNCH)
-    script = runpy.run_path(str(LAUNCH / "export.py"))
-    assert script["main"]([f"run={root / 'whole'}", f"out={root / 'exported'}", "dtype=fp32"]) == 0
-    assert "note: spikes are no part of this format" in capsys.readouterr().out
-    recipe = tiny_recipe(root, "whole")
-    export_checkpoint(root / "whole/checkpoints/step_10", recipe=recipe, out=root / "plain", dtype="fp32")
-    names = sorted(path.name for path in (root / "plain").iterdir())
-    assert names == sorted(path.name for path in (root / "exported").iterdir()) and "config.json" in names
-    for name in names:
-        assert (root / "plain" / name).read_bytes() == (root / "exported" / name).read_bytes(), name
+    main = runpy.run_path(str(LAUNCH / "export.py"))["main"]
+    for step, share in (("3", "60.0%"), ("10", None)):
+        assert main([f"run={root / 'whole'}", f"out={root / step}", f"step={step}"]) == 0
+        said = capsys.readouterr().out
+        assert (f"step_{step} was trained with {share} of activations replaced" in said) == bool(share)
+        assert ("warm_in_tokens" in said) == bool(share)

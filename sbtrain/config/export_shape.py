@@ -21,6 +21,7 @@ from sbtrain.config.model_schema import (
     RouterScore,
 )
 from sbtrain.config.pattern import parse_pattern
+from sbtrain.config.spiking_export import spiking_of
 
 MODEL_TYPES = ("gla_swa", "sbtrain_hybrid", "sbtrain_moe")
 
@@ -53,7 +54,12 @@ _NOT_IN_EXPORTS = {
 """Keys of the groups that say how to start or to train a model, not what it computes."""
 
 _OWN = ("pattern", "vocab_multiple", "max_positions", "spiking")
-"""Keys that are compared in another way, or not at all: any model may be made to spike."""
+"""Keys that are compared in another way, or not at all: any model may be made to spike, or to do it otherwise."""
+
+
+def has_int8_weights(values: dict[str, Any]) -> bool:
+    """Whether the folder of a config.json has scales beside the weights of its projections."""
+    return bool((values.get("spiking") or {}).get("int8_weights"))
 
 
 def is_export(values: dict[str, Any]) -> bool:
@@ -67,7 +73,9 @@ def model_of_export(values: dict[str, Any], path: Path) -> ModelConfig:
         raise ValueError(f"{path}: model_type {values.get('model_type')!r} is none of {', '.join(MODEL_TYPES)}")
     try:
         model = _parallel(values) if values["model_type"] == "sbtrain_moe" else _sequential({**_RELEASED, **values})
-        parse_pattern(model.pattern, model.num_layers)
+        kinds = parse_pattern(model.pattern, model.num_layers)
+        if has_int8_weights(values) and any(kind.moe for kind in kinds):
+            raise ValueError("spiking.int8_weights is true, and experts have none")
         return model
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
@@ -82,6 +90,8 @@ def contradiction(ours: ModelConfig, theirs: ModelConfig) -> str | None:
     layers = ours.num_layers or theirs.num_layers
     if parse_pattern(ours.pattern, layers) != parse_pattern(theirs.pattern, theirs.num_layers):
         return f"model.pattern='{ours.pattern}' contradicts '{theirs.pattern}'"
+    if theirs.spiking.enabled and not ours.spiking.enabled:
+        return "model.spiking.enabled=false contradicts true"
     kinds = parse_pattern(theirs.pattern, theirs.num_layers)
     unused = {
         "gla": all("L" not in kind.mixers for kind in kinds),
@@ -103,7 +113,9 @@ def _alike(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
     if pair.shared_projections:
         pair = replace(pair, norm_place=theirs.pair.norm_place)
     if gla.gate is Gate.tied:
-        gla = replace(gla, gate_rank=theirs.gla.gate_rank, gate_normalizer=theirs.gla.gate_normalizer)
+        gla = replace(gla, gate_normalizer=theirs.gla.gate_normalizer)
+    if gla.gate is not Gate.low_rank:
+        gla = replace(gla, gate_rank=theirs.gla.gate_rank)
     if (moe.expert_ffn_size or theirs.ffn_size) == (theirs.moe.expert_ffn_size or theirs.ffn_size):
         moe = replace(moe, expert_ffn_size=theirs.moe.expert_ffn_size)
     if moe.bias_update_rate > 0 and theirs.moe.bias_update_rate > 0:
@@ -146,7 +158,11 @@ def _sequential(values: dict[str, Any]) -> ModelConfig:
         head_dim=values.get("head_dim") or values["hidden_size"] // heads,
         norm_eps=float(values["norm_eps"]),
         window=values["sliding_window"] + 1,
-        gla=GLAConfig(gate_rank=values["gate_low_rank_dim"], gate_normalizer=float(values["gate_logit_normalizer"])),
+        gla=GLAConfig(
+            gate=Gate.full_rank if values.get("gate_full_rank") else Gate.low_rank,
+            gate_rank=values["gate_low_rank_dim"],
+            gate_normalizer=float(values["gate_logit_normalizer"]),
+        ),
         **_shape(values),
     )
 
@@ -210,4 +226,5 @@ def _shape(values: dict[str, Any]) -> dict[str, Any]:
         "tie_embeddings": values["tie_word_embeddings"],
         "qkv_bias": values["qkv_bias"],
         "qk_norm": values["qk_norm"],
+        "spiking": spiking_of(values),
     }

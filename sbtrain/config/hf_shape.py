@@ -16,6 +16,7 @@ from typing import Any
 
 from sbtrain.config.export_shape import contradiction, is_export, model_of_export
 from sbtrain.config.model_schema import ModelConfig, RopeScaling
+from sbtrain.config.spiking_export import with_released_spiking
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -51,7 +52,10 @@ def read_shape(folder: str | Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder. Raises ValueError naming the folder, as start.path, or the file."""
+    """config.json of a Hugging Face folder. Raises ValueError naming the folder, as start.path, or the file.
+
+    Where that is the released INT8 model's, it gets the keys that our exports of such a model have.
+    """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
         raise ValueError(f"start.path={path.parent} is not a folder; give one with config.json and safetensors files")
@@ -63,7 +67,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not readable JSON ({error}); fetch the file again") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no JSON object; fetch the file again")
-    return config
+    return with_released_spiking(config, path.parent)
 
 
 def complete_shape(model: ModelConfig, folder: str, *, may_be_absent: bool = False) -> ModelConfig:

@@ -33,9 +33,11 @@ class FeatureMap(Enum):
 
 
 class Gate(Enum):
-    """Where the decay comes from: a low-rank projection of its own (7B), or the key, decay = 1 - key (76B)."""
+    """Where the decay comes from: a projection of its own, low-rank (7B) or its two matrices merged into a full_rank
+    one (the released INT8 7B), or the key, decay = 1 - key (76B)."""
 
     low_rank = "low_rank"
+    full_rank = "full_rank"
     tied = "tied"
 
 
@@ -82,8 +84,8 @@ class GLAConfig:
     gate: where the decay comes from; tied needs the sigmoid feature map.
     lower_bound: of a tied gate's decay, which is then lower_bound + (1 - lower_bound)(1 - key); at least 0, below 1.
     rope: queries and keys are rotated behind the feature map, as those of softmax attention are.
-    gate_rank: width of the gate's bottleneck, in channels.
-    gate_normalizer: divisor of a low-rank gate's log decay; 16 gives a new gate a half-life of 16 tokens.
+    gate_rank: width of a low-rank gate's bottleneck, in channels.
+    gate_normalizer: divisor of the log decay unless the gate is tied; 16 gives a new gate a half-life of 16 tokens.
     out_norm_init: weight of a new output norm at conversion. 1 is the released code's; softmax attention puts out
         less, so a smaller weight starts closer to the teacher.
     """

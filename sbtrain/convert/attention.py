@@ -2,7 +2,7 @@
 
 F, S  inherit everything, q/k norms included (the window is no parameter)
 L     inherits q, k, v and the output projection; drops q/k norms; adds the output norm and, unless its gate is tied to
-      the key, the low-rank gate (SpikingBrain report section 3.1; released initialization: xavier_uniform, gain 2^-2.5)
+      the key, the gate (SpikingBrain report section 3.1; released initialization: xavier_uniform, gain 2^-2.5)
 pair  each of its two mixers inherits a copy of all that, or both share one; adds a norm of each mixer's output
 """
 
@@ -71,6 +71,11 @@ def _extras(ours: str, theirs: str, symbol: str, model: ModelConfig, *, prefix: 
             own("gate_down.weight", "gk_proj.0.weight", (rank, hidden), new=True),
             own("gate_up.weight", "gk_proj.1.weight", (kv_rows, rank), cut_dim=0, new=True),
             own("gate_up.bias", "gk_proj.1.bias", (kv_rows,), cut_dim=0, fill=Fill.bias, new=True),
+        ]
+    elif model.gla.gate is Gate.full_rank:
+        rows = [
+            own("gate.weight", "gk_proj.weight", (kv_rows, hidden), cut_dim=0, new=True),
+            own("gate.bias", "gk_proj.bias", (kv_rows,), cut_dim=0, fill=Fill.bias, new=True),
         ]
     return [*rows, own("out_norm.weight", "g_norm.weight", **norm, new=True)]
 

@@ -4,6 +4,8 @@ gla_swa      that of the released SpikingBrain-7B, so its modeling code loads th
 sbtrain      the same with what that code cannot express: full attention, q/k norms, other heads, ties, scaled RoPE
 sbtrain_moe  pairs of mixers, meta tokens, mixtures of experts, sigmoid features and tied gates (SpikingBrain-76B, for
              which no format was released)
+w8aspike     one of the three with INT8 weights and activations as spikes; gla_swa then is the format of the released
+             SpikingBrain-7B-W8ASpike, and the gate of linear attention is one matrix
 """
 
 from __future__ import annotations
@@ -11,36 +13,37 @@ from __future__ import annotations
 from typing import Any
 
 from sbtrain.config.model_schema import FeatureMap, Gate, ModelConfig, RopeScaling
+from sbtrain.config.spiking_export import alike, described
+from sbtrain.config.spiking_schema import SpikingConfig
 from sbtrain.convert.shards import DTYPES
 from sbtrain.convert.weights import kinds_of
 
 MODEL_TYPES = {"gla_swa": "gla_swa", "sbtrain": "sbtrain_hybrid", "sbtrain_moe": "sbtrain_moe"}
 """Format -> model_type of its config.json."""
-FORMATS = ("hf", *MODEL_TYPES)
+W8ASPIKE = "w8aspike"
+FORMATS = ("hf", *MODEL_TYPES, W8ASPIKE)
 _FILES = {"gla_swa": "gla_swa", "sbtrain": "gla_swa", "sbtrain_moe": "sbtrain_moe"}
 _CLASSES = {"gla_swa": "GLAswa", "sbtrain": "SbtrainHybrid", "sbtrain_moe": "SbtrainMoe"}
 _RELEASED_GATE = (16, 16.0)
+_RELEASED_SPIKING = SpikingConfig(enabled=True)
 
 
 def choose_format(format: str, model: ModelConfig) -> str:
-    """The format to write for format=hf or one of MODEL_TYPES. Raises ValueError where that cannot hold the model."""
+    """The one of MODEL_TYPES to write for a format of FORMATS. Raises ValueError where that cannot hold the model.
+
+    model: for w8aspike, with the gate and the spikes that its INT8 weights have (see sbtrain.convert.calibrated).
+    """
     if format not in FORMATS:
         raise ValueError(f"format={format} is not known; choose one of {', '.join(FORMATS)}")
-    parallel, released = sbtrain_refusal(model), gla_swa_refusal(model)
+    int8 = format == W8ASPIKE
+    parallel, released = sbtrain_refusal(model), gla_swa_refusal(model, int8_weights=int8)
     if format == "gla_swa" and released:
         raise ValueError(f"format=gla_swa: the released code cannot hold this model, {released}; use format=hf")
     if format == "sbtrain" and parallel:
         raise ValueError(f"format=sbtrain cannot hold this model, {parallel}; use format=hf")
-    if format == "hf":
+    if format in ("hf", W8ASPIKE):
         return "sbtrain_moe" if parallel else "sbtrain" if released else "gla_swa"
     return format
-
-
-def left_out(model: ModelConfig) -> str | None:
-    """What a format of this table does not hold of the model, as a line for the user; None where it holds all."""
-    if not model.spiking.enabled:
-        return None
-    return "spikes are no part of this format: it holds the model without them; format=w8aspike has them"
 
 
 def sbtrain_refusal(model: ModelConfig) -> str | None:
@@ -52,31 +55,39 @@ def sbtrain_refusal(model: ModelConfig) -> str | None:
         (model.meta.num_tokens > 0, "it has no meta tokens"),
         (
             any("L" in kind.mixers for kind in kinds)
-            and (gla.feature_map is not FeatureMap.relu or gla.gate is not Gate.low_rank or gla.rope),
+            and (gla.feature_map is not FeatureMap.relu or gla.gate is Gate.tied or gla.rope),
             "its linear attention has ReLU features, a gate of its own and no RoPE",
         ),
     ]
     return next((reason for refused, reason in reasons if refused), None)
 
 
-def gla_swa_refusal(model: ModelConfig) -> str | None:
-    """Why the released SpikingBrain-7B modeling code cannot hold this model; None if it can."""
+def gla_swa_refusal(model: ModelConfig, *, int8_weights: bool = False) -> str | None:
+    """Why the released SpikingBrain-7B modeling code, float or INT8, cannot hold this model; None if it can."""
     if sbtrain_refusal(model):
         return sbtrain_refusal(model)
-    symbols = _symbols(model)
-    gate = (model.gla.gate_rank, model.gla.gate_normalizer)
+    symbols, gate = _symbols(model), (model.gla.gate_rank, model.gla.gate_normalizer)
+    if int8_weights:
+        spiking = alike(model.spiking, _RELEASED_SPIKING, model.num_layers)
+        about_gate = (gate[1] != _RELEASED_GATE[1], "its gate has normalizer 16")
+        about_spikes = (spiking != _RELEASED_SPIKING, "its spikes are those of model.spiking's defaults")
+    else:
+        low_rank = model.gla.gate is Gate.low_rank
+        about_gate = (not low_rank or gate != _RELEASED_GATE, "its gate has rank 16 and normalizer 16")
+        about_spikes = (model.spiking.enabled, "its activations are no spikes")
     reasons = [
+        about_spikes,
         (model.qk_norm, "its attention has no q/k norms"),
         ("F" in symbols, "it has no full-attention layers"),
         (model.num_heads * model.head_dim != model.hidden_size, "its head_dim is hidden_size / num_heads"),
         (model.rope_scaling is not None, "its RoPE has no scaling"),
-        ("L" in symbols and gate != _RELEASED_GATE, "its gate has rank 16 and normalizer 16"),
+        ("L" in symbols and about_gate[0], about_gate[1]),
     ]
     return next((reason for refused, reason in reasons if refused), None)
 
 
-def config_of(model: ModelConfig, *, form: str, dtype: str) -> dict[str, Any]:
-    """config.json of a model in a format; special token ids are None."""
+def config_of(model: ModelConfig, *, form: str, dtype: str, int8_weights: bool = False) -> dict[str, Any]:
+    """config.json of a model in one of MODEL_TYPES; special token ids are None."""
     files, name = _FILES[form], _CLASSES[form]
     common = {
         "architectures": [f"{name}ForCausalLM"],
@@ -104,13 +115,22 @@ def config_of(model: ModelConfig, *, form: str, dtype: str) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
     }
     own = {"gla_swa": _released, "sbtrain": _hybrid, "sbtrain_moe": _parallel}[form]
-    return {**common, **own(model)}
+    return {**common, **own(model), **_spiking(model, int8_weights=int8_weights)}
 
 
 def modeling_files(form: str) -> list[str]:
     """Files of hf_model that transformers needs for a format; the last format's are built on those of the others."""
     families = sorted({"gla_swa", _FILES[form]})
-    return [f"{part}_{family}.py" for family in families for part in ("configuration", "mixers", "modeling")]
+    files = [f"{part}_{family}.py" for family in families for part in ("configuration", "mixers", "modeling")]
+    return [*files, "spiking_gla_swa.py"]
+
+
+def _spiking(model: ModelConfig, *, int8_weights: bool) -> dict[str, Any]:
+    if not model.spiking.enabled:
+        return {}
+    spiking = described(model.spiking, num_layers=model.num_layers, int8_weights=int8_weights)
+    # the released configuration has a key of its own, which its code does not read
+    return {"spiking": spiking, **({"quant_weight_group_size": model.spiking.weight_group} if int8_weights else {})}
 
 
 def _released(model: ModelConfig) -> dict[str, Any]:
@@ -118,6 +138,7 @@ def _released(model: ModelConfig) -> dict[str, Any]:
         "attn_layers": [layer for layer, symbol in enumerate(_symbols(model)) if symbol == "S"],
         "attn_mode": "chunk",
         "conv_size": 4,
+        **({"gate_full_rank": True} if model.gla.gate is Gate.full_rank else {}),
         "elementwise_affine": True,
         "fuse_cross_entropy": True,
         "hidden_act": "swish",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sbtrain.config.spiking_export import SCALES
+
 _RELEASED = {
     "embed_tokens": "embeddings",
     "input_layernorm": "attn_norm",
@@ -9,6 +11,31 @@ _RELEASED = {
     "post_attention_layernorm": "mlp_norm",
 }
 _PARALLEL = {"self_attn": "attn"}
+
+
+_PROJECTIONS = {
+    "qkv": ("linear_qkv", "q_proj", "k_proj", "v_proj"),
+    "gate": ("gate", "gk_proj"),
+    "proj": ("linear_proj", "o_proj"),
+    "gate_up": ("linear_fc1", "gate_proj", "up_proj"),
+    "down": ("linear_fc2", "down_proj"),
+}
+"""What model.spiking calls a projection -> what its weights are called, by us and by the family."""
+
+
+def projection_of(name: str) -> tuple[str, int] | None:
+    """(projection, layer) of a projection's weight, by our name for it or the table's; None for other tensors."""
+    parts = name.split(".")
+    if len(parts) < 4 or parts[1] != "layers" or parts[-1] != "weight":
+        return None
+    leaf = parts[-2].removeprefix("la_").removeprefix("swa_").removeprefix("fa_")
+    found = [projection for projection, leaves in _PROJECTIONS.items() if leaf in leaves]
+    return (found[0], int(parts[2])) if found else None
+
+
+def scales_name(name: str) -> str:
+    """The name of the scales of a projection's weight."""
+    return name.removesuffix(".weight") + SCALES
 
 
 def exported_name(name: str, model_type: str) -> str:

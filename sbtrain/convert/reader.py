@@ -5,11 +5,18 @@ from __future__ import annotations
 import pickle
 import warnings
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+
+class GlobalReader(Protocol):
+    """Unsharded tensors by our global names; CheckpointReader is one."""
+
+    def get(self, name: str) -> Tensor: ...
 
 
 class CheckpointReader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from dataclasses import dataclass
@@ -13,12 +12,9 @@ from tqdm import tqdm
 from parallel.schedule import evaluate_rows
 from parallel.sequence.shard import Row
 from sbtrain.data.heldout import heldout_rows, scored_bytes
-from sbtrain.data.inputs import find_slices, read_slice
-from sbtrain.data.prepare import prepare
-from sbtrain.data.tokenizer import Tokenizer
+from sbtrain.inference.corpus import check_data, excerpt, is_text
 from sbtrain.inference.load import Loaded, Where
 
-_BATCH_DOCUMENTS = 16
 _NO_TEXT = "suite bpb has no text: give data=PREFIX (of prepare_data's files) or data=FILE.jsonl"
 
 
@@ -48,8 +44,7 @@ def check(where: Where, options: BitsOptions) -> None:
     if not options.data and where.model:
         raise ValueError(_NO_TEXT)
     for data in options.data:
-        if not _is_text(data) and not Path(f"{data}.json").is_file():
-            raise ValueError(f"data={data} is neither a text file nor a prefix of prepare_data's files; check the path")
+        check_data(data)
 
 
 def run(loaded: Loaded, options: BitsOptions) -> dict:
@@ -103,38 +98,9 @@ def _prefixes(loaded: Loaded, options: BitsOptions, scratch: Path) -> dict[str, 
             raise ValueError(_NO_TEXT)
         return prefixes
     prefixes = {}
+    how = dict(tokens=max(options.tokens, *options.lengths), text_key=options.text_key)
     for data in options.data:
         name = Path(data).name if Path(data).name not in prefixes else data
-        excerpt = scratch / str(len(prefixes))
-        prefixes[name] = _tokenize(data, excerpt, loaded.tokenizer, options) if _is_text(data) else data
+        own = scratch / str(len(prefixes))
+        prefixes[name] = excerpt(data, own, loaded.tokenizer, **how) if is_text(data) else data
     return prefixes
-
-
-def _is_text(data: str) -> bool:
-    return Path(data).is_file() and not Path(f"{data}.idx").is_file()
-
-
-def _tokenize(data: str, prefix: Path, tokenizer: Tokenizer, options: BitsOptions) -> str:
-    """The first documents of a text file as a corpus: as many as the tokens asked for need."""
-    wanted = max(options.tokens, *options.lengths)
-    excerpt = prefix.with_suffix(".jsonl")
-    with open(excerpt, "w", encoding="utf-8") as lines:
-        for documents in _batches(data, options.text_key):
-            lines.writelines(json.dumps({"text": text}) + "\n" for text in documents)
-            wanted -= sum(map(len, tokenizer.encode_batch(documents, parse_special=False)))
-            if wanted <= 0:
-                break
-    prepare([excerpt], prefix, tokenizer=tokenizer.folder, progress=False)
-    return str(prefix)
-
-
-def _batches(data: str, text_key: str):
-    batch = []
-    for piece in find_slices([data], slice_bytes=2**25):
-        for text in read_slice(piece, text_key=text_key):
-            batch.append(text)
-            if len(batch) == _BATCH_DOCUMENTS:
-                yield batch
-                batch = []
-    if batch:
-        yield batch

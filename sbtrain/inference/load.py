@@ -19,7 +19,8 @@ from sbtrain.config.hf_shape import FAMILIES, read_config, read_shape
 from sbtrain.config.rules import algorithm_problem
 from sbtrain.config.schema import ModelConfig, Precision, Recipe
 from sbtrain.convert.exported import MODEL_TYPES, fill_exported, read_model
-from sbtrain.convert.reader import CheckpointReader
+from sbtrain.convert.folder import FolderReader
+from sbtrain.convert.reader import CheckpointReader, GlobalReader
 from sbtrain.convert.start import fill
 from sbtrain.data import tokenizer as tokenizers
 from sbtrain.data.tokenizer import Tokenizer, check_vocabulary
@@ -71,6 +72,28 @@ class Loaded:
     stop_ids: frozenset[int]
     recipe: Recipe | None
     origin: Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights to be read one by one. reader: by our global names. tokenizer_dir, origin: folders."""
+
+    config: ModelConfig
+    reader: GlobalReader
+    tokenizer_dir: Path
+    origin: Path
+
+
+def open_source(where: Where) -> Source:
+    """The weights that load_model would load, and no model. For one process. Raises what load_model raises."""
+    where.check()
+    if where.run:
+        recipe, step_dir, folder = _find_run(where)
+        return Source(recipe.model, CheckpointReader(step_dir), folder, step_dir)
+    folder = Path(where.model)
+    with _in_terms_of_model():
+        config, _ = _read_shape(folder)
+        return Source(config, FolderReader(folder, config), folder, folder)
 
 
 def load_model(where: Where, mesh: Mesh) -> Loaded:

@@ -16,6 +16,7 @@ from parallel.sequence.choose import choose
 from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
+from sbtrain.model.decoder import DecoderLayer
 from sbtrain.model.hybrid import HybridModel
 from sbtrain.model.stages import pipeline_chunks
 
@@ -87,18 +88,7 @@ def build_chunks(
     """
     config = transformer_config(model, mesh.layout, precision)
     kinds = parse_pattern(model.pattern, model.num_layers)
-    sp_algorithm, reasons = choose(
-        mesh.layout.sp_algorithm,
-        {symbol for kind in kinds for symbol in kind.mixers},
-        num_heads=model.num_heads // mesh.layout.tp,
-        num_kv_heads=model.num_kv_heads // mesh.layout.tp,
-        head_dim=model.head_dim,
-        window=model.window,
-        seq_len=seq_len,
-        row_tokens=row_tokens,
-        group=mesh.groups.cp,
-        device=mesh.device,
-    )
+    sp_algorithm, reasons = _sp_algorithm(model, mesh, seq_len=seq_len, row_tokens=row_tokens)
     chunks = pipeline_chunks(model, mesh.layout, seq_len=seq_len)
     built = []
     for chunk in stage_chunks(chunks, mesh.pp_rank, pp=mesh.layout.pp):
@@ -116,6 +106,37 @@ def build_chunks(
         )
         built[-1].sp_choices = reasons
     return built
+
+
+def build_layer(model: ModelConfig, mesh: Mesh, index: int, *, precision: Precision, seq_len: int) -> DecoderLayer:
+    """One layer of the model by its 0-based index, without the others; weights are uninitialized. See build_chunks."""
+    sp_algorithm, _ = _sp_algorithm(model, mesh, seq_len=seq_len, row_tokens=seq_len)
+    return DecoderLayer(
+        transformer_config(model, mesh.layout, precision),
+        parse_pattern(model.pattern, model.num_layers)[index],
+        index=index,
+        model=model,
+        groups=mesh.groups,
+        recompute=Recompute.none,
+        sp_algorithm=sp_algorithm,
+        experts=PLAIN,
+    )
+
+
+def _sp_algorithm(model: ModelConfig, mesh: Mesh, *, seq_len: int, row_tokens: int | None):
+    """How each kind of mixer works over sp ranks, and why: see choose."""
+    return choose(
+        mesh.layout.sp_algorithm,
+        {symbol for kind in parse_pattern(model.pattern, model.num_layers) for symbol in kind.mixers},
+        num_heads=model.num_heads // mesh.layout.tp,
+        num_kv_heads=model.num_kv_heads // mesh.layout.tp,
+        head_dim=model.head_dim,
+        window=model.window,
+        seq_len=seq_len,
+        row_tokens=row_tokens,
+        group=mesh.groups.cp,
+        device=mesh.device,
+    )
 
 
 def global_parameters(*chunks: HybridModel) -> dict[str, Tensor]:

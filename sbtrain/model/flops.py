@@ -70,6 +70,8 @@ def layer_flops(model: ModelConfig, kind: LayerKind, seq_len: int) -> dict[str, 
         if mixer == "L":
             if model.gla.gate is Gate.low_rank:
                 parts["gate"] = 2.0 * model.gla.gate_rank * (hidden + key_value)
+            elif model.gla.gate is Gate.full_rank:
+                parts["gate"] = 2.0 * hidden * key_value
             parts[_MIXER_PART[mixer]] = 3.0 * key_value * head_dim + 2.0 * query * head_dim
         else:
             visible = visible_keys(seq_len, model.window if mixer == "S" else None) + model.meta.num_tokens
@@ -149,6 +151,8 @@ def _attention_parameters(model: ModelConfig, kind: LayerKind) -> dict[str, int]
     parts = {"attention": num_projections(model, kind) * projections, "norms": 0}
     if "L" in kind.mixers and model.gla.gate is Gate.low_rank:
         parts["gate"] = rank * hidden + key_value * rank + key_value
+    elif "L" in kind.mixers and model.gla.gate is Gate.full_rank:
+        parts["gate"] = key_value * hidden + key_value
     if len(kind.mixers) > 1:
         parts["norms"] = len(kind.mixers) * merge_norm_size(model)
     return parts

@@ -1,9 +1,10 @@
 """L: grouped-query gated linear attention as in SpikingBrain-7B (report section 3.1; released modeling code) or 76B.
 
 q = f(Wq x), k = f(Wk x), v = Wv x; f is relu (7B) or sigmoid (76B). No RoPE, unless model.gla.rope. The decay per kv
-head and key channel comes from a low-rank gate, log decay = logsigmoid(W1 W0 x + b) / 16 (7B), or is tied to the key,
-decay = 1 - k (76B): log decay = -softplus(Wk x), from the pre-activation since 1 - k rounds to 0, and before RoPE. Log
-decays are fp32. The output is RMS-normalized per head with one shared weight.
+head and key channel comes from a low-rank gate, log decay = logsigmoid(W1 W0 x + b) / 16 (7B; W1 W0 is one matrix where
+the gate is full_rank), or is tied to the key, decay = 1 - k (76B): log decay = -softplus(Wk x), from the pre-activation
+since 1 - k rounds to 0, and before RoPE. Log decays are fp32. The output is RMS-normalized per head with one shared
+weight.
 
 Meta tokens come before every document: the state that they leave behind, from zero, is the one a document starts from.
 """
@@ -27,6 +28,7 @@ from sbtrain.model.projections import split_qkv
 from sbtrain.model.rotary import Rotary
 from sbtrain.spiking.neuron import Sites
 
+NEW = ("gate_down", "gate_up", "gate", "out_norm")
 FEATURE_MAPS = {FeatureMap.relu: F.relu, FeatureMap.sigmoid: torch.sigmoid}
 
 
@@ -67,15 +69,9 @@ class GatedLinearAttention(Mixer):
         self.rotary = Rotary(model) if self.gla.rope else None
         if self.gla.gate is Gate.low_rank:
             self.gate_down = GateDown(config, model.gla.gate_rank)
-            self.gate_up = mcore.ColumnParallelLinear(
-                model.gla.gate_rank,
-                model.num_kv_heads * model.head_dim,
-                config=config,
-                init_method=config.init_method,
-                bias=True,
-                gather_output=False,
-                tp_group=groups.tp,
-            )
+            self.gate_up = self._gate(model.gla.gate_rank, model, groups.tp)
+        elif self.gla.gate is Gate.full_rank:
+            self.gate = self._gate(model.hidden_size, model, groups.tp)
         self.out_norm = RMSNorm(
             model.head_dim,
             eps=model.norm_eps,
@@ -83,10 +79,21 @@ class GatedLinearAttention(Mixer):
             device=torch.cuda.current_device(),
             over_heads=lambda weight: mcore.copy_to_tensor_model_parallel_region(weight, group=groups.tp),
         )
-        new = [self.gate_down, self.gate_up, self.out_norm] if self.gla.gate is Gate.low_rank else [self.out_norm]
-        for module in new:
-            for parameter in module.parameters():
+        for name, module in self.named_children():
+            for parameter in module.parameters() if name in NEW else ():
                 parameter.is_new = True
+
+    def _gate(self, num_inputs: int, model: ModelConfig, tp_group) -> mcore.ColumnParallelLinear:
+        """The projection to the decays of this rank's kv heads."""
+        return mcore.ColumnParallelLinear(
+            num_inputs,
+            model.num_kv_heads * model.head_dim,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=True,
+            gather_output=False,
+            tp_group=tp_group,
+        )
 
     def core(self, gate_x: Tensor, qkv: Tensor, documents: Documents, cache: LayerCache | None) -> Tensor:
         """See Mixer.core."""
@@ -110,8 +117,9 @@ class GatedLinearAttention(Mixer):
         """(q, k, log_decay in fp32, fp64 for fp64) from what the gate reads and the projections to queries and keys."""
         activation = FEATURE_MAPS[self.gla.feature_map]
         exact = torch.promote_types(k.dtype, torch.float32)
-        if self.gla.gate is Gate.low_rank:
-            gate, _ = self.gate_up(self.gate_down(gate_x))
+        if self.gla.gate is not Gate.tied:
+            full_rank = self.gla.gate is Gate.full_rank
+            gate, _ = self.gate(gate_x) if full_rank else self.gate_up(self.gate_down(gate_x))
             log_decay = F.logsigmoid(gate.to(exact)).view(*k.shape) / self.gla.gate_normalizer
             return activation(q), activation(k), log_decay
         bound = self.gla.lower_bound

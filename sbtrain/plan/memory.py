@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from parallel.layout import Layout
 from parallel.pipeline import most_in_flight, stage_chunks
+from sbtrain.config.model_schema import Gate
 from sbtrain.config.pattern import LayerKind, parse_pattern
 from sbtrain.config.schema import ModelConfig, Precision, Recipe, Recompute, Stage
 from sbtrain.model.flops import expert_size, layer_parameters, merge_norm_size, num_projections
@@ -157,7 +158,8 @@ def _layer_share(model: ModelConfig, kind: LayerKind, tp: int) -> float:
     whole = parts["norms"] + parts.get("router", 0)
     if len(kind.mixers) > 1 and model.pair.norms_before_projection:  # these are cut with the heads that they scale
         whole -= len(kind.mixers) * merge_norm_size(model)
-    whole += model.gla.gate_rank * model.hidden_size if "gate" in parts else 0
+    if "gate" in parts and model.gla.gate is Gate.low_rank:
+        whole += model.gla.gate_rank * model.hidden_size
     return whole + (sum(parts.values()) - whole) / tp
 
 

@@ -1,0 +1,1 @@
+"""Spiking neurons, INT8 weights and what they are measured by."""

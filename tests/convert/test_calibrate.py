@@ -84,8 +84,8 @@ def _expected_norms(folder: Path, *, shared: bool) -> dict[int, float]:
     layers = iter(())
     heads_of = plain_model._heads_of
 
-    def watched(weights, config, x, kind):
-        o = heads_of(weights, config, x, kind)
+    def watched(weights, config, x, kind, *spikes):
+        o = heads_of(weights, config, x, kind, *spikes)
         out = o if shared else o @ weights["o_proj.weight"].T
         seen[next(layers)].append(out.square().mean(-1).sqrt())
         return o

@@ -203,7 +203,7 @@ def test_names_of_the_format(tmp_path):
     assert "model.layers.1.attn.fa_q_proj.weight" in names and "model.layers.2.attn.q_proj.weight" in names
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["layer_kinds"] == ["(LS):m", "(LF)", "L:m", "(LS)"] and config["sliding_window"] == 7
-    assert len(list((tmp_path / "out").glob("*_*.py"))) == 6
+    assert len(list((tmp_path / "out").glob("*_*.py"))) == 7
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_launch_export_writes_a_folder_that_transformers_runs(run_ranks, tmp_pat
     ("arguments", "message"),
     [
         (["run={run}"], "out= is missing; usage: python launch/export.py run=DIR"),
-        (["run={run}", "out=x", "model=y"], "'model=y' is not one of run=, out=, format=, dtype=, step="),
+        (["run={run}", "out=x", "modle=y"], "'modle=y' is not one of run=, out=, format=, dtype=, step=, model="),
         (["run={run}/none", "out=x"], "is no run directory (no recipe.yaml)"),
         (["run={run}", "out=x", "step=9"], "step_9 does not exist; there are: step_5"),
         (["run={run}", "out=x"], "is not a finished torch.distributed.checkpoint"),

@@ -8,20 +8,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from sbtrain.checkpoint.files import write_json
-from sbtrain.config.load import save
 from sbtrain.config.model_schema import GLAConfig, RopeScaling
-from sbtrain.config.schema import DataConfig, Recipe, Stage
-from sbtrain.convert.export import export
 from sbtrain.convert.exported import read_model
 from sbtrain.inference.load import Where, load_model
-from sharding import global_state
-from tiny_model import EOS, MODEL, build, exact_logits, parallel_logits, write_tokenizer
+from tiny_model import (
+    EOS,
+    MODEL,
+    build,
+    exact_logits,
+    parallel_logits,
+    write_export,
+    write_run,
+    write_tokenizer,
+)
 
 MODELS = {
     "gla_swa": replace(MODEL, pattern="SLLS"),
@@ -31,38 +34,12 @@ MODELS = {
         gla=GLAConfig(gate_rank=5, gate_normalizer=4.0), rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32),
     ),
 }  # fmt: skip
-STAGE = Stage(seq_len=32, tokens=64, global_batch_tokens=64)
-
-
-class DictReader:
-    """A checkpoint in memory."""
-
-    def __init__(self, state):
-        self.get = state.__getitem__
 
 
 @pytest.fixture
 def mesh():
     with Mesh.build(Layout()) as mesh:
         yield mesh
-
-
-def write_export(folder, config):
-    tokenizer = write_tokenizer(folder.parent / "tokenizer")
-    export(DictReader(global_state(config)), model=config, out=folder, dtype="fp32", tokenizer_dir=tokenizer)
-    return folder
-
-
-def write_run(run, config, *, step=5):
-    """What a training run leaves, as far as it is read here."""
-    tokenizer = write_tokenizer(run.parent / "tokenizer")
-    folder = run / "checkpoints" / f"step_{step}"
-    folder.mkdir(parents=True)
-    dcp.save(global_state(config), checkpoint_id=folder, no_dist=True)
-    recipe = Recipe(name="tiny", model=config, data=DataConfig(tokenizer=str(tokenizer)), stages={"ctx_32": STAGE})
-    save(recipe, run / "recipe.yaml")
-    write_json(run / "ledger.json", {"stages_done": [], "checkpoint": f"checkpoints/step_{step}", "step": step})
-    return run
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import tokenizers
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from parallel.mesh import Mesh
 from parallel.sequence.shard import Documents
 from plain_model import plain_logits
+from sbtrain.checkpoint.files import write_json
+from sbtrain.config.load import save
 from sbtrain.config.model_schema import GLAConfig, ModelConfig
-from sbtrain.config.schema import Precision
+from sbtrain.config.schema import DataConfig, Precision, Recipe, Stage
+from sbtrain.convert.export import export
 from sbtrain.data import tokenizer as our_tokenizers
 from sbtrain.inference.load import Loaded
 from sbtrain.model.build import build_model, global_parameters
@@ -22,6 +26,7 @@ from sbtrain.model.hybrid import HybridModel
 from sharding import global_state, hf_state
 
 EOS = 256
+STAGE = Stage(seq_len=32, tokens=64, global_batch_tokens=64)
 MODEL = ModelConfig(
     pattern="LS", vocab_size=260, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, ffn_size=40,
     norm_eps=1e-5, rope_theta=1e4, max_positions=512, tie_embeddings=False, qkv_bias=True, qk_norm=False, window=7,
@@ -69,3 +74,28 @@ def parallel_logits(model: HybridModel, tokens: Tensor) -> Tensor:
 def exact_logits(config: ModelConfig, tokens: Tensor) -> Tensor:
     """The same from plain torch in float64."""
     return plain_logits(hf_state(global_state(config, dtype=torch.float64), config), config, tokens)
+
+
+class DictReader:
+    """A checkpoint in memory."""
+
+    def __init__(self, state):
+        self.get = state.__getitem__
+
+
+def write_export(folder, config):
+    tokenizer = write_tokenizer(folder.parent / "tokenizer")
+    export(DictReader(global_state(config)), model=config, out=folder, dtype="fp32", tokenizer_dir=tokenizer)
+    return folder
+
+
+def write_run(run, config, *, step=5):
+    """What a training run leaves, as far as it is read here."""
+    tokenizer = write_tokenizer(run.parent / "tokenizer")
+    folder = run / "checkpoints" / f"step_{step}"
+    folder.mkdir(parents=True)
+    dcp.save(global_state(config), checkpoint_id=folder, no_dist=True)
+    recipe = Recipe(name="tiny", model=config, data=DataConfig(tokenizer=str(tokenizer)), stages={"ctx_32": STAGE})
+    save(recipe, run / "recipe.yaml")
+    write_json(run / "ledger.json", {"stages_done": [], "checkpoint": f"checkpoints/step_{step}", "step": step})
+    return run

@@ -51,6 +51,7 @@ MODELS = {
     "L_slow_gate": replace(BASE, pattern="L", gla=GLAConfig(gate_rank=3, gate_normalizer=64.0)),
     "F_llama3": replace(BASE, pattern="F", rope_scaling=RopeScaling(original_max_positions=16)),
     "S_self_only": replace(BASE, pattern="S", window=1),
+    "LF_full_rank_gate": replace(BASE, pattern="LF", gla=GLAConfig(gate=Gate.full_rank, gate_normalizer=4.0)),
     "L_sigmoid": replace(BASE, pattern="L", gla=replace(BASE.gla, feature_map=FeatureMap.sigmoid)),
     "LS_tied_gate": replace(BASE, gla=TIED),
     "L_tied_gate_above_a_bound": replace(BASE, pattern="L", gla=replace(TIED, lower_bound=0.3)),

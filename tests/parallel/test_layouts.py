@@ -6,6 +6,7 @@ import pytest
 
 from layout_case import carried, check_equal, one_step, packed_rows, rows_of, small_model
 from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
+from sbtrain.config.model_schema import Gate, GLAConfig
 from sbtrain.config.schema import Recompute
 from sequence_case import layouts
 
@@ -105,6 +106,6 @@ def test_states_and_halos_go_with_any_number_of_heads(recompute, run_ranks):
 
 @pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
 def test_recompute_changes_nothing(recompute, run_ranks):
-    model, rows = small_model(), packed_rows(2, 48, 120)
+    model, rows = small_model(gla=GLAConfig(gate=Gate.full_rank)), packed_rows(2, 48, 120)
     (whole,) = run_ranks(1)(one_step, Layout(), model, rows)
     check_equal(run_ranks(2)(one_step, Layout(tp=2, tp_sequence_parallel=True), model, rows, recompute), whole)

@@ -13,6 +13,8 @@ class GLAswaConfig(PretrainedConfig):
     layer_kinds: one letter a layer, L gated linear attention, S sliding window, F full; wins over attn_layers.
     head_dim: None means hidden_size / num_attention_heads.
     llama3_rope: None, or {factor, low_freq_factor, high_freq_factor, original_max_positions}.
+    gate_full_rank: linear attention's gate is one matrix, not two of rank gate_low_rank_dim.
+    spiking: activations as spikes, perhaps on INT8 weights; see spiking_gla_swa.
     """
 
     model_type = "gla_swa"
@@ -45,6 +47,8 @@ class GLAswaConfig(PretrainedConfig):
         qkv_bias=True,
         qk_norm=False,
         llama3_rope=None,
+        gate_full_rank=False,
+        spiking=None,
         **kwargs,
     ):
         if kwargs.get("use_short_conv"):
@@ -71,6 +75,7 @@ class GLAswaConfig(PretrainedConfig):
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
         self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
         self.llama3_rope = llama3_rope
+        self.gate_full_rank, self.spiking = gate_full_rank, spiking
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,

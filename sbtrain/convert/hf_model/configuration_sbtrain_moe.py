@@ -37,6 +37,7 @@ DEFAULTS = {
     "router_score": "softmax",
     "norm_topk_prob": False,
     "router_bias_update_rate": 0.0,
+    "spiking": None,
     "use_cache": True,
     "initializer_range": 0.02,
 }
@@ -49,7 +50,7 @@ class SbtrainMoeConfig(PretrainedConfig):
     layer_kinds: such as "(LS):m"; L gated linear attention, S sliding window, F full attention.
     sliding_window: keys that a query of S sees, its own included; meta tokens besides.
     linear_feature_map: relu or sigmoid, of L's queries and keys. linear_gate: low_rank (gate_low_rank_dim,
-        gate_logit_normalizer) or tied, decay = lb + (1 - lb)(1 - key), lb linear_gate_lower_bound.
+        gate_logit_normalizer), full_rank or tied, decay = lb + (1 - lb)(1 - key), lb linear_gate_lower_bound.
         linear_rope: RoPE behind the feature map.
     shared_projections: the two mixers of a pair share q, k, v and output projections. merge_norm_before_projection: the
         norms of a pair's mixers come before output projections of their own, as they do before a shared one.
@@ -58,6 +59,7 @@ class SbtrainMoeConfig(PretrainedConfig):
     num_experts, num_experts_per_tok, num_shared_experts, moe_intermediate_size: of `:m` layers. router_score: softmax
         or sigmoid. norm_topk_prob: a token's weights add up to 1. router_bias_update_rate: not 0: choices see a bias.
     llama3_rope: None, or {factor, low_freq_factor, high_freq_factor, original_max_positions}.
+    spiking: activations as spikes, perhaps on INT8 weights; see spiking_gla_swa.
     """
 
     model_type = "sbtrain_moe"

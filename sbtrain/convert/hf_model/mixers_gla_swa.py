@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .spiking_gla_swa import linear, replace_heads
+
 CHUNK = 32
 QUERY_BLOCK = 1024
 
@@ -123,32 +125,38 @@ class Mixer(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer = layer
+        self.config, self.layer = config, layer
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
         hidden, kv_size, bias = config.hidden_size, self.kv_heads * self.head_dim, config.qkv_bias
-        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_size, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_size, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
+        self.q_proj = linear(config, layer, "qkv", hidden, self.heads * self.head_dim, bias)
+        self.k_proj = linear(config, layer, "qkv", hidden, kv_size, bias)
+        self.v_proj = linear(config, layer, "qkv", hidden, kv_size, bias)
+        self.o_proj = linear(config, layer, "proj", self.heads * self.head_dim, hidden)
 
     def heads_of(self, projection, x):
         """x [B, T, D] -> [B, T, heads, K]."""
         return projection(x).unflatten(-1, (-1, self.head_dim))
 
 
+def gate(config, layer, full_rank):
+    """The projection to logits of decays: one matrix, or two around a bottleneck, of which the first one spikes."""
+    outputs = config.num_key_value_heads * config.head_dim
+    if full_rank:
+        return linear(config, layer, "gate", config.hidden_size, outputs, bias=True)
+    down = linear(config, layer, "gate", config.hidden_size, config.gate_low_rank_dim)
+    return nn.Sequential(down, nn.Linear(config.gate_low_rank_dim, outputs))
+
+
 class GatedLinearAttention(Mixer):
-    """ReLU features of q and k, a decay per key channel from a low-rank gate, a norm per head; no RoPE, no q/k norm."""
+    """ReLU features of q and k, a decay per key channel from a gate, a norm per head; no RoPE, no q/k norm."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        rank = config.gate_low_rank_dim
-        self.gk_proj = nn.Sequential(
-            nn.Linear(config.hidden_size, rank, bias=False), nn.Linear(rank, self.kv_heads * self.head_dim)
-        )
+        self.gk_proj = gate(config, layer, config.gate_full_rank)
         self.g_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.gate_logit_normalizer = config.gate_logit_normalizer
 
@@ -180,6 +188,8 @@ class SoftmaxAttention(Mixer):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
+        if self.window is not None:
+            q, k, v = replace_heads(self.config, self.layer, q, k, v)
         if cache is not None:
             if self.layer in cache.states:
                 old_k, old_v = cache.states[self.layer]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .mixers_gla_swa import HybridCache, RMSNorm, gated_linear_attention, rotate, windowed_attention
+from .mixers_gla_swa import HybridCache, RMSNorm, gate, gated_linear_attention, rotate, windowed_attention
+from .spiking_gla_swa import linear, replace_heads
 
 BRANCH = {"L": "la_", "S": "swa_", "F": "fa_"}
 
@@ -40,9 +41,9 @@ class TokenMixer(nn.Module):
             prefix = self.prefix(symbol)
             if not hasattr(self, f"{prefix}q_proj"):
                 for name, size in sizes.items():
-                    setattr(self, f"{prefix}{name}_proj", nn.Linear(hidden, size, bias=bias))
-                setattr(self, f"{prefix}o_proj", nn.Linear(sizes["q"], hidden, bias=False))
-            self._add_own(symbol, sizes)
+                    setattr(self, f"{prefix}{name}_proj", linear(config, layer, "qkv", hidden, size, bias))
+                setattr(self, f"{prefix}o_proj", linear(config, layer, "proj", sizes["q"], hidden))
+            self._add_own(symbol)
             if len(self.symbols) > 1:
                 norm = RMSNorm(sizes["q"] if self.norm_first else hidden, config.rms_norm_eps)
                 setattr(self, f"{BRANCH[symbol]}merge_norm", norm)
@@ -51,13 +52,12 @@ class TokenMixer(nn.Module):
         """What a mixer's projections begin with."""
         return BRANCH[symbol] if len(self.symbols) > 1 and not self.shared else ""
 
-    def _add_own(self, symbol, sizes):
+    def _add_own(self, symbol):
         config = self.config
         if symbol == "L":
             self.g_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            if config.linear_gate == "low_rank":
-                down = nn.Linear(config.hidden_size, config.gate_low_rank_dim, bias=False)
-                self.gk_proj = nn.Sequential(down, nn.Linear(config.gate_low_rank_dim, sizes["k"]))
+            if config.linear_gate != "tied":
+                self.gk_proj = gate(config, self.layer, config.linear_gate == "full_rank")
         elif config.qk_norm:
             prefix = BRANCH[symbol] if len(self.symbols) > 1 else ""
             for name in "qk":
@@ -106,9 +106,9 @@ class TokenMixer(nn.Module):
     def _features(self, x, q, k):
         """Queries, keys and log decays, fp32, from what the projections give."""
         activation = torch.sigmoid if self.config.linear_feature_map == "sigmoid" else F.relu
-        if self.config.linear_gate == "low_rank":
-            gate = self.gk_proj(x).float().unflatten(-1, (-1, self.config.head_dim))
-            return activation(q), activation(k), F.logsigmoid(gate) / self.config.gate_logit_normalizer
+        if self.config.linear_gate != "tied":
+            logits = self.gk_proj(x).float().unflatten(-1, (-1, self.config.head_dim))
+            return activation(q), activation(k), F.logsigmoid(logits) / self.config.gate_logit_normalizer
         bound = self.config.linear_gate_lower_bound
         if bound == 0:
             return activation(q), activation(k), -F.softplus(k)
@@ -120,6 +120,8 @@ class TokenMixer(nn.Module):
         if self.config.qk_norm:
             q, k = getattr(self, f"{prefix}q_norm")(q), getattr(self, f"{prefix}k_norm")(k)
         q, k, v = rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
+        if symbol == "S":
+            q, k, v = replace_heads(self.config, self.layer, q, k, v)
         if meta:
             cache.sinks[key] = (k[0], v[0])
             group = q.shape[1] // k.shape[1]

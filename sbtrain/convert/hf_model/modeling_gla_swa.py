@@ -9,17 +9,18 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_gla_swa import GLAswaConfig, SbtrainHybridConfig
 from .mixers_gla_swa import GatedLinearAttention, HybridCache, RMSNorm, SoftmaxAttention, rotary_table
+from .spiking_gla_swa import linear
 
 
 class GLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config, size=None):
+    def __init__(self, config, layer, size=None):
         super().__init__()
         size = size or config.intermediate_size
-        self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, size, bias=False)
-        self.down_proj = nn.Linear(size, config.hidden_size, bias=False)
+        self.gate_proj = linear(config, layer, "gate_up", config.hidden_size, size)
+        self.up_proj = linear(config, layer, "gate_up", config.hidden_size, size)
+        self.down_proj = linear(config, layer, "down", size, config.hidden_size)
 
     def forward(self, x):
         """x [..., D] -> [..., D]."""
@@ -34,7 +35,7 @@ class HybridBlock(nn.Module):
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = (GatedLinearAttention if config.kind(layer) == "L" else SoftmaxAttention)(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GLU(config)
+        self.mlp = GLU(config, layer)
 
     def forward(self, x, rope, valid, cache):
         """x [B, T, D] -> [B, T, D]; see the mixers for the rest."""

@@ -18,7 +18,8 @@ class SbtrainMoeBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = TokenMixer(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MixtureOfExperts(config, lambda size: GLU(config, size)) if config.is_moe(layer) else GLU(config)
+        moe = config.is_moe(layer)
+        self.mlp = MixtureOfExperts(config, lambda size: GLU(config, layer, size)) if moe else GLU(config, layer)
 
     def forward(self, x, rope, valid, cache, meta=False):
         """x [B, T, D] -> [B, T, D]; see TokenMixer for the rest."""
