@@ -11,7 +11,7 @@ from pathlib import Path
 import _path  # noqa: F401
 from sbtrain.checkpoint.run_dir import open_run
 from sbtrain.convert.calibrated import FILE, Calibrated
-from sbtrain.convert.export import export, export_checkpoint
+from sbtrain.convert.export import export, export_checkpoint, warm_in_note
 from sbtrain.convert.export_config import W8ASPIKE
 from sbtrain.inference.load import Where, open_source
 
@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     try:
         options = _options(arguments)
         how = {key: options[key] for key in ("format", "dtype") if key in options}
+        note = None
         if options.get("model"):
             origin, form = _export_folder(options, how)
         else:
@@ -28,10 +29,13 @@ def main(arguments: list[str]) -> int:
             if how.get("format") == W8ASPIKE:
                 how["calibrated"] = _calibrated(options, Path(options["run"]) / "calibrated" / origin.name)
             form = export_checkpoint(origin, recipe=recipe, out=options["out"], **how)
+            note = warm_in_note(origin, recipe.model)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{origin} -> {options['out']} (format {form}{', INT8 weights' if 'calibrated' in how else ''})")
+    if note:
+        print(f"note: {note}")
     return 0
 
 

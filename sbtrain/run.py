@@ -33,7 +33,7 @@ from sbtrain.checkpoint.store import Store, check_room, read_state
 from sbtrain.config.rules import check_training, world_problem
 from sbtrain.config.schema import Recipe, Stage
 from sbtrain.convert.calibrate import teacher_of
-from sbtrain.convert.export import export_checkpoint
+from sbtrain.convert.export import export_checkpoint, warm_in_note
 from sbtrain.convert.first import FirstWeights, fill_model
 from sbtrain.convert.start import check_source
 from sbtrain.data.loader import Loader, build_loader
@@ -355,5 +355,7 @@ def finish(recipe: Recipe, ledger: Ledger) -> None:
     elif recipe.export_dir:
         form = export_checkpoint(ledger.checkpoint, recipe=recipe, out=recipe.export_dir)
         print(f"exported to {recipe.export_dir} ({form} format)", flush=True)
+        if note := warm_in_note(ledger.checkpoint, recipe.model):
+            print(f"note: {note}", flush=True)
     page = write_report(run_folder(recipe))
     print(f"\n{summary_table(run_folder(recipe))}\n\nreport: {page}", flush=True)

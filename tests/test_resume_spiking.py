@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from sbtrain.inference.load import Where, load_model
 from sbtrain.spiking.neuron import neurons
 from sbtrain.train.evaluate import HeldOut
 
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 SPIKING = (
     "model.spiking.enabled=true",
     "model.spiking.spike_down_proj=true",
@@ -82,3 +85,14 @@ def test_what_has_no_effect_does_not_belong_to_the_run(whole):
     plain = identity(tiny_recipe(root, "other"))
     assert identity(tiny_recipe(root, "other", "model.spiking.k=2.0", "model.spiking.warm_in_tokens=9")) == plain
     assert [key for key in plain if key.startswith("model.spiking")] == ["model.spiking.enabled"]
+
+
+def test_an_export_of_a_checkpoint_on_the_way_in_says_so(whole, capsys, monkeypatch):
+    root, _ = whole
+    monkeypatch.syspath_prepend(LAUNCH)
+    main = runpy.run_path(str(LAUNCH / "export.py"))["main"]
+    for step, share in (("3", "60.0%"), ("10", None)):
+        assert main([f"run={root / 'whole'}", f"out={root / step}", f"step={step}"]) == 0
+        said = capsys.readouterr().out
+        assert (f"step_{step} was trained with {share} of activations replaced" in said) == bool(share)
+        assert ("warm_in_tokens" in said) == bool(share)

@@ -54,7 +54,7 @@ _NOT_IN_EXPORTS = {
 """Keys of the groups that say how to start or to train a model, not what it computes."""
 
 _OWN = ("pattern", "vocab_multiple", "max_positions", "spiking")
-"""Keys that are compared in another way, or not at all: any model may be made to spike."""
+"""Keys that are compared in another way, or not at all: any model may be made to spike, or to do it otherwise."""
 
 
 def has_int8_weights(values: dict[str, Any]) -> bool:
@@ -90,6 +90,8 @@ def contradiction(ours: ModelConfig, theirs: ModelConfig) -> str | None:
     layers = ours.num_layers or theirs.num_layers
     if parse_pattern(ours.pattern, layers) != parse_pattern(theirs.pattern, theirs.num_layers):
         return f"model.pattern='{ours.pattern}' contradicts '{theirs.pattern}'"
+    if theirs.spiking.enabled and not ours.spiking.enabled:
+        return "model.spiking.enabled=false contradicts true"
     kinds = parse_pattern(theirs.pattern, theirs.num_layers)
     unused = {
         "gla": all("L" not in kind.mixers for kind in kinds),

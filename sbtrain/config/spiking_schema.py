@@ -28,7 +28,7 @@ class SpikingConfig:
         decoding keeps them so.
     warm_in_tokens: the replaced share of an activation rises from 0 to 1 over so many tokens of training; 0 replaces
         all from the start.
-    weight_group: input channels that share a scale where weights are quantized to INT8.
+    weight_group: input channels that share a scale where weights are quantized to INT8 (launch/calibrate.py).
     """
 
     enabled: bool = False

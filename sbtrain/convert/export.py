@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sbtrain.checkpoint.files import read_json, write_json
+from sbtrain.checkpoint.store import read_state
 from sbtrain.config.schema import ModelConfig, Recipe
 from sbtrain.convert.calibrated import Calibrated, Int8Reader
 from sbtrain.convert.export_config import MODEL_TYPES, W8ASPIKE, choose_format, config_of, modeling_files
@@ -123,6 +124,19 @@ def export_checkpoint(
         dtype=dtype,
         format=format,
         calibrated=calibrated,
+    )
+
+
+def warm_in_note(step_dir: str | Path, model: ModelConfig) -> str | None:
+    """A line for the user where a checkpoint was trained to spike in part, as its export does wholly; else None."""
+    if not (model.spiking.enabled and model.spiking.warm_in_tokens):
+        return None
+    share = model.spiking.share_after(read_state(Path(step_dir))["tokens"])
+    if share == 1:
+        return None
+    return (
+        f"{step_dir} was trained with {share:.1%} of activations replaced by spikes (model.spiking.warm_in_tokens); "
+        "the export replaces all"
     )
 
 

@@ -96,4 +96,7 @@ def test_mistakes_on_the_command_line(override, words):
 
 
 def test_any_export_may_be_trained_with_spikes():
-    assert contradiction(replace(MODEL, spiking=SpikingConfig(enabled=True)), MODEL) is None
+    spiking = replace(MODEL, spiking=SpikingConfig(enabled=True))
+    assert contradiction(spiking, MODEL) is None and contradiction(spiking, spiking) is None
+    assert contradiction(replace(MODEL, spiking=SpikingConfig(enabled=True, k=2.0)), spiking) is None
+    assert contradiction(MODEL, spiking) == "model.spiking.enabled=false contradicts true"
