@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +14,12 @@ from parallel.mesh import Mesh
 from parallel.place import section
 from run_case import curve, run_until, tiny_recipe, write_inputs
 from sbtrain.checkpoint.run_dir import Exit, check_owner, identity
+from sbtrain.convert.export import export_checkpoint
 from sbtrain.inference.load import Where, load_model
 from sbtrain.spiking.neuron import neurons
 from sbtrain.train.evaluate import HeldOut
 
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 SPIKING = (
     "model.spiking.enabled=true",
     "model.spiking.spike_down_proj=true",
@@ -82,3 +86,18 @@ def test_what_has_no_effect_does_not_belong_to_the_run(whole):
     plain = identity(tiny_recipe(root, "other"))
     assert identity(tiny_recipe(root, "other", "model.spiking.k=2.0", "model.spiking.warm_in_tokens=9")) == plain
     assert [key for key in plain if key.startswith("model.spiking")] == ["model.spiking.enabled"]
+
+
+def test_exports_hold_the_plain_model_and_say_so(whole, capsys, monkeypatch):
+    """The same bytes as of the same weights without spikes."""
+    root, _ = whole
+    monkeypatch.syspath_prepend(LAUNCH)
+    script = runpy.run_path(str(LAUNCH / "export.py"))
+    assert script["main"]([f"run={root / 'whole'}", f"out={root / 'exported'}", "dtype=fp32"]) == 0
+    assert "note: spikes are no part of this format" in capsys.readouterr().out
+    recipe = tiny_recipe(root, "whole")
+    export_checkpoint(root / "whole/checkpoints/step_10", recipe=recipe, out=root / "plain", dtype="fp32")
+    names = sorted(path.name for path in (root / "plain").iterdir())
+    assert names == sorted(path.name for path in (root / "exported").iterdir()) and "config.json" in names
+    for name in names:
+        assert (root / "plain" / name).read_bytes() == (root / "exported" / name).read_bytes(), name

@@ -14,8 +14,9 @@ EVERYWHERE = "all"
 class SpikingConfig:
     """Inputs of projections as integer spike counts times a threshold of each token (report, section 3.3).
 
-    enabled: activations are replaced by counts times thresholds, mean|x| / k of the token; gradients pass straight
-        through. The output layer, embeddings, norms, routers and the state of linear attention stay as they are.
+    enabled: activations are replaced by counts times thresholds, the token's mean absolute value over k; gradients pass
+        straight through. The output layer, embeddings, norms, routers and the state of linear attention stay as they
+        are.
     k: spikes of a mean activation; more of them are more exact and less sparse.
     layer_k: layers with a k of their own, by their 0-based index.
     spike_down_proj: the down projection of FFNs spikes too (the report; the released code leaves it out).
@@ -23,11 +24,11 @@ class SpikingConfig:
         "0-3,27" or "all". qkv and gate are inputs of a mixer's projections, proj of its output projection, gate_up and
         down of an FFN's and of experts'.
     queries: queries of S layers spike too, behind RoPE, with a threshold of each token and head.
-    kv_int8: keys and values of S layers, behind RoPE, are rounded to INT8 of each token and head, scale max|x| / 127,
-        and so are the caches of decoding.
+    kv_int8: keys and values of S layers, behind RoPE, are rounded to INT8 with a scale of each token and head, and
+        decoding keeps them so.
     warm_in_tokens: the replaced share of an activation rises from 0 to 1 over so many tokens of training; 0 replaces
         all from the start.
-    weight_group: input channels that share a scale where weights are quantized (launch/calibrate.py).
+    weight_group: input channels that share a scale where weights are quantized to INT8.
     """
 
     enabled: bool = False

@@ -90,6 +90,12 @@ def test_console_is_aligned_and_plain_without_a_terminal():
     assert lines[4] == lines[0]
 
 
+def test_models_that_spike_have_a_column_for_it():
+    lines = console_text([step(1, spike_sparsity=0.6915), step(2, spike_sparsity=0.5)]).splitlines()
+    assert lines[0].split()[-2:] == ["ETA", "sparsity"] and len({len(line) for line in lines}) == 1
+    assert [line.split()[-1] for line in lines[1:]] == ["69.2%", "50.0%"]
+
+
 def test_console_speaks_every_n_steps_and_at_the_end():
     text = console_text([step(n) for n in (1, 2, 3, 4)], every_steps=3)
     assert [line.split()[1] for line in text.splitlines()[1:]] == ["3/4", "4/4"]

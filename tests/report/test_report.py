@@ -208,6 +208,16 @@ def test_a_dense_run_says_nothing_of_experts(tmp_path):
     assert {path.name for path in page.parent.glob("*.png")} == PLOTS and "xpert" not in page.read_text()
 
 
+def test_runs_that_spike_have_plots_of_it(tmp_path):
+    write_run(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**one, "spike_sparsity": 0.6, "spike_share": 0.5}) + "\n" for one in records]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    page = write_report(tmp_path)
+    assert PLOTS | {"spike_sparsity.png", "spike_share.png"} == {path.name for path in page.parent.glob("*.png")}
+    assert 'alt="spike sparsity"' in page.read_text()
+
+
 def test_a_damaged_start_is_a_note(tmp_path):
     (write_expert_run(tmp_path) / "start.json").write_text("{")
     run = read_run(tmp_path)
