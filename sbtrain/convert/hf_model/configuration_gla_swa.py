@@ -47,8 +47,6 @@ class GLAswaConfig(PretrainedConfig):
         qkv_bias=True,
         qk_norm=False,
         llama3_rope=None,
-        gate_full_rank=False,
-        spiking=None,
         **kwargs,
     ):
         if kwargs.get("use_short_conv"):
@@ -65,8 +63,7 @@ class GLAswaConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.sliding_window = sliding_window
         self.attn_layers = list(range(1, num_hidden_layers, 2)) if attn_layers is None else list(attn_layers)
-        self.norm_eps = norm_eps
-        self.rope_theta = rope_theta
+        self.norm_eps, self.rope_theta = norm_eps, rope_theta
         self.gate_low_rank_dim = gate_low_rank_dim
         self.gate_logit_normalizer = gate_logit_normalizer
         self.use_cache = use_cache
@@ -75,7 +72,7 @@ class GLAswaConfig(PretrainedConfig):
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
         self.qkv_bias, self.qk_norm = qkv_bias, qk_norm
         self.llama3_rope = llama3_rope
-        self.gate_full_rank, self.spiking = gate_full_rank, spiking
+        self.gate_full_rank, self.spiking = kwargs.pop("gate_full_rank", False), kwargs.pop("spiking", None)
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
