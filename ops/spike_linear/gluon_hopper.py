@@ -48,6 +48,13 @@ def next_slot(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def slot_before(slot, STAGES: gl.constexpr):
+    """The slot before this one. It is worked out: a loop does not carry a name that begins as another name's value and
+    is given it again (Triton 3.6)."""
+    return gl.where(slot == 0, STAGES - 1, slot - 1)
+
+
+@gluon.jit
 def copy_tiles(
     weight, count, weight_slots, count_slots, full, free, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
@@ -166,7 +173,6 @@ def whole_rows(
     PARTS: gl.constexpr = COUNT * SPLIT
     whole = full_sums(0, PARTS, SIZE, gl.int32, sums)
     factors = row_factors(scale, output, num_outputs, 1, 0, COUNT, sums)
-    before = slot
     for block in range(BLOCKS):
         mbarrier.wait(bars[0].index(slot), phase)
         weights, counts = slots[0].index(slot).slice(WHO * COUNT * 64, COUNT * 64, dim=0), slots[1].index(slot)
@@ -175,13 +181,12 @@ def whole_rows(
             part = multiply(weights, counts, whole[i], True, i, SIZE, SPLIT)
             added = added + (warpgroup_mma_wait(1, deps=[part]),)
         whole = added
-        mbarrier.arrive(bars[1].index(before), count=1, pred=block > 0)
-        before = slot
+        mbarrier.arrive(bars[1].index(slot_before(slot, STAGES)), count=1, pred=block > 0)
         slot, phase = next_slot(slot, phase, STAGES)
     total = ()
     for i in gl.static_range(PARTS):
         total = total + (warpgroup_mma_wait(0, deps=[whole[i]]).to(gl.float32) * factors[i // SPLIT],)
-    mbarrier.arrive(bars[1].index(before), count=1)
+    mbarrier.arrive(bars[1].index(slot_before(slot, STAGES)), count=1)
     return total, slot, phase
 
 
