@@ -55,15 +55,14 @@ class Few:
 
         self.size = size
         self.digits = Digits(size, DEPTH, entries["digits"], all_digits=True, early=True)
-        tile = {**entries["few"], "launch_pdl": True}
-        self.rows = tile["ROWS"]
+        self.tiles = {8: entries["few"], 16: entries["few_wide"]}
         self._products = {
             (num_tokens, has_bias): Launcher(
                 gluon_stream.few_tokens,
                 dict(BLOCKS=size // DEPTH, SCALES=num_scales, TOKENS=num_tokens, HAS_BIAS=has_bias),
-                tile,
+                {**tile, "launch_pdl": True},
             )
-            for num_tokens in (8, 16)
+            for num_tokens, tile in self.tiles.items()
             for has_bias in (False, True)
         }
         self.launchers = [*self.digits.launchers, *self._products.values()]
@@ -72,10 +71,11 @@ class Few:
         """y [tokens, F] in x's dtype."""
         count, threshold, digits, _ = self.digits(call)
         y = call.empty(call.num_tokens, call.num_outputs, dtype=call.x.dtype)
-        launcher = self._products[8 if call.num_tokens <= 8 else 16, call.bias is not None]
+        width = 8 if call.num_tokens <= 8 else 16
+        launcher = self._products[width, call.bias is not None]
         bias = call.x if call.bias is None else call.bias
         inputs = (call.weight, count, call.scale, threshold, digits, bias)
-        grid = (triton.cdiv(call.num_outputs, self.rows),)
+        grid = (triton.cdiv(call.num_outputs, self.tiles[width]["ROWS"]),)
         launcher(grid, *inputs, y, call.num_outputs, call.num_tokens, call.num_tokens * self.size)
         return y
 
@@ -127,8 +127,14 @@ def _num_multiprocessors(device) -> int:
 
 def _tiles_of(x: Tensor, block: list):
     """A matrix as a descriptor of its blocks."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.int8 if x.dtype == torch.int8 else gl.bfloat16)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(*block, x.element_size()))
+
+
+@cache
+def _layout(num_rows: int, num_columns: int, num_bytes: int):
+    from triton.experimental.gluon import language as gl
+
+    dtype = gl.int8 if num_bytes == 1 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for([num_rows, num_columns], dtype)

@@ -91,15 +91,28 @@ def test_hopper_tiles_fit(gluon, name):
     assert gluon(gluon_hopper.products, kinds, constants, num_warps=4).metadata.shared <= HOPPER_BYTES
 
 
-@pytest.mark.parametrize("num_tokens", [8, 16])
-def test_few_tokens_fit(gluon, num_tokens):
+@pytest.mark.parametrize("name, num_tokens", [("few", 8), ("few_wide", 16)])
+def test_few_tokens_fit(gluon, name, num_tokens):
     from ops.spike_linear import gluon_stream
 
-    tile = _entries()["few"]
+    tile = _entries()[name]
     constants = dict(BLOCKS=28, SCALES=28, ROWS=tile["ROWS"], AHEAD=tile["AHEAD"], TOKENS=num_tokens, HAS_BIAS=True)
     kinds = {**KINDS, "y": "*bf16"}
     compiled = gluon(gluon_stream.few_tokens, kinds, constants, num_warps=tile["num_warps"])
     assert compiled.metadata.shared <= HOPPER_BYTES
+
+
+@pytest.mark.parametrize(
+    "num_tokens, num_outputs, wide",
+    [(200, 3584, False), (4096, 3584, False), (4096, 4608, False), (4096, 37888, True), (8192, 3584, True)],
+)
+def test_tile_by_shape(num_tokens, num_outputs, wide):
+    """On 132 multiprocessors: the wide tile unless its last round leaves many of them idle."""
+    from ops.spike_linear.hopper import better_tile
+
+    entries = _entries()
+    tile = better_tile(entries["groups"], entries["groups_wide"], num_tokens, num_outputs, 132)
+    assert tile is entries["groups_wide" if wide else "groups"]
 
 
 def _entries():
