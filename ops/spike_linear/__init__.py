@@ -73,4 +73,4 @@ def _check_scale(weight: Tensor, weight_scale: Optional[Tensor]) -> None:
         raise ValueError(f"weight_scale must be [{num_outputs}, {size} / g, 1] with g dividing {size}, got {shape}")
     if is_int8 and size // shape[1] % GROUP_UNIT:
         group = size // shape[1]
-        raise ValueError(f"weight_scale: groups of {group} channels; use a multiple of {GROUP_UNIT} that divides {size}")
+        raise ValueError(f"weight_scale: groups of {group} channels; use a multiple of {GROUP_UNIT} dividing {size}")

@@ -2,8 +2,8 @@
 
 A program is two groups of four warps that multiply and one warp that copies tiles into a ring of slots. Weights are the
 rows of every product, counts its columns: what scales a group of a weight's row is then one number a row, and each
-thread needs two of them. Integer sums exist for a part of the tile at a time; fp32 sums take them in group by group
-while the tensor cores are busy with the next part, of the same warps or of the others.
+thread needs two of them. Integer sums of a group exist for a part of the tile at a time; fp32 sums take them in while
+the tensor cores are busy with the next part, of the same warps or of the others.
 """
 
 from triton.experimental import gluon
@@ -13,9 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 DEPTH = gl.constexpr(128)
 """Input channels of a slot: a group of weights, or a part of one that is a whole row."""
@@ -48,12 +48,20 @@ def next_slot(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def slot_before(slot, STAGES: gl.constexpr):
+    """The slot before this one. It is worked out: a loop does not carry a name that begins as another name's value and
+    is given it again (Triton 3.6)."""
+    return gl.where(slot == 0, STAGES - 1, slot - 1)
+
+
+@gluon.jit
 def copy_tiles(
     weight, count, weight_slots, count_slots, full, free, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: every slot of every tile of this program, in the order in which they are used."""
     slot, phase = 0, 1
+    gdc_wait()  # for the kernel that counts
     num_tiles = gl.cdiv(num_outputs, ROWS) * gl.cdiv(num_tokens, TOKENS)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         output, token = place(tile, num_outputs, num_tokens, ROWS, TOKENS, BAND)
@@ -89,7 +97,7 @@ def row_factors(factors, output, num_outputs, stride, at, COUNT: gl.constexpr, s
 def full_sums(value, COUNT: gl.constexpr, SIZE: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
     """COUNT tensors [64, SIZE] of a value."""
     found = ()
-    for i in gl.static_range(COUNT):
+    for _ in gl.static_range(COUNT):
         found = found + (gl.full([64, SIZE], value, dtype, layout=layout),)
     return found
 
@@ -104,29 +112,6 @@ def with_part(total, part, factor, PART: gl.constexpr, PARTS: gl.constexpr):
         else:
             found = found + (total[i],)
     return found
-
-
-@gluon.jit
-def groups_in_turn(
-    slots, bars, scale, output, num_outputs, slot, phase,
-    BLOCKS: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
-    WHO: gl.constexpr, sums: gl.constexpr,
-):  # fmt: skip
-    """fp32 sums over all groups: one part after the other, scaled while the other warps multiply."""
-    PARTS: gl.constexpr = COUNT * SPLIT
-    total = full_sums(0.0, PARTS, SIZE, gl.float32, sums)
-    zeros = gl.full([64, SIZE], 0, gl.int32, layout=sums)
-    for block in range(BLOCKS):
-        factors = row_factors(scale, output, num_outputs, BLOCKS, block, COUNT, sums)
-        mbarrier.wait(bars[0].index(slot), phase)
-        weights, counts = slots[0].index(slot).slice(WHO * COUNT * 64, COUNT * 64, dim=0), slots[1].index(slot)
-        for i in gl.static_range(PARTS):
-            part = multiply(weights, counts, zeros, False, i, SIZE, SPLIT)
-            part = warpgroup_mma_wait(0, deps=[part])
-            total = with_part(total, part, factors[i // SPLIT], i, PARTS)
-        mbarrier.arrive(bars[1].index(slot), count=1)
-        slot, phase = next_slot(slot, phase, STAGES)
-    return total, slot, phase
 
 
 @gluon.jit
@@ -166,7 +151,6 @@ def whole_rows(
     PARTS: gl.constexpr = COUNT * SPLIT
     whole = full_sums(0, PARTS, SIZE, gl.int32, sums)
     factors = row_factors(scale, output, num_outputs, 1, 0, COUNT, sums)
-    before = slot
     for block in range(BLOCKS):
         mbarrier.wait(bars[0].index(slot), phase)
         weights, counts = slots[0].index(slot).slice(WHO * COUNT * 64, COUNT * 64, dim=0), slots[1].index(slot)
@@ -175,18 +159,18 @@ def whole_rows(
             part = multiply(weights, counts, whole[i], True, i, SIZE, SPLIT)
             added = added + (warpgroup_mma_wait(1, deps=[part]),)
         whole = added
-        mbarrier.arrive(bars[1].index(before), count=1, pred=block > 0)
-        before = slot
+        mbarrier.arrive(bars[1].index(slot_before(slot, STAGES)), count=1, pred=block > 0)
         slot, phase = next_slot(slot, phase, STAGES)
     total = ()
     for i in gl.static_range(PARTS):
         total = total + (warpgroup_mma_wait(0, deps=[whole[i]]).to(gl.float32) * factors[i // SPLIT],)
-    mbarrier.arrive(bars[1].index(before), count=1)
+    mbarrier.arrive(bars[1].index(slot_before(slot, STAGES)), count=1)
     return total, slot, phase
 
 
 @gluon.jit
 def either(a, b):
+    """What two words of bits have, for a reduction."""
     return a | b
 
 
@@ -213,7 +197,7 @@ def add_digits(
 ):  # fmt: skip
     """total with the products of all digits but the lowest, made again from x. most: digits of any token."""
     WORDS: gl.constexpr = (BLOCKS + 31) // 32
-    FEW: gl.constexpr = 8
+    FEW: gl.constexpr = 32
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 4)
@@ -238,8 +222,10 @@ def add_digits(
                     for few in range(TOKENS // FEW):
                         near = token + few * FEW + gl.arange(0, FEW, layout=gl.SliceLayout(1, wide))
                         inside = near < num_tokens
-                        some = (gl.load(digits + near, mask=inside, other=0) > 0) & inside
-                        level = gl.load(threshold + near, mask=some, other=1.0)
+                        some = gl.load(digits + near, mask=inside, other=0) > 0
+                        own = gl.load(blocks + near.to(gl.int64) * WORDS + word, mask=inside, other=0) >> bit
+                        some = some & ((own & 1) != 0)
+                        level = gl.load(threshold + near, mask=inside, other=1.0)
                         at = gl.expand_dims(near.to(gl.int64) * (BLOCKS * DEPTH), 1) + block * DEPTH + channel
                         values = gl.load(x + at, mask=gl.expand_dims(some, 1), other=0.0).to(gl.float32)
                         inverse = gl.expand_dims(gl.div_rn(1.0, level), 1)
@@ -267,34 +253,36 @@ def add_digits(
 def consume(
     slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    SIZE: gl.constexpr, WHO: gl.constexpr, HOW: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SIZE: gl.constexpr, WHO: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warps WHO of two: their half of the rows of every tile of this program."""
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 32])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     COUNT: gl.constexpr = ROWS // 128
     SPLIT: gl.constexpr = TOKENS // SIZE
-    PER_ROW: gl.constexpr = HOW == "whole_rows"
     slot, phase = 0, 0
+    gdc_wait()  # for the kernel that counts
     num_tiles = gl.cdiv(num_outputs, ROWS) * gl.cdiv(num_tokens, TOKENS)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         output, token = place(tile, num_outputs, num_tokens, ROWS, TOKENS, BAND)
         output += WHO * COUNT * 64
         column = token + gl.arange(0, TOKENS, layout=flat)
         most = gl.load(digits + column, mask=column < num_tokens, other=0)
-        if HOW == "in_turn":
-            total, slot, phase = groups_in_turn(slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums)
-        elif HOW == "ahead":
-            total, slot, phase = groups_ahead(slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums)
+        if PER_ROW:
+            total, slot, phase = whole_rows(
+                slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums
+            )
         else:
-            total, slot, phase = whole_rows(slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums)
+            total, slot, phase = groups_ahead(
+                slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums
+            )
         tma.store_wait(0)  # of the tile before, from out_slots
         gl.thread_barrier()
         most = gl.max(most, 0)
         if most > 0:
             total = add_digits(
-                total, out_slots.index(WHO * COUNT), x, weight, scale, threshold, digits, blocks, most, output, token, num_outputs,
-                num_tokens, BLOCKS, COUNT, SPLIT, SIZE, PER_ROW, TOKENS, sums,
+                total, out_slots.index(WHO * COUNT), x, weight, scale, threshold, digits, blocks, most, output, token,
+                num_outputs, num_tokens, BLOCKS, COUNT, SPLIT, SIZE, PER_ROW, TOKENS, sums,
             )  # fmt: skip
         if HAS_BIAS:
             added = row_factors(bias, output, num_outputs, 1, 0, COUNT, sums)
@@ -316,22 +304,32 @@ def consume(
 def products(
     weight_tiles, count_tiles, y, x, weight, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    SIZE: gl.constexpr, HOW: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SIZE: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, outputs] (tiles [TOKENS, 64]) of weights [outputs, BLOCKS * DEPTH] int8 and counts [tokens, BLOCKS *
-    DEPTH] int8; x, digits and blocks: see triton_kernels. ROWS: 128 or 256 rows a tile. HOW: a group's sums "in_turn"
-    or "ahead", with a scale [outputs, BLOCKS]; "whole_rows": one scale a row."""
+    DEPTH] int8; x, digits and blocks: see triton_kernels. ROWS: 128 or 256 rows a tile. scale [outputs, BLOCKS], or
+    where PER_ROW [outputs, 1]."""
     weight_slots = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, DEPTH], weight_tiles.layout)
     count_slots = gl.allocate_shared_memory(gl.int8, [STAGES, TOKENS, DEPTH], count_tiles.layout)
     out_slots = gl.allocate_shared_memory(y.dtype, [ROWS // 64, TOKENS, 64], y.layout)
     full, free = ring(STAGES, 1), ring(STAGES, 2)
     gl.thread_barrier()
     slots, bars = (weight_slots, count_slots), (full, free)
+    copied = (
+        weight_tiles, count_tiles, weight_slots, count_slots, full, free, num_outputs, num_tokens,
+        BLOCKS, ROWS, TOKENS, BAND, STAGES,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (consume, (slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens, BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 0, HOW, HAS_BIAS)),
-            (consume, (slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens, BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 1, HOW, HAS_BIAS)),
-            (copy_tiles, (weight_tiles, count_tiles, weight_slots, count_slots, full, free, num_outputs, num_tokens, BLOCKS, ROWS, TOKENS, BAND, STAGES)),
+            (consume, (
+                slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
+                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 0, PER_ROW, HAS_BIAS,
+            )),
+            (consume, (
+                slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
+                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 1, PER_ROW, HAS_BIAS,
+            )),
+            (copy_tiles, copied),
         ],
         [4, 1],
         [240, 24],

@@ -17,11 +17,14 @@ DEPTH = gl.constexpr(128)
 def along(size: gl.constexpr, dim: gl.constexpr, layout: gl.constexpr):
     """0 .. size along one of three dimensions."""
     if dim == 0:
-        return gl.expand_dims(gl.expand_dims(gl.arange(0, size, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1), 2)
+        flat: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
+        return gl.expand_dims(gl.expand_dims(gl.arange(0, size, layout=flat), 1), 2)
     elif dim == 1:
-        return gl.expand_dims(gl.expand_dims(gl.arange(0, size, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout))), 0), 2)
+        flat: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
+        return gl.expand_dims(gl.expand_dims(gl.arange(0, size, layout=flat), 0), 2)
     else:
-        return gl.expand_dims(gl.expand_dims(gl.arange(0, size, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1)
+        flat: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))
+        return gl.expand_dims(gl.expand_dims(gl.arange(0, size, layout=flat), 0), 1)
 
 
 @gluon.jit

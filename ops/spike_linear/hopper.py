@@ -6,7 +6,7 @@ Gluon's interface moves between Triton's releases, so they run with the one they
 from __future__ import annotations
 
 from functools import cache
-from typing import Mapping, Optional
+from typing import Mapping
 
 import torch
 import triton
@@ -18,6 +18,10 @@ from ops.spike_linear.launch import Call, Digits
 TRITON = "3.6."
 DEPTH = 128
 """Channels of a block and of a group."""
+PLAIN_TOKENS = 128
+"""Up to so many tokens, few outputs are products in parts: tiles of them all would leave multiprocessors idle."""
+WIDE_GAIN = 1.08
+"""How much faster a wide tile's numbers are computed than another's, on an H200."""
 
 
 def choose(prepared: Prepared, call: Call):
@@ -27,6 +31,8 @@ def choose(prepared: Prepared, call: Call):
         return None
     if call.num_tokens <= Few.most_tokens:
         return prepared(Few, size, num_scales)
+    if call.num_tokens <= PLAIN_TOKENS and call.num_outputs < DEPTH * _num_multiprocessors(call.device):
+        return None
     if call.x.dtype == torch.float32 or call.num_outputs % 8 or call.weight.data_ptr() % 16:
         return None
     return prepared(Many, size, num_scales)
@@ -49,15 +55,14 @@ class Few:
 
         self.size = size
         self.digits = Digits(size, DEPTH, entries["digits"], all_digits=True, early=True)
-        tile = {**entries["few"], "launch_pdl": True}
-        self.rows = tile["ROWS"]
+        self.tiles = {8: entries["few"], 16: entries["few_wide"]}
         self._products = {
             (num_tokens, has_bias): Launcher(
                 gluon_stream.few_tokens,
                 dict(BLOCKS=size // DEPTH, SCALES=num_scales, TOKENS=num_tokens, HAS_BIAS=has_bias),
-                tile,
+                {**tile, "launch_pdl": True},
             )
-            for num_tokens in (8, 16)
+            for num_tokens, tile in self.tiles.items()
             for has_bias in (False, True)
         }
         self.launchers = [*self.digits.launchers, *self._products.values()]
@@ -66,10 +71,11 @@ class Few:
         """y [tokens, F] in x's dtype."""
         count, threshold, digits, _ = self.digits(call)
         y = call.empty(call.num_tokens, call.num_outputs, dtype=call.x.dtype)
-        launcher = self._products[8 if call.num_tokens <= 8 else 16, call.bias is not None]
+        width = 8 if call.num_tokens <= 8 else 16
+        launcher = self._products[width, call.bias is not None]
         bias = call.x if call.bias is None else call.bias
         inputs = (call.weight, count, call.scale, threshold, digits, bias)
-        grid = (triton.cdiv(call.num_outputs, self.rows),)
+        grid = (triton.cdiv(call.num_outputs, self.tiles[width]["ROWS"]),)
         launcher(grid, *inputs, y, call.num_outputs, call.num_tokens, call.num_tokens * self.size)
         return y
 
@@ -78,30 +84,40 @@ class Many:
     """More tokens: tiles through the tensor memory accelerator, one program on every multiprocessor."""
 
     def __init__(self, size: int, num_scales: int, entries: Mapping[str, Mapping]):
-        self.size, self.digits = size, Digits(size, DEPTH, entries["digits"])
-        self.tile = entries["rows" if num_scales == 1 else "groups"]
-        self.how = "whole_rows" if num_scales == 1 else ("in_turn", "ahead")[self.tile["RUNNING"] - 1]
+        self.size, self.digits = size, Digits(size, DEPTH, entries["digits"], early=True)
+        self.per_row = num_scales == 1
+        name = "rows" if self.per_row else "groups"
+        self.tile, self.wide_tile = entries[name], entries[f"{name}_wide"]
         self.launchers = self.digits.launchers
 
     def __call__(self, call: Call) -> Tensor:
         """y [tokens, F] in x's dtype."""
-        return self.product(call, *self.digits(call))
-
-    def product(self, call: Call, count, threshold, digits, blocks) -> Tensor:
-        """y of what Digits made."""
         from ops.spike_linear import gluon_hopper
 
-        tile, shape = self.tile, (call.num_tokens, call.num_outputs)
+        num_programs, shape = _num_multiprocessors(call.device), (call.num_tokens, call.num_outputs)
+        tile = better_tile(self.tile, self.wide_tile, *shape, num_programs)
+        count, threshold, digits, blocks = self.digits(call)
         y = call.empty(*shape, dtype=call.x.dtype)
-        num_tiles = triton.cdiv(shape[1], tile["ROWS"]) * triton.cdiv(shape[0], tile["TOKENS"])
-        gluon_hopper.products[(min(num_tiles, _num_multiprocessors(call.device)),)](
+        gluon_hopper.products[(min(num_tiles(tile, *shape), num_programs),)](
             _tiles_of(call.weight, [tile["ROWS"], DEPTH]), _tiles_of(count[0], [tile["TOKENS"], DEPTH]),
             _tiles_of(y, [tile["TOKENS"], 64]), call.x, call.weight, call.scale, threshold, digits, blocks,
             call.x if call.bias is None else call.bias, shape[1], shape[0],
-            BLOCKS=self.size // DEPTH, HOW=self.how, HAS_BIAS=call.bias is not None, num_warps=4,
-            **{name: tile[name] for name in ("ROWS", "TOKENS", "SIZE", "BAND", "STAGES")},
+            BLOCKS=self.size // DEPTH, PER_ROW=self.per_row, HAS_BIAS=call.bias is not None,
+            num_warps=4, launch_pdl=True, **{name: tile[name] for name in ("ROWS", "TOKENS", "SIZE", "BAND", "STAGES")},
         )  # fmt: skip
         return y
+
+
+def num_tiles(tile: Mapping, num_tokens: int, num_outputs: int) -> int:
+    """Tiles of an output [num_tokens, num_outputs]."""
+    return triton.cdiv(num_outputs, tile["ROWS"]) * triton.cdiv(num_tokens, tile["TOKENS"])
+
+
+def better_tile(tile: Mapping, wide: Mapping, num_tokens: int, num_outputs: int, num_programs: int) -> Mapping:
+    """The wide tile where less of the last round's time is lost on it than it gains over the other."""
+    rounds, wide_rounds = (triton.cdiv(num_tiles(x, num_tokens, num_outputs), num_programs) for x in (tile, wide))
+    area, wide_area = (x["ROWS"] * x["TOKENS"] for x in (tile, wide))
+    return wide if wide_rounds * wide_area < WIDE_GAIN * rounds * area else tile
 
 
 @cache
@@ -111,8 +127,14 @@ def _num_multiprocessors(device) -> int:
 
 def _tiles_of(x: Tensor, block: list):
     """A matrix as a descriptor of its blocks."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.int8 if x.dtype == torch.int8 else gl.bfloat16)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(*block, x.element_size()))
+
+
+@cache
+def _layout(num_rows: int, num_columns: int, num_bytes: int):
+    from triton.experimental.gluon import language as gl
+
+    dtype = gl.int8 if num_bytes == 1 else gl.bfloat16
+    return gl.NVMMASharedLayout.get_default_for([num_rows, num_columns], dtype)

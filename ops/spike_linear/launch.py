@@ -62,7 +62,7 @@ class Implementation:
 
 
 class Call:
-    """Tensors of a call, contiguous: x [tokens, D], weight [F, D], scale [F, D / g], bias, mean_abs [tokens] or None."""
+    """Tensors of a call, contiguous: x [tokens, D], weight [F, D], scale [F, D / g], bias, mean_abs [tokens]."""
 
     def __init__(self, x, weight, bias, k, scale, mean_abs):
         self.x, self.weight, self.bias, self.k = x, weight, bias, float(k)
@@ -138,7 +138,7 @@ class Kernels:
         common = dict(SIZE=size, GROUP=group, DEPTH=self.depth, WORDS=self.digits.words)
         self.tiles, self.launchers = {}, [*self.digits.launchers]
         self._products, self._sums = {}, {}
-        for name in ("product", "product_few"):
+        for name in ("product", "product_few", "product_some"):
             tile = entries[name]
             splits = min(tile["SPLITS"], size // group)
             self.tiles[name] = {**tile, "SPLITS": splits}
@@ -150,9 +150,14 @@ class Kernels:
         self.block = entries["add_splits"]["BLOCK"]
         self.launchers += [*self._products.values(), *self._sums.values()]
 
+    def _product_of(self, num_tokens: int) -> str:
+        if num_tokens <= self.tiles["product_few"]["TOKENS"]:
+            return "product_few"
+        return "product_some" if num_tokens <= 2 * self.tiles["product_some"]["TOKENS"] else "product"
+
     def __call__(self, call: Call) -> Tensor:
         """y [tokens, F] in x's dtype."""
-        name = "product_few" if call.num_tokens <= self.tiles["product_few"]["TOKENS"] else "product"
+        name = self._product_of(call.num_tokens)
         tile, which = self.tiles[name], (name, call.bias is not None)
         count, threshold, digits, blocks = self.digits(call)
         shape = call.num_tokens, call.num_outputs
@@ -166,4 +171,3 @@ class Kernels:
             grid = (triton.cdiv(shape[1], self.block), shape[0])
             self._sums[which](grid, sums, threshold, bias, y, *shape)
         return y
-

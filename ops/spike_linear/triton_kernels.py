@@ -30,6 +30,7 @@ def without_lowest(count):
 
 @triton.jit
 def either(a, b):
+    """What two words of bits have, for a reduction."""
     return a | b
 
 

@@ -168,6 +168,18 @@ def grouped_mm_peers() -> tuple[Version, ...]:
     return (Version("torch", lambda: call),)
 
 
+def int8_linear_peers() -> tuple[Version, ...]:
+    """torch's product with a weight of x's dtype."""
+
+    def prepare(inputs: Inputs) -> Inputs:
+        return {"x": inputs["x"], "weight": inputs["weight"].to(inputs["x"].dtype)}
+
+    def call(x: Inputs) -> tuple[Tensor, ...]:
+        return (x["x"] @ x["weight"].T,)
+
+    return (Version("torch matmul", lambda: call, prepare),)
+
+
 def _repeat(*names: str) -> Callable[[Inputs], Inputs]:
     """prepare: these tensors [B, T, Hkv, ...] repeated to the query heads of q."""
 

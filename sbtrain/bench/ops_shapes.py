@@ -20,6 +20,8 @@ DELTA_HEADS, DELTA_VALUE_HEADS = 16, 32
 MOBA_CHUNK_TOKENS, MOBA_CHUNKS = 512, 4
 """SpikingBrain2.0, continued pretraining."""
 NUM_SPIKE_STEPS = 8
+INT8_GROUP = 128
+"""Input channels that share a scale, as in the released W8ASpike model."""
 EDGES = (0.0, 0.02, 0.11, 0.35, 0.36, 0.5, 0.78, 1.0)
 """Where the packed documents of a row begin and end, as parts of the row."""
 FLASH_BACKWARD = 2.5
@@ -323,6 +325,42 @@ def _spikes(model: ModelConfig) -> list[Case]:
             flops=lambda num_tokens: 2.0 * num_tokens * hidden * ffn,
             compared=False,
         ),
+        *_int8_products(model),
+    ]
+
+
+def _int8_products(model: ModelConfig) -> list[Case]:
+    """spike_linear with INT8 weights at a layer's projections, as inference runs it, beside a matmul of x's dtype."""
+    hidden, ffn = model.hidden_size, model.ffn_size
+
+    def inputs(draw: Draw, num_tokens: int, *, size: int, num_outputs: int, num_scales: int) -> dict[str, Tensor]:
+        scale = draw.normal(num_outputs, num_scales, 1, scale=1e-3, mean=1e-2, dtype=torch.float32)
+        return {
+            "x": draw.normal(num_tokens, size).detach(),
+            "weight": draw.integers(-127, 128, num_outputs, size, dtype=torch.int8),
+            "weight_scale": scale.detach(),
+        }
+
+    def call(functions, x: Inputs) -> tuple[Tensor, ...]:
+        return (functions["spike_linear"](x["x"], x["weight"], weight_scale=x["weight_scale"]),)
+
+    def case(name: str, size: int, num_outputs: int, num_scales: int) -> Case:
+        return Case(
+            "spike_linear",
+            f"INT8 {name}",
+            partial(inputs, size=size, num_outputs=num_outputs, num_scales=num_scales),
+            call,
+            flops=lambda num_tokens: 2.0 * num_tokens * size * num_outputs,
+            peers=ops_peers.int8_linear_peers(),
+            compared=False,
+        )
+
+    group = min(INT8_GROUP, hidden & -hidden)
+    return [
+        case("qkv", hidden, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim, hidden // group),
+        case("gate_up", hidden, 2 * ffn, hidden // group),
+        case("gate_up, a scale a row", hidden, 2 * ffn, 1),
+        case("down", ffn, hidden, ffn // min(INT8_GROUP, ffn & -ffn)),
     ]
 
 
