@@ -1,6 +1,6 @@
 """Spiking linear layers on NVIDIA GPUs: INT8 tensor cores for INT8 weights, plain torch for others.
 
-Hopper has kernels of its own for groups of 128 channels and, for few tokens, for one scale a row (see hopper.py).
+Hopper has kernels of its own for groups of 128 channels and for one scale a row (see hopper.py).
 """
 
 from __future__ import annotations

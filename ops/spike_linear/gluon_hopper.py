@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 DEPTH = gl.constexpr(128)
-"""Input channels of a slot: a group of weights."""
+"""Input channels of a slot: a group of weights, or a part of one that is a whole row."""
 
 
 @gluon.jit
@@ -45,6 +45,13 @@ def next_slot(slot, phase, STAGES: gl.constexpr):
     """The slot behind this one, and the parity of its next event."""
     wraps = slot == STAGES - 1
     return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def slot_before(slot, STAGES: gl.constexpr):
+    """The slot before this one. It is worked out: a loop does not carry a name that begins as another name's value and
+    is given it again (Triton 3.6)."""
+    return gl.where(slot == 0, STAGES - 1, slot - 1)
 
 
 @gluon.jit
@@ -135,6 +142,33 @@ def groups_ahead(
 
 
 @gluon.jit
+def whole_rows(
+    slots, bars, scale, output, num_outputs, slot, phase,
+    BLOCKS: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
+    WHO: gl.constexpr, sums: gl.constexpr,
+):  # fmt: skip
+    """fp32 sums of rows with one scale: integers to the end."""
+    PARTS: gl.constexpr = COUNT * SPLIT
+    whole = full_sums(0, PARTS, SIZE, gl.int32, sums)
+    factors = row_factors(scale, output, num_outputs, 1, 0, COUNT, sums)
+    for block in range(BLOCKS):
+        mbarrier.wait(bars[0].index(slot), phase)
+        weights, counts = slots[0].index(slot).slice(WHO * COUNT * 64, COUNT * 64, dim=0), slots[1].index(slot)
+        added = ()
+        for i in gl.static_range(PARTS):
+            part = multiply(weights, counts, whole[i], True, i, SIZE, SPLIT)
+            added = added + (warpgroup_mma_wait(1, deps=[part]),)
+        whole = added
+        mbarrier.arrive(bars[1].index(slot_before(slot, STAGES)), count=1, pred=block > 0)
+        slot, phase = next_slot(slot, phase, STAGES)
+    total = ()
+    for i in gl.static_range(PARTS):
+        total = total + (warpgroup_mma_wait(0, deps=[whole[i]]).to(gl.float32) * factors[i // SPLIT],)
+    mbarrier.arrive(bars[1].index(slot_before(slot, STAGES)), count=1)
+    return total, slot, phase
+
+
+@gluon.jit
 def either(a, b):
     """What two words of bits have, for a reduction."""
     return a | b
@@ -158,7 +192,7 @@ def digit_of(x, threshold, inverse, place):
 @gluon.jit
 def add_digits(
     total, own_slot, x, weight, scale, threshold, digits, blocks, most, output, token, num_outputs, num_tokens,
-    BLOCKS: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr, SIZE: gl.constexpr,
+    BLOCKS: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr, SIZE: gl.constexpr, PER_ROW: gl.constexpr,
     TOKENS: gl.constexpr, sums: gl.constexpr,
 ):  # fmt: skip
     """total with the products of all digits but the lowest, made again from x. most: digits of any token."""
@@ -203,7 +237,8 @@ def add_digits(
                         row = output + i * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, left))
                         at = gl.expand_dims(row.to(gl.int64) * (BLOCKS * DEPTH), 1) + block * DEPTH + depth
                         rows = gl.load(weight + at, mask=gl.expand_dims(row < num_outputs, 1), other=0)
-                        factor = row_factors(scale, output + i * 64, num_outputs, BLOCKS, block, 1, sums)[0] * power
+                        stride, group = 1 if PER_ROW else BLOCKS, 0 if PER_ROW else block
+                        factor = row_factors(scale, output + i * 64, num_outputs, stride, group, 1, sums)[0] * power
                         for j in gl.static_range(SPLIT):
                             tokens = digit_slot.slice(j * SIZE, SIZE, dim=0).permute((1, 0))
                             part = warpgroup_mma(rows, tokens, zeros, use_acc=False, is_async=True)
@@ -218,7 +253,7 @@ def add_digits(
 def consume(
     slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    SIZE: gl.constexpr, WHO: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SIZE: gl.constexpr, WHO: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warps WHO of two: their half of the rows of every tile of this program."""
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 32])
@@ -233,16 +268,21 @@ def consume(
         output += WHO * COUNT * 64
         column = token + gl.arange(0, TOKENS, layout=flat)
         most = gl.load(digits + column, mask=column < num_tokens, other=0)
-        total, slot, phase = groups_ahead(
-            slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums
-        )
+        if PER_ROW:
+            total, slot, phase = whole_rows(
+                slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums
+            )
+        else:
+            total, slot, phase = groups_ahead(
+                slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums
+            )
         tma.store_wait(0)  # of the tile before, from out_slots
         gl.thread_barrier()
         most = gl.max(most, 0)
         if most > 0:
             total = add_digits(
                 total, out_slots.index(WHO * COUNT), x, weight, scale, threshold, digits, blocks, most, output, token,
-                num_outputs, num_tokens, BLOCKS, COUNT, SPLIT, SIZE, TOKENS, sums,
+                num_outputs, num_tokens, BLOCKS, COUNT, SPLIT, SIZE, PER_ROW, TOKENS, sums,
             )  # fmt: skip
         if HAS_BIAS:
             added = row_factors(bias, output, num_outputs, 1, 0, COUNT, sums)
@@ -264,10 +304,11 @@ def consume(
 def products(
     weight_tiles, count_tiles, y, x, weight, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    SIZE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SIZE: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, outputs] (tiles [TOKENS, 64]) of weights [outputs, BLOCKS * DEPTH] int8 and counts [tokens, BLOCKS *
-    DEPTH] int8; x, digits and blocks: see triton_kernels. ROWS: 128 or 256 rows a tile. scale [outputs, BLOCKS]."""
+    DEPTH] int8; x, digits and blocks: see triton_kernels. ROWS: 128 or 256 rows a tile. scale [outputs, BLOCKS], or
+    where PER_ROW [outputs, 1]."""
     weight_slots = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, DEPTH], weight_tiles.layout)
     count_slots = gl.allocate_shared_memory(gl.int8, [STAGES, TOKENS, DEPTH], count_tiles.layout)
     out_slots = gl.allocate_shared_memory(y.dtype, [ROWS // 64, TOKENS, 64], y.layout)
@@ -282,11 +323,11 @@ def products(
         [
             (consume, (
                 slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
-                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 0, HAS_BIAS,
+                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 0, PER_ROW, HAS_BIAS,
             )),
             (consume, (
                 slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
-                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 1, HAS_BIAS,
+                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 1, PER_ROW, HAS_BIAS,
             )),
             (copy_tiles, copied),
         ],

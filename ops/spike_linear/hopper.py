@@ -33,11 +33,9 @@ def choose(prepared: Prepared, call: Call):
         return prepared(Few, size, num_scales)
     if call.num_tokens <= PLAIN_TOKENS and call.num_outputs < DEPTH * _num_multiprocessors(call.device):
         return None
-    if num_scales * DEPTH != size or call.x.dtype == torch.float32:
+    if call.x.dtype == torch.float32 or call.num_outputs % 8 or call.weight.data_ptr() % 16:
         return None
-    if call.num_outputs % 8 or call.weight.data_ptr() % 16:
-        return None
-    return prepared(Many, size)
+    return prepared(Many, size, num_scales)
 
 
 @cache
@@ -83,11 +81,13 @@ class Few:
 
 
 class Many:
-    """More tokens, groups of DEPTH: tiles through the tensor memory accelerator, a program on every multiprocessor."""
+    """More tokens: tiles through the tensor memory accelerator, one program on every multiprocessor."""
 
-    def __init__(self, size: int, entries: Mapping[str, Mapping]):
+    def __init__(self, size: int, num_scales: int, entries: Mapping[str, Mapping]):
         self.size, self.digits = size, Digits(size, DEPTH, entries["digits"], early=True)
-        self.tile, self.wide_tile = entries["groups"], entries["groups_wide"]
+        self.per_row = num_scales == 1
+        name = "rows" if self.per_row else "groups"
+        self.tile, self.wide_tile = entries[name], entries[f"{name}_wide"]
         self.launchers = self.digits.launchers
 
     def __call__(self, call: Call) -> Tensor:
@@ -102,7 +102,7 @@ class Many:
             _tiles_of(call.weight, [tile["ROWS"], DEPTH]), _tiles_of(count[0], [tile["TOKENS"], DEPTH]),
             _tiles_of(y, [tile["TOKENS"], 64]), call.x, call.weight, call.scale, threshold, digits, blocks,
             call.x if call.bias is None else call.bias, shape[1], shape[0],
-            BLOCKS=self.size // DEPTH, HAS_BIAS=call.bias is not None,
+            BLOCKS=self.size // DEPTH, PER_ROW=self.per_row, HAS_BIAS=call.bias is not None,
             num_warps=4, launch_pdl=True, **{name: tile[name] for name in ("ROWS", "TOKENS", "SIZE", "BAND", "STAGES")},
         )  # fmt: skip
         return y
