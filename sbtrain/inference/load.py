@@ -84,6 +84,12 @@ class Source:
     origin: Path
 
 
+def check_alone(mesh: Mesh, what: str) -> None:
+    """Raise ValueError where several processes would each do the same."""
+    if mesh.dp > 1:
+        raise ValueError(f"{what} runs in one process, this is one of {mesh.world_size}; start it without torchrun")
+
+
 def open_source(where: Where) -> Source:
     """The weights that load_model would load, and no model. For one process. Raises what load_model raises."""
     where.check()
@@ -105,8 +111,7 @@ def load_model(where: Where, mesh: Mesh, *, change: Callable[[ModelConfig], Mode
     that are missing, damaged or do not fit together; what one rank cannot read, all refuse.
     """
     where.check()
-    if mesh.dp > 1:
-        raise ValueError(f"inference runs in one process, this is one of {mesh.world_size}; start it without torchrun")
+    check_alone(mesh, "inference")
     change = change or (lambda config: config)
     return _from_run(where, mesh, change) if where.run else _from_folder(where, mesh, change)
 
