@@ -21,6 +21,7 @@ from sbtrain.config.spiking_export import SCALES
 from sbtrain.config.spiking_schema import SpikingConfig
 from sbtrain.convert.calibrated import Calibrated, MergedGates, Writer, fingerprint_of, int8_model, int8_names
 from sbtrain.convert.export import export
+from sbtrain.convert.export_config import choose_format
 from sbtrain.convert.exported import copy_exported, fill_exported, read_model
 from sbtrain.convert.mapping import Part
 from sbtrain.convert.names import projection_of
@@ -341,6 +342,15 @@ def test_fp16_that_cannot_hold_the_integers(tmp_path):
     with pytest.raises(ValueError, match="dtype=float16 cannot hold the INT8 weight .*; use bf16"):
         export(DictReader(state), dtype="fp16", **about)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_what_computes_the_same_is_written_as_released():
+    same = [{"skip": {"down": "all"}}, {"skip": {"down": "0-1"}, "spike_down_proj": True}, {"warm_in_tokens": 9}]
+    same.append({"k": 2.0, "layer_k": {0: 3.0, 1: 3.0}})
+    other = [{"skip": {"down": "0"}, "spike_down_proj": True}, {"skip": {"proj": "0"}}, {"k": 2.0, "layer_k": {0: 3.0}}]
+    for form, all_changes in {"gla_swa": same, "sbtrain": [*other, {"weight_group": 64}, {"kv_int8": False}]}.items():
+        for changes in all_changes:
+            assert choose_format("w8aspike", int8_model(RELEASED, SpikingConfig(**changes))) == form, changes
 
 
 def test_what_has_no_int8_weights():
