@@ -121,7 +121,7 @@ def _from_run(where: Where, mesh: Mesh, change: Callable[[ModelConfig], ModelCon
     config = change(recipe.model)
     model = _build(config, mesh, where)
     together(lambda: _fill_from_run(model, step_dir))
-    if recipe.model.spiking.enabled and recipe.model.spiking.warm_in_tokens:
+    if config.spiking.enabled and config.spiking.warm_in_tokens:
         _warm_in(model, together(lambda: read_state(step_dir))["tokens"], mesh, step_dir)
     return together(lambda: _loaded(model, config, mesh, folder, recipe=recipe, origin=step_dir))
 
