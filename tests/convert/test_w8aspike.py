@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,25 @@ def test_bf16_folders_keep_their_integers(tmp_path, name):
     with torch.no_grad():
         difference = student(tokens[None]).logits[0].float() - exact
     assert difference.norm() < 2 * (rounded - exact).norm()  # as far as bf16 itself
+
+
+def test_gradients_in_transformers_pass_straight_through(tmp_path):
+    """Rounded activations, keys, values and weights hand theirs on; so the model can be trained on."""
+    folder, tokens = exported(tmp_path, "gla_swa"), torch.randint(0, 90, (1, 30))
+    student = theirs(folder)
+    layer = student.model.layers[0].mlp.gate_proj
+    module, x = sys.modules[type(layer).__module__], torch.randn(3, 8, requires_grad=True)
+    for rounded in (module.spikes(x, 3.0), module.int8_tokens(x)):
+        upstream, plain = torch.randn_like(rounded), rounded.detach()
+        assert torch.equal(torch.autograd.grad(rounded, x, upstream)[0], upstream) and not torch.equal(plain, x)
+    with torch.no_grad():
+        assert torch.equal(plain, module.int8_tokens(x))
+        expected = student(tokens).logits
+    found = student(tokens, labels=tokens)
+    assert torch.equal(found.logits.detach(), expected)
+    found.loss.backward()
+    without = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without, without
 
 
 @pytest.mark.parametrize("name", ["gla_swa", "sbtrain_hybrid", "sbtrain_moe_shared_meta"])
