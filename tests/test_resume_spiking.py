@@ -14,6 +14,7 @@ from parallel.mesh import Mesh
 from parallel.place import section
 from run_case import curve, run_until, tiny_recipe, write_inputs
 from sbtrain.checkpoint.run_dir import Exit, check_owner, identity
+from sbtrain.inference import spiking
 from sbtrain.inference.load import Where, load_model
 from sbtrain.spiking.neuron import neurons
 from sbtrain.train.evaluate import HeldOut
@@ -62,6 +63,8 @@ def test_a_checkpoint_on_the_way_in_is_what_was_trained(whole, capsys):
         loaded = load_model(Where(run=str(root / "whole"), step="3"), mesh)
         assert "step_3: 60.0% of model.spiking.warm_in_tokens are done" in capsys.readouterr().out
         assert {neuron.share for neuron in neurons(loaded.model)} == {384 / 640}
+        suite = spiking.load(Where(run=str(root / "whole"), step="3"), spiking.SpikingOptions(), mesh)
+        assert capsys.readouterr().out == "" and {neuron.share for neuron in neurons(suite.model)} == {1.0}
         done = load_model(Where(run=str(root / "whole")), mesh)
         assert capsys.readouterr().out == "" and {neuron.share for neuron in neurons(done.model)} == {1.0}
         found = HeldOut(done.recipe).bits_per_byte(done.model, mesh, must_stop=lambda: False)

@@ -1,5 +1,7 @@
 """Linear layer on spike counts in plain torch."""
 
+import math
+
 import torch
 from torch.nn.functional import linear
 
@@ -32,7 +34,8 @@ class _Counted(torch.autograd.Function):
     def forward(ctx, x, k, mean_abs):
         ctx.dtype = x.dtype
         count, threshold = spike_count(x, k=k, mean_abs=mean_abs)
-        return count * threshold
+        broken = ~x.isfinite().all(-1, keepdim=True)  # a mean that was handed over may not tell
+        return count * threshold.masked_fill(broken, math.nan)
 
     @staticmethod
     def backward(ctx, grad):

@@ -72,7 +72,7 @@ def spike_cases(model: ModelConfig) -> list[Case]:
 
 
 def _int8_products(model: ModelConfig) -> list[Case]:
-    """spike_linear with INT8 weights at a layer's projections, as inference runs it, beside a matmul of x's dtype."""
+    """spike_linear with INT8 weights at a layer's projections, beside a matmul of x's dtype."""
     hidden, ffn = model.hidden_size, model.ffn_size
 
     def inputs(draw: Draw, num_tokens: int, *, size: int, num_outputs: int, num_scales: int) -> dict[str, Tensor]:

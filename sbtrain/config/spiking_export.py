@@ -65,8 +65,9 @@ def alike(ours: SpikingConfig, theirs: SpikingConfig, num_layers: int) -> Spikin
     """Ours, with what computes the same as theirs written as theirs is; warming in is training's."""
     if all(ours.k_of(i) == theirs.k_of(i) for i in range(num_layers)):
         ours = replace(ours, k=theirs.k, layer_k=theirs.layer_k)
-    if all(ours.skips(name, i) == theirs.skips(name, i) for name in PROJECTIONS for i in range(num_layers)):
-        ours = replace(ours, skip=theirs.skip)
+    here, there = (replace(each, enabled=True) for each in (ours, theirs))
+    if all(here.spikes(name, i) == there.spikes(name, i) for name in PROJECTIONS for i in range(num_layers)):
+        ours = replace(ours, skip=theirs.skip, spike_down_proj=theirs.spike_down_proj)
     return replace(ours, warm_in_tokens=theirs.warm_in_tokens)
 
 

@@ -7,10 +7,12 @@ SpikingBrain report, section 3.3). A projection that model.spiking leaves out is
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from sbtrain.data.source import open_corpus
 from sbtrain.data.tokenizer import Tokenizer, check_vocabulary
 from sbtrain.inference.corpus import check_data, excerpt, is_text
 from sbtrain.inference.layerwise import HiddenStates
-from sbtrain.inference.load import Source, Where, open_source
+from sbtrain.inference.load import Source, Where, check_alone, open_source
 from sbtrain.inference.options import build, check_keys, split
 from sbtrain.spiking.gptq import DAMPING, Hessian, gptq
 from sbtrain.spiking.quantize import dequantize, group_scales, output_error, quantize
@@ -47,7 +49,7 @@ class Calibration:
     data: prefix of prepare_data's files, or a text file; samples of seq_len tokens are taken from it, in an order that
     is always the same. method: gptq, or rtn (round to nearest). out: a folder that does not exist; empty is
     calibrated/step_N in the run, calibrated in a model's folder. text_key: of json lines. k, weight_group,
-    spike_down_proj: in place of model.spiking's; 0 and empty are those.
+    spike_down_proj: in place of model.spiking's; None is those.
     """
 
     data: str
@@ -56,24 +58,24 @@ class Calibration:
     seq_len: int = 2048
     out: str = ""
     text_key: str = "text"
-    k: float = 0.0
-    weight_group: int = 0
-    spike_down_proj: str = ""
+    k: Optional[float] = None
+    weight_group: Optional[int] = None
+    spike_down_proj: Optional[bool] = None
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method={self.method} is not known; choose one of {', '.join(METHODS)}")
-        for key, least in {"samples": 1, "seq_len": 2, "k": 0, "weight_group": 0}.items():
-            if not getattr(self, key) >= least:
+        for key, least in {"samples": 1, "seq_len": 2, "weight_group": 1}.items():
+            if getattr(self, key) is not None and getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}")
-        if self.spike_down_proj not in ("", "true", "false"):
-            raise ValueError(f"spike_down_proj={self.spike_down_proj} must be true or false")
+        if self.k is not None and not 0 < self.k < math.inf:
+            raise ValueError(f"k={self.k} must be positive and finite: it is the spikes of a mean activation")
 
     def of(self, spiking: SpikingConfig) -> SpikingConfig:
         """model.spiking with what is given here."""
-        own = {"k": self.k, "weight_group": self.weight_group, "spike_down_proj": self.spike_down_proj == "true"}
-        given = {key: own[key] for key in own if getattr(self, key)}
-        return replace(spiking, **given, **({"layer_k": {}} if self.k else {}))
+        own = {"k": self.k, "weight_group": self.weight_group, "spike_down_proj": self.spike_down_proj}
+        given = {key: value for key, value in own.items() if value is not None}
+        return replace(spiking, **given, **({"layer_k": {}} if "k" in given else {}))
 
 
 def calibrate(arguments: Sequence[str]) -> Path:
@@ -94,8 +96,10 @@ def calibrate(arguments: Sequence[str]) -> Path:
     tokenizer = tokenizers.load(source.tokenizer_dir)
     check_vocabulary(tokenizer, model.vocab_size)
     rows = calibration_rows(how, tokenizer)
-    with Mesh.build(Layout()) as mesh, Writer(out) as writer:
-        _calibrate(source, model, rows, how, where, mesh, writer)
+    with Mesh.build(Layout()) as mesh:
+        check_alone(mesh, "calibration")
+        with Writer(out) as writer:
+            _calibrate(source, model, rows, how, where, mesh, writer)
     return out
 
 

@@ -84,6 +84,12 @@ class Source:
     origin: Path
 
 
+def check_alone(mesh: Mesh, what: str) -> None:
+    """Raise ValueError where several processes would each do the same."""
+    if mesh.dp > 1:
+        raise ValueError(f"{what} runs in one process, this is one of {mesh.world_size}; start it without torchrun")
+
+
 def open_source(where: Where) -> Source:
     """The weights that load_model would load, and no model. For one process. Raises what load_model raises."""
     where.check()
@@ -105,8 +111,7 @@ def load_model(where: Where, mesh: Mesh, *, change: Callable[[ModelConfig], Mode
     that are missing, damaged or do not fit together; what one rank cannot read, all refuse.
     """
     where.check()
-    if mesh.dp > 1:
-        raise ValueError(f"inference runs in one process, this is one of {mesh.world_size}; start it without torchrun")
+    check_alone(mesh, "inference")
     change = change or (lambda config: config)
     return _from_run(where, mesh, change) if where.run else _from_folder(where, mesh, change)
 
@@ -116,7 +121,7 @@ def _from_run(where: Where, mesh: Mesh, change: Callable[[ModelConfig], ModelCon
     config = change(recipe.model)
     model = _build(config, mesh, where)
     together(lambda: _fill_from_run(model, step_dir))
-    if recipe.model.spiking.enabled and recipe.model.spiking.warm_in_tokens:
+    if config.spiking.enabled and config.spiking.warm_in_tokens:
         _warm_in(model, together(lambda: read_state(step_dir))["tokens"], mesh, step_dir)
     return together(lambda: _loaded(model, config, mesh, folder, recipe=recipe, origin=step_dir))
 

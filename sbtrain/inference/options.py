@@ -37,8 +37,8 @@ def check_keys(given: dict[str, str], *kinds: type) -> None:
 def build(kind: type[Options], given: dict[str, str]) -> Options:
     """An instance of a dataclass from the keys that are its fields; others are left to other dataclasses.
 
-    Fields are str, int, float, bool, or tuples of str or int (separated by commas). Raises ValueError naming the key
-    for a value that is not of its type, and for a field without default that is not given.
+    Fields are str, int, float, bool, one of these or None, or tuples of them (separated by commas). Raises ValueError
+    naming the key for a value that is not of its type, and for a field without default that is not given.
     """
     hints, values = typing.get_type_hints(kind), {}
     for field in fields(kind):
@@ -53,6 +53,8 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         return tuple(_parse(key, part.strip(), item) for part in text.split(",") if part.strip())
+    if type(None) in typing.get_args(kind):
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if kind is bool:
         if text not in ("true", "false"):
             raise ValueError(f"{key}={text} must be true or false")

@@ -55,7 +55,8 @@ def load(where: Where, options: SpikingOptions, mesh: Mesh) -> Loaded:
 
     def with_neurons(config: ModelConfig) -> ModelConfig:
         down = config.spiking.spike_down_proj or options.spike_down_proj
-        return replace(config, spiking=replace(config.spiking, enabled=True, spike_down_proj=down))
+        # without and with spikes, and nothing on the way, wherever training had come
+        return replace(config, spiking=replace(config.spiking, enabled=True, spike_down_proj=down, warm_in_tokens=0))
 
     return load_model(where, mesh, change=with_neurons)
 

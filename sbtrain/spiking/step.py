@@ -61,13 +61,14 @@ class SpikeSteps:
 
     @torch.no_grad()
     def _sample(self, neuron: Neuron, x: Tensor, mean_abs: Tensor | None) -> None:
-        """Add the sparsity of some of the tokens x [..., D], once a step."""
+        """Add the sparsity of some tokens of x [..., D], once a step; of queries [1,T,H,D] with all their heads."""
         neuron.observer = None
-        x = x.flatten(0, -2)
+        last = 1 if neuron.site == "queries" else -2
+        x = x.flatten(0, last)
         if not len(x):
             return
         picked = torch.arange(0, len(x), -(-len(x) // SAMPLE_TOKENS), device=x.device)
-        mean_abs = None if mean_abs is None else mean_abs.flatten(0, -2)[picked]
+        mean_abs = None if mean_abs is None else mean_abs.flatten(0, last)[picked]
         count, _ = ops.spike_count(x[picked], k=neuron.k, mean_abs=mean_abs)
         self._sums[0] += sparsity(count)
         self._sums[1] += 1

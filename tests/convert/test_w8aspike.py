@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from sbtrain.config.spiking_export import SCALES
 from sbtrain.config.spiking_schema import SpikingConfig
 from sbtrain.convert.calibrated import Calibrated, MergedGates, Writer, fingerprint_of, int8_model, int8_names
 from sbtrain.convert.export import export
+from sbtrain.convert.export_config import choose_format
 from sbtrain.convert.exported import copy_exported, fill_exported, read_model
 from sbtrain.convert.mapping import Part
 from sbtrain.convert.names import projection_of
@@ -168,6 +170,25 @@ def test_bf16_folders_keep_their_integers(tmp_path, name):
     with torch.no_grad():
         difference = student(tokens[None]).logits[0].float() - exact
     assert difference.norm() < 2 * (rounded - exact).norm()  # as far as bf16 itself
+
+
+def test_gradients_in_transformers_pass_straight_through(tmp_path):
+    """Rounded activations, keys, values and weights hand theirs on; so the model can be trained on."""
+    folder, tokens = exported(tmp_path, "gla_swa"), torch.randint(0, 90, (1, 30))
+    student = theirs(folder)
+    layer = student.model.layers[0].mlp.gate_proj
+    module, x = sys.modules[type(layer).__module__], torch.randn(3, 8, requires_grad=True)
+    for rounded in (module.spikes(x, 3.0), module.int8_tokens(x)):
+        upstream, plain = torch.randn_like(rounded), rounded.detach()
+        assert torch.equal(torch.autograd.grad(rounded, x, upstream)[0], upstream) and not torch.equal(plain, x)
+    with torch.no_grad():
+        assert torch.equal(plain, module.int8_tokens(x))
+        expected = student(tokens).logits
+    found = student(tokens, labels=tokens)
+    assert torch.equal(found.logits.detach(), expected)
+    found.loss.backward()
+    without = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without, without
 
 
 @pytest.mark.parametrize("name", ["gla_swa", "sbtrain_hybrid", "sbtrain_moe_shared_meta"])
@@ -341,6 +362,15 @@ def test_fp16_that_cannot_hold_the_integers(tmp_path):
     with pytest.raises(ValueError, match="dtype=float16 cannot hold the INT8 weight .*; use bf16"):
         export(DictReader(state), dtype="fp16", **about)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_what_computes_the_same_is_written_as_released():
+    same = [{"skip": {"down": "all"}}, {"skip": {"down": "0-1"}, "spike_down_proj": True}, {"warm_in_tokens": 9}]
+    same.append({"k": 2.0, "layer_k": {0: 3.0, 1: 3.0}})
+    other = [{"skip": {"down": "0"}, "spike_down_proj": True}, {"skip": {"proj": "0"}}, {"k": 2.0, "layer_k": {0: 3.0}}]
+    for form, all_changes in {"gla_swa": same, "sbtrain": [*other, {"weight_group": 64}, {"kv_int8": False}]}.items():
+        for changes in all_changes:
+            assert choose_format("w8aspike", int8_model(RELEASED, SpikingConfig(**changes))) == form, changes
 
 
 def test_what_has_no_int8_weights():

@@ -222,7 +222,10 @@ BROKEN = [
     (["method=awq"], "method=awq is not known; choose one of gptq, rtn"),
     (["samples=0"], "samples=0 must be at least 1"),
     (["seq_len=1"], "seq_len=1 must be at least 2"),
-    (["k=-1"], "k=-1.0 must be at least 0"),
+    (["k=-1"], "k=-1.0 must be positive and finite"),
+    (["k=0"], "k=0.0 must be positive and finite"),
+    (["k=inf"], "k=inf must be positive and finite"),
+    (["weight_group=0"], "weight_group=0 must be at least 1"),
     (["spike_down_proj=yes"], "spike_down_proj=yes must be true or false"),
     (["weight_group=12"], "weight_group=12 does not divide the 32 input channels of projection qkv"),
     (["smaples=3"], "smaples= is not known here; did you mean samples="),
@@ -291,6 +294,21 @@ def test_weights_that_are_not_finite_leave_nothing_behind(tmp_path, text, monkey
     with pytest.raises(ValueError, match=message):
         calibrate([f"run={run}", f"data={text}", "samples=2", "seq_len=40"])
     assert not list((run / "calibrated").iterdir())
+
+
+def refused_on_ranks(rank: int, arguments: list[str]) -> str:
+    try:
+        return str(calibrate(arguments))
+    except ValueError as error:
+        return str(error)
+
+
+def test_one_process_calibrates(broken_runs, text, run_ranks):
+    """Two would write the same folder."""
+    arguments = [f"run={broken_runs / 'run'}", f"data={text}", "samples=2", "seq_len=40"]
+    said = "calibration runs in one process, this is one of 2; start it without torchrun"
+    assert run_ranks(2)(refused_on_ranks, arguments) == [said] * 2
+    assert not (broken_runs / "run" / "calibrated").exists()
 
 
 def test_exports_without_calibration(broken_runs, capsys):

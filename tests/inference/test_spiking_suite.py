@@ -10,23 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 import ops
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.sequence.shard import Documents
-from sbtrain.checkpoint.files import write_json
-from sbtrain.config.load import save
-from sbtrain.config.schema import DataConfig, Precision, Recipe, Stage
+from sbtrain.config.schema import Precision
 from sbtrain.config.spiking_schema import SpikingConfig
-from sbtrain.convert.export import export
 from sbtrain.inference import bits, spiking
 from sbtrain.inference.load import Loaded, Where, load_model
 from sbtrain.inference.spiking_tables import table
 from sbtrain.spiking.neuron import neurons
-from sharding import global_state
-from tiny_model import EOS, MODEL, build, loaded_model, write_tokenizer
+from tiny_model import EOS, MODEL, build, loaded_model, write_export, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SPIKING = SpikingConfig(enabled=True)
@@ -113,21 +108,12 @@ def launch(arguments: list[str]) -> int:
     return runpy.run_path(str(ROOT / "launch" / "evaluate.py"))["main"](arguments)
 
 
-class DictReader:
-    """A checkpoint in memory."""
-
-    def __init__(self, state):
-        self.get = state.__getitem__
-
-
 @pytest.fixture
 def exported(tmp_path, monkeypatch):
     """A folder of a model that was trained without spikes."""
     monkeypatch.syspath_prepend(ROOT / "launch")
     monkeypatch.chdir(tmp_path)
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    export(DictReader(global_state(MODEL)), model=MODEL, out="folder", dtype="fp32", tokenizer_dir=tokenizer)
-    return "folder"
+    return str(write_export(Path("folder"), MODEL))
 
 
 def test_a_model_without_spikes_gets_neurons(mesh, exported):
@@ -163,14 +149,8 @@ def test_launch_evaluate_leaves_tables_and_plots(exported, texts, capsys):
 
 def test_the_page_of_a_run_shows_its_spikes(exported, texts, tmp_path, capsys):
     """Written when the run ended, built again when the suite has been run."""
-    run = tmp_path / "run"
-    (run / "report").mkdir(parents=True)
-    (run / "checkpoints").mkdir()
-    dcp.save(global_state(MODEL), checkpoint_id=run / "checkpoints" / "step_5", no_dist=True)
-    stages = {"ctx_32": Stage(seq_len=32, tokens=64, global_batch_tokens=64)}
-    model = replace(MODEL, spiking=SpikingConfig(k=4.0))
-    save(Recipe(name="tiny", model=model, data=DataConfig(tokenizer="tokenizer"), stages=stages), run / "recipe.yaml")
-    write_json(run / "ledger.json", {"stages_done": [], "checkpoint": "checkpoints/step_5", "step": 5})
+    run = write_run(tmp_path / "run", replace(MODEL, spiking=SpikingConfig(k=4.0)))
+    (run / "report").mkdir()
     assert launch([f"run={run}", "suite=spiking", f"data={texts}", "lengths=32", "tokens=64", "k=3,4.5"]) == 0
     page = (run / "report" / "index.html").read_text()
     assert f"report: {run}/report/index.html" in capsys.readouterr().out

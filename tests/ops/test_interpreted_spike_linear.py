@@ -78,6 +78,17 @@ def test_int8_weights_in_plain_torch():
     torch.testing.assert_close(x.grad, plain.sum(0).expand(4, 64))
 
 
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_a_token_without_numbers_in_plain_torch(broken):
+    """Also where the mean that is handed over does not tell; the others are left alone."""
+    x, weight, scale = torch.randn(3, 64), torch.randint(-128, 128, (6, 64), dtype=torch.int8), torch.rand(6, 2, 1)
+    mean = x.abs().mean(-1, keepdim=True)
+    good = ops.spike_linear(x, weight, weight_scale=scale, mean_abs=mean)
+    x[1, 7] = broken
+    y = ops.spike_linear(x, weight, weight_scale=scale, mean_abs=mean)
+    assert y[1].isnan().all() and torch.equal(y[::2], good[::2])
+
+
 @pytest.mark.parametrize(
     "weight, options, problem",
     [

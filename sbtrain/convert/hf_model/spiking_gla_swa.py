@@ -2,7 +2,7 @@
 
 config.spiking is None, or {k, layer_k, spike_down_proj, skip, queries, kv_int8, weight_group, int8_weights}: k spikes
 of a mean activation, layers with another k by index, the layers of each projection that are left out. Projections: qkv,
-gate (of linear attention), proj (behind attention), gate_up and down (of the FFN).
+gate (of linear attention), proj (behind attention), gate_up and down (of the FFN). Gradients pass straight through.
 """
 
 import torch
@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def straight(x, seen):
+    """seen, with the gradient of x: rounding has none, and training would stand still without a word."""
+    return seen.detach() + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else seen
+
+
 def spikes(x, k):
     """x [..., D] as counts times a threshold of each token, mean|x| / k; counts round half to even. The dtype stays."""
     threshold = (x.abs().mean(-1, keepdim=True).float() / k).clamp(1e-5, 1e4)
-    return ((x.float() / threshold).round() * threshold).to(x.dtype)
+    return straight(x, ((x.float() / threshold).round() * threshold).to(x.dtype))
 
 
 def int8_tokens(x):
@@ -21,7 +26,7 @@ def int8_tokens(x):
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((wide / scale).round().clamp(-128, 127) * scale).to(x.dtype)
+    return straight(x, ((wide / scale).round().clamp(-128, 127) * scale).to(x.dtype))
 
 
 class WeightQuantizer(nn.Module):
@@ -39,7 +44,7 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight):
         """weight [out, in] -> the nearest integers times the scales; what is that already stays as it is."""
         wide, scales = weight.float().unflatten(1, (self.scales.shape[1], -1)), self.scales.float()
-        return ((wide / scales).round() * scales).flatten(1).to(weight.dtype)
+        return straight(weight, ((wide / scales).round() * scales).flatten(1).to(weight.dtype))
 
 
 class SpikingLinear(nn.Linear):
