@@ -57,19 +57,18 @@ class Mesh:
         return self
 
     def __exit__(self, kind, *exc) -> None:
-        """Behind an error on a GPU the groups stay: NCCL would wait for ranks that wait for this one."""
-        if kind is None or self.device.type == "cpu":
-            self.close()
+        """Behind an error of one of several GPU ranks nothing is destroyed: NCCL would wait for the others."""
+        self.close(destroy=kind is None or self.device.type == "cpu" or self.world_size == 1)
 
-    def close(self) -> None:
-        """Destroy the process groups; torch.distributed stays up.
+    def close(self, *, destroy: bool = True) -> None:
+        """Forget the process groups, so that another mesh can be built, and destroy them; torch.distributed stays up.
 
         megatron only forgets its groups: their threads (gloo) and communicators (NCCL) would stay until the end.
         """
         groups = [group for group in mcore.parallel_state._global_process_group_list if group is not None]
         mcore.parallel_state.destroy_model_parallel()
         self.groups = None
-        for group in groups:
+        for group in groups if destroy else ():
             dist.destroy_process_group(group)
 
     @property

@@ -48,6 +48,11 @@ def _check(x: Tensor, k: float, mean_abs: Optional[Tensor]) -> None:
         raise ValueError(f"k must be positive and finite (spikes per mean activation), got {k}")
     if not x.dim() or not x.is_floating_point():
         raise ValueError(f"x must be floats [..., D], got {x.dtype} {list(x.shape)}")
+    check_mean(x, mean_abs)
+
+
+def check_mean(x: Tensor, mean_abs: Optional[Tensor]) -> None:
+    """Raise ValueError unless mean_abs is None or a mean of each of x's tokens."""
     if mean_abs is None:
         return
     shape = [*x.shape[:-1], 1]

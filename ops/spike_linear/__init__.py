@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ops.registry import implementation
+from ops.spike_count import check_mean
 
 __all__ = ["spike_linear"]
 
@@ -44,19 +45,10 @@ def spike_linear(
         raise ValueError(f"bias must be [{len(weight)}] like weight's rows, got {list(bias.shape)}")
     if not 0 < k < float("inf"):
         raise ValueError(f"k must be positive and finite (spikes per mean activation), got {k}")
-    _check_mean(x, mean_abs)
+    check_mean(x, mean_abs)
     _check_scale(weight, weight_scale)
     call = implementation("spike_linear", "spike_linear", x)
     return call(x, weight, bias, k=float(k), weight_scale=weight_scale, mean_abs=mean_abs)
-
-
-def _check_mean(x: Tensor, mean_abs: Optional[Tensor]) -> None:
-    if mean_abs is None:
-        return
-    shape = [*x.shape[:-1], 1]
-    if list(mean_abs.shape) != shape or mean_abs.dtype not in (x.dtype, torch.float32):
-        found = f"{mean_abs.dtype} {list(mean_abs.shape)}"
-        raise ValueError(f"mean_abs must be {shape} in {x.dtype} or torch.float32 like x's tokens, got {found}")
 
 
 def _check_scale(weight: Tensor, weight_scale: Optional[Tensor]) -> None:

@@ -81,6 +81,7 @@ def _gla_by_heads(*, num_heads: int, num_kv_heads: int, window: None, group) -> 
         initial_state: Tensor | None = None,
         return_state: bool = False,
     ):
+        """ops.gla of this rank's heads, over whole rows."""
         inputs = exchange.gather(q, k, v, log_decay)
         first = None if initial_state is None else states.of_each(exchange.own(initial_state, dim=0), cu_seqlens)
         o, state = ops.gla(*inputs, initial_state=first, cu_seqlens=cu_seqlens, output_final_state=return_state)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import check_one_rank_a_gpu, start_distributed
+from parallel.layout import Layout
+from parallel.mesh import Mesh, check_one_rank_a_gpu, start_distributed
 
 
 def test_a_gpu_of_its_own_for_every_rank():
@@ -33,3 +34,15 @@ def test_only_a_watched_process_changes_what_nccl_does_about_errors(monkeypatch,
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: started.update(of=os.environ.get(name)))
     start_distributed(watched=watched)
     assert started == {"of": kept}
+
+
+@pytest.mark.parametrize(("device", "num_ranks", "kept"), [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)])
+def test_an_error_of_one_gpu_of_several_waits_for_no_group(device, num_ranks, kept):
+    """NCCL would wait there for ranks that wait for this one. Another mesh can be built whatever happened."""
+    with pytest.raises(TypeError), Mesh.build(Layout()) as mesh:
+        group = mesh.groups.tp
+        mesh.device, mesh.world_size = torch.device(device), num_ranks
+        raise TypeError
+    assert (group in dist.distributed_c10d._world.pg_map) is kept
+    with Mesh.build(Layout()):
+        pass
