@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,7 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
     """
     with ExitStack() as stack:
         with watched(recipe):
-            lock = stack.enter_context(held(run_folder(recipe), job=job_id()))
+            lock = stack.enter_context(hold(recipe))
             recipe, ledger, evaluations = prepare(recipe)
             code, reason = carry(recipe, ledger, evaluations, lock)
         if code is Exit.DONE and dist.get_rank() == 0:
@@ -74,6 +74,12 @@ def watched(recipe: Recipe) -> RankWatch:
     """What ends this rank, and says why in exit.json, when another one is lost. Starts torch.distributed."""
     start_distributed(patience_s=recipe.runtime.patience_s, watched=True)
     return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, recipe.run_dir))
+
+
+def hold(recipe: Recipe) -> AbstractContextManager[RunLock]:
+    """Context in which no other job works in the run directory. Raises ValueError if it cannot be this recipe's."""
+    together(lambda: check_owner(recipe))
+    return held(run_folder(recipe), job=job_id())
 
 
 def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLock) -> tuple[Exit, str]:
@@ -138,7 +144,7 @@ def convert(recipe: Recipe) -> Path:
     name, stage = next(iter(recipe.stages.items()))
     with ExitStack() as stack:
         stack.enter_context(watched(recipe))
-        lock = stack.enter_context(held(run_folder(recipe), job=job_id()))
+        lock = stack.enter_context(hold(recipe))
         ledger = together(lambda: unbegun(recipe))
         layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
         mesh = stack.enter_context(Mesh.build(layout, patience_s=recipe.runtime.patience_s))
