@@ -35,16 +35,20 @@ _NAMES = {
 _KNOWN = {(module, name) for module, names in _NAMES.items() for name in names}
 
 
+class _Untrusted(pickle.UnpicklingError):
+    """What no checkpoint of ours has, and somebody may have put there."""
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Makes the classes of a checkpoint's index, and nothing else."""
 
     def find_class(self, module: str, name: str):
         if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+            raise _Untrusted(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
     def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it names objects outside of itself")
+        raise _Untrusted("it names objects outside of itself")
 
 
 class SafeReader(FileSystemReader):
@@ -76,13 +80,13 @@ def read_index(folder: Path) -> Metadata:
         if not isinstance(index, Metadata) or not all(
             isinstance(name, str) and isinstance(entry, kinds) for name, entry in index.state_dict_metadata.items()
         ):
-            raise pickle.UnpicklingError("it holds no tensors")
+            raise _Untrusted("it holds no tensors")
         ends: dict[str, int] = {}
         for place in index.storage_data.values():
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
             if place.offset < 0 or place.length < 0:
-                raise pickle.UnpicklingError(f"it names bytes before the beginning of {place.relative_path!r}")
-    except pickle.UnpicklingError as error:
+                raise _Untrusted(f"it names bytes before the beginning of {place.relative_path!r}")
+    except _Untrusted as error:
         raise pickle.UnpicklingError(f".metadata is not to be trusted: {error}") from None
     except Exception as error:  # bytes that are no pickle can raise anything
         raise pickle.UnpicklingError(f".metadata is damaged ({type(error).__name__})") from None
