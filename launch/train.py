@@ -17,10 +17,19 @@ def refuse(error: ValueError, run_dir: str) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if os.path.exists(os.path.join(run_dir, "exit.json")):
-            from sbtrain.checkpoint.run_dir import record_exit
-
-            record_exit(run_dir, 2, str(error))
+            leave(run_dir, 2, str(error))
     return 2
+
+
+def leave(run_dir: str, code: int, reason: str) -> None:
+    """Write exit.json on the first rank, unless another job holds the run directory and will write its own."""
+    from pathlib import Path
+
+    from sbtrain.checkpoint.lock import in_use
+    from sbtrain.checkpoint.run_dir import record_exit
+
+    if int(os.environ.get("RANK", 0)) == 0 and not in_use(Path(run_dir)):
+        record_exit(run_dir, code, reason)
 
 
 def run_dir_of(args: list[str]) -> str:
@@ -41,7 +50,7 @@ def train(args: list[str]) -> int:
             return 0
     except ValueError as error:
         return refuse(error, run_dir_of(args))
-    from sbtrain.checkpoint.run_dir import check_owner, record_exit
+    from sbtrain.checkpoint.run_dir import check_owner
     from sbtrain.run import run
 
     try:
@@ -56,8 +65,7 @@ def train(args: list[str]) -> int:
         code, reason = 1, f"{type(error).__name__}: {error}"
         raise
     finally:
-        if int(os.environ.get("RANK", 0)) == 0:
-            record_exit(recipe.run_dir, code, reason)
+        leave(recipe.run_dir, code, reason)
     return int(code)
 
 

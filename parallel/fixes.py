@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from parallel.collectives import together
 
 _STATE = ("param", "exp_avg", "exp_avg_sq")
 
@@ -76,3 +80,21 @@ def keeping_what_is_sent(communicate: Callable) -> Callable:
         return communicate(self, tensor_send_next=next_, tensor_send_prev=previous, **options)
 
     return wrapper
+
+
+def save_common(strategy, common: dict, checkpoint_dir) -> None:
+    """Write common.pt on rank 0; all ranks raise ValueError where the disk does not take it.
+
+    megatron's own leaves the others waiting for rank 0.
+    """
+
+    def write() -> None:
+        if dist.get_rank() == 0:
+            content = io.BytesIO()
+            torch.save(common, content)
+            try:
+                (Path(checkpoint_dir) / "common.pt").write_bytes(content.getvalue())
+            except OSError as error:
+                raise ValueError(f"common.pt: {error.strerror or error}") from None
+
+    together(write)

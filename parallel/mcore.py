@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from parallel import cpu, fixes
+from parallel import cpu, fixes, safe_load
 
 _ON_CPU = cpu.install()
 
@@ -36,6 +36,11 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402, F401
 )
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402, F401
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402, F401
+from megatron.core.dist_checkpointing.strategies import torch as _tensor_files  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.common import (  # noqa: E402
+    TorchCommonLoadStrategy,
+    TorchCommonSaveStrategy,
+)
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding  # noqa: E402, F401
 from megatron.core.distributed import (  # noqa: E402, F401
     DistributedDataParallel,
@@ -85,6 +90,10 @@ if not hasattr(_moe_utils, "te_general_gemm"):  # without TransformerEngine ever
     _moe_utils.te_general_gemm = None
 DistributedOptimizer._set_main_param_and_optimizer_states = fixes.set_main_param_and_optimizer_states
 DistributedOptimizer.get_parameter_state_dp_zero = fixes.get_parameter_state_dp_zero
+_tensor_files._get_filesystem_reader = safe_load.open_reader
+_tensor_files.MCoreLoadPlanner.load_bytes = safe_load.load_bytes
+TorchCommonLoadStrategy.load_common = safe_load.load_common
+TorchCommonSaveStrategy.save_common = fixes.save_common
 P2PCommunicator._communicate = fixes.keeping_what_is_sent(P2PCommunicator._communicate)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,15 @@ import torch.distributed as dist
 import ops
 from parallel.collectives import together
 from parallel.engine import Engine
+from parallel.job import job_id
 from parallel.layout import Layout
 from parallel.mesh import Mesh, device, start_distributed
 from parallel.place import primitive, section
 from parallel.sequence.shard import Row
 from parallel.watch import RankWatch
 from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.checkpoint.lock import RunLock, held
+from sbtrain.checkpoint.recover import recover, step_folders
 from sbtrain.checkpoint.run_dir import (
     Exit,
     check_folder,
@@ -57,11 +60,13 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
     Raises ValueError, before anything is written, for a recipe that cannot run here. Where a rank is killed or hangs,
     the process ends with Exit.RANK_LOST and a line that names the rank.
     """
-    with watched(recipe):
-        recipe, ledger, evaluations = prepare(recipe)
-        code, reason = carry(recipe, ledger, evaluations)
-    if code is Exit.DONE and dist.get_rank() == 0:
-        finish(recipe, ledger)  # takes as long as it takes: the others have left
+    with ExitStack() as stack:
+        with watched(recipe):
+            lock = stack.enter_context(hold(recipe))
+            recipe, ledger, evaluations = prepare(recipe)
+            code, reason = carry(recipe, ledger, evaluations, lock)
+        if code is Exit.DONE and dist.get_rank() == 0:
+            finish(recipe, ledger)  # takes as long as it takes: the others have left
     return code, reason
 
 
@@ -71,10 +76,15 @@ def watched(recipe: Recipe) -> RankWatch:
     return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, recipe.run_dir))
 
 
-def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations) -> tuple[Exit, str]:
+def hold(recipe: Recipe) -> AbstractContextManager[RunLock]:
+    """Context in which no other job works in the run directory. Raises ValueError if it cannot be this recipe's."""
+    together(lambda: check_owner(recipe))
+    return held(run_folder(recipe), job=job_id())
+
+
+def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLock) -> tuple[Exit, str]:
     """The stages, from wherever the last start stopped."""
-    folder = run_folder(recipe)
-    store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
+    store = open_store(recipe, ledger, lock)
     first = dist.get_rank() == 0
     with ExitStack() as stack:
         with section("opening of the sinks", patient=True):
@@ -88,6 +98,19 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations) -> tuple[Exi
     with primitive("end of the run"):
         dist.barrier()
     return Exit.DONE, "all stages are done"
+
+
+def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
+    """The checkpoints of the run."""
+    kept = recipe.checkpoint
+    return Store(
+        run_folder(recipe),
+        ledger,
+        keep_last=kept.keep_last,
+        keep_every_steps=kept.keep_every_steps,
+        op_table=op_table(),
+        check_lock=lock.check,
+    )
 
 
 def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations, sinks: Sinks, watch: Watch) -> bool:
@@ -118,9 +141,10 @@ def convert(recipe: Recipe) -> Path:
     the whole model. Collective. Raises ValueError, before anything is written, if the run has begun already or the
     source cannot be read.
     """
-    folder, (name, stage) = run_folder(recipe), next(iter(recipe.stages.items()))
+    name, stage = next(iter(recipe.stages.items()))
     with ExitStack() as stack:
         stack.enter_context(watched(recipe))
+        lock = stack.enter_context(hold(recipe))
         ledger = together(lambda: unbegun(recipe))
         layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
         mesh = stack.enter_context(Mesh.build(layout, patience_s=recipe.runtime.patience_s))
@@ -130,8 +154,7 @@ def convert(recipe: Recipe) -> Path:
         together(lambda: first.fill(chunks))
         describe(recipe)
         first.check(chunks)
-        store = Store(folder, ledger, keep_last=recipe.checkpoint.keep_last, op_table=op_table())
-        store.save_weights(chunks, mesh, RunState(stage=name))
+        open_store(recipe, ledger, lock).save_weights(chunks, mesh, RunState(stage=name))
     return ledger.checkpoint
 
 
@@ -141,8 +164,9 @@ def unbegun(recipe: Recipe) -> Ledger:
     ops.use(recipe.ops)
     ops.table()  # resolves every op before anything is written
     ledger = Ledger(run_folder(recipe))
-    if ledger.checkpoint is not None:
-        raise ValueError(f"run_dir={recipe.run_dir} already holds {ledger.checkpoint}; choose a new run_dir")
+    if ledger.checkpoint is not None or step_folders(run_folder(recipe)):
+        there = ledger.checkpoint or "checkpoints"
+        raise ValueError(f"run_dir={recipe.run_dir} already holds {there}; choose a new run_dir")
     if recipe.start.path:
         check_source(recipe.start.path, model=recipe.model)
     check_room(run_folder(recipe), checkpoint_bytes(recipe, optimizer=False))
@@ -154,25 +178,27 @@ def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
     recipe = fit_world(recipe, dist.get_world_size())
     check_training(recipe)
     with section("preparation", patient=True):
-        ledger, evaluations = together(lambda: inspect(recipe))
+        evaluations = together(lambda: inspect(recipe))
+    with section("verification of the checkpoint", patient=True):
+        recovered = recover(run_folder(recipe), {name: stage.tokens for name, stage in recipe.stages.items()})
+        together(lambda: check_beginning(recipe, recovered.ledger))
     _agree_on_ops()
     if dist.get_rank() == 0:
         print("\n".join(ops.lines()), flush=True)
     describe(recipe)
-    return recipe, ledger, evaluations
+    together(lambda: recovered.settle() if dist.get_rank() == 0 else None)
+    return recipe, recovered.ledger, evaluations
 
 
-def inspect(recipe: Recipe) -> tuple[Ledger, Evaluations]:
-    """What this rank can check by itself: the run directory, the ops, every stage's data, the start, the export."""
+def inspect(recipe: Recipe) -> Evaluations:
+    """What this rank can check by itself: the run directory, the ops, every stage's data, the export."""
     check_owner(recipe)
     ops.use(recipe.ops)
     for name, stage in recipe.stages.items():
         with closing(stage_loader(recipe, name, stage, dp_rank=0, dp=stage.layout.dp(dist.get_world_size()))) as loader:
             loader.next_step()
-    ledger, evaluations = Ledger(run_folder(recipe)), Evaluations(run_folder(recipe), HeldOut(recipe))
-    check_beginning(recipe, ledger)
     check_folder("export_dir", recipe.export_dir)
-    return ledger, evaluations
+    return Evaluations(run_folder(recipe), HeldOut(recipe))
 
 
 def describe(recipe: Recipe) -> None:

@@ -15,10 +15,10 @@ ONE_PROCESS = ("stages.ctx_64.layout.pp=1", "stages.ctx_128.layout.sp=1")
 
 
 class Site:
-    """A folder with a recipe and its inputs; launch/train.py works in it, in this process."""
+    """A folder with a recipe and its inputs; launch/train.py works in it, in this process. out: its last stdout."""
 
     def __init__(self, root: Path, capture):
-        self.root, self._capture = root, capture
+        self.root, self._capture, self.out = root, capture, ""
         self._train = runpy.run_path(str(ROOT / "launch" / "train.py"))["train"]
         self.recipe = write_inputs(root)
         self.run_dir = root / "run"
@@ -27,7 +27,8 @@ class Site:
         """Exit code and stderr of `train.py recipe=tiny run_dir=run overrides`."""
         self._capture.readouterr()
         code = self._train([f"recipe={recipe or self.recipe}", f"run_dir={self.run_dir}", *overrides])
-        return code, self._capture.readouterr().err
+        self.out, err = self._capture.readouterr()
+        return code, err
 
     def files(self, but: tuple[str, ...] = ()) -> dict[str, tuple[bytes, int]]:
         """Content and time of every file, and every folder."""
@@ -39,12 +40,12 @@ class Site:
 
     def refuses(self, overrides: tuple[str, ...], mentions: list[str], *, recipe: str = "") -> None:
         """The rule of this file."""
-        before = self.files(but=("exit.json",))
+        before = self.files(but=("exit.json", "lock.json"))
         code, line = self.train(*overrides, recipe=recipe)
         assert code == 2, line
         assert line.startswith("error: ") and line.count("\n") == 1 and line.endswith("\n"), line
         assert [word for word in mentions if word not in line] == [], line
-        after = self.files(but=("exit.json",))
+        after = self.files(but=("exit.json", "lock.json"))
         assert sorted(after) == sorted(before)
         assert [name for name in before if before[name] != after[name]] == []
 

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from command_line import ONE_PROCESS, ONE_STAGE, Site, truncate
+from run_case import curve, run_until, tiny_recipe, write_inputs
 from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.checkpoint.lock import RunLock
+from sbtrain.checkpoint.manifest import measure, seal
 from sbtrain.config.load import load
 from sbtrain.plan.memory import checkpoint_bytes
 from sbtrain.run import convert
@@ -37,6 +40,15 @@ def stopped(site, monkeypatch) -> Site:
         code, _ = site.train(*ONE_STAGE)
     assert code == 75 and Ledger(site.run_dir).step == 4
     return site
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[tuple]:
+    """What a run that nobody disturbed recorded of its steps."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    write_inputs(root)
+    assert run_until(0, tiny_recipe(root, "run", *ONE_STAGE)) == 0
+    return curve(root / "run")
 
 
 def exit_of(site: Site) -> dict:
@@ -119,23 +131,75 @@ def _edit(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+SPOILED: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda f: truncate(_largest(f)),
+    "missing": lambda f: _largest(f).unlink(),
+    "a bit": lambda f: _flip(_largest(f)),
+    "index": lambda f: (f / ".metadata").write_bytes(b"garbage"),
+    "no index": lambda f: (f / ".metadata").unlink(),
+    "common": lambda f: truncate(f / "common.pt"),
+    "no common part": lambda f: (f / "common.pt").unlink(),
+    "state": lambda f: (f / "state.json").write_text('{"format": 1}'),
+    "no tensor format": lambda f: (f / "metadata.json").unlink(),
+    "manifest": lambda f: (f / "manifest.json").write_text("{"),
+    "no manifest": lambda f: (f / "manifest.json").unlink(),
+    "all": shutil.rmtree,
+}
+
+
+def _largest(folder: Path) -> Path:
+    return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("problem", SPOILED)
+def test_a_damaged_checkpoint_is_skipped_and_the_run_ends_as_it_would_have(stopped, undisturbed, problem):
+    folder = stopped.run_dir / "checkpoints/step_4"
+    SPOILED[problem](folder)
+    code, _ = stopped.train(*ONE_STAGE)
+    assert code == 0 and Ledger(stopped.run_dir).step == 6
+    (line,) = [line for line in stopped.out.splitlines() if line.startswith("skipped ")]
+    assert line.startswith(f"skipped {folder}: ")
+    assert curve(stopped.run_dir) == undisturbed
+
+
+def test_a_removed_or_damaged_ledger_is_made_again(stopped, undisturbed):
+    ledger = stopped.run_dir / "ledger.json"
+    for content in (None, '{"step": 4', "{}", '{"stages_done": [], "checkpoint": "../../x/step_9", "step": 9}'):
+        ledger.unlink() if content is None else ledger.write_text(content)
+        code, _ = stopped.train(*ONE_STAGE)
+        assert code == 0 and "it is made again from checkpoints/step_" in stopped.out
+        assert curve(stopped.run_dir) == undisturbed and Ledger(stopped.run_dir).stages_done == ["ctx_32"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged(stopped):
+    """It must not begin again by itself."""
+    for step in (3, 4):
+        truncate(_largest(stopped.run_dir / f"checkpoints/step_{step}"))
+    mentions = [f"no checkpoint of {stopped.run_dir} can be used (", "step_4: ", "step_3: ", "another run_dir to begin"]
+    stopped.refuses(ONE_STAGE, mentions)
+
+
+def _reseal(folder: Path) -> None:
+    """Give the folder a manifest of what it holds now."""
+    (folder / "manifest.json").unlink()
+    aside = folder.rename(folder.with_name("aside"))
+    seal(aside, folder, measure(aside, [path.name for path in aside.iterdir()]))
+
+
 SPOILED_RUNS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "format": (
         lambda r: _edit(r / "checkpoints/step_4/state.json", format=7),
         ["step_4/state.json: checkpoint format 7 is not 1", "load it with the version of sbtrain that wrote it"],
     ),
-    "state": (lambda r: (r / "checkpoints/step_4/state.json").unlink(), ["step_4 is not a complete checkpoint"]),
-    "metadata": (lambda r: (r / "checkpoints/step_4/.metadata").unlink(), ["step_4 is not a complete checkpoint"]),
-    "gone": (lambda r: shutil.rmtree(r / "checkpoints/step_4"), ["step_4 is not a complete checkpoint", "step_N"]),
-    "ledger": (lambda r: (r / "ledger.json").write_text('{"step": 4'), ["ledger.json is not valid JSON", "run_dir"]),
-    "no ledger": (lambda r: (r / "ledger.json").write_text("{}"), ["ledger.json lacks", "restore it from a copy"]),
     "recipe": (lambda r: (r / "recipe.yaml").write_text("name: [tiny"), ["recipe.yaml", "not valid YAML"]),
     "evaluation": (lambda r: (r / "evaluation.json").write_text("["), ["evaluation.json is not valid JSON"]),
     "points": (lambda r: (r / "evaluation.json").write_text("{}"), ["evaluation.json holds no points"]),
-    "no tensor format": (
-        lambda r: (r / "checkpoints/step_4/metadata.json").unlink(),
-        ["step_4 is not a complete checkpoint (metadata.json is missing)"],
-    ),
     "tensor format": (
         lambda r: _edit(r / "checkpoints/step_4/metadata.json", sharded_backend="zarr"),
         ["step_4/metadata.json", "in the format 'zarr', not in torch_dist"],
@@ -144,7 +208,6 @@ SPOILED_RUNS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda r: (r / "checkpoints/step_4/metadata.json").write_text("{"),
         ["step_4/metadata.json is not valid JSON"],
     ),
-    "no common part": (lambda r: (r / "checkpoints/step_4/common.pt").unlink(), ["common.pt is missing"]),
     "half a state": (
         lambda r: (r / "checkpoints/step_4/state.json").write_text('{"format": 1}'),
         ["step_4/state.json lacks parts"],
@@ -153,30 +216,35 @@ SPOILED_RUNS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("problem", SPOILED_RUNS)
-def test_a_run_that_was_damaged(stopped, problem):
+def test_what_is_not_ours_is_refused_and_not_skipped(stopped, problem):
+    """Checksums hold here: another version wrote the checkpoint, or a part of the run cannot be replaced."""
     spoil, mentions = SPOILED_RUNS[problem]
     spoil(stopped.run_dir)
+    _reseal(stopped.run_dir / "checkpoints/step_4")
     stopped.refuses(ONE_STAGE, [str(stopped.run_dir), *mentions])
 
 
-SPOILED_TENSORS: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda f: truncate(max(f.glob("*.distcp"), key=lambda path: path.stat().st_size)),
-    "missing": lambda f: max(f.glob("*.distcp"), key=lambda path: path.stat().st_size).unlink(),
-    "metadata": lambda f: (f / ".metadata").write_bytes(b"garbage"),
-    "common": lambda f: truncate(f / "common.pt"),
-}
+def test_a_second_job_touches_nothing(stopped):
+    """It is refused in one line; how the first one ends is the first one's to say."""
+    (stopped.run_dir / "exit.json").unlink()
+    lock = RunLock(stopped.run_dir, job="7")
+    assert lock.take() is None
+    try:
+        mentions = [f"run_dir={stopped.run_dir} is in use by host ", f"process {os.getpid()}, job 7; wait for its end"]
+        stopped.refuses(ONE_STAGE, mentions)
+        stopped.refuses((*ONE_STAGE, "seed=three"), ["seed"])
+        assert not (stopped.run_dir / "exit.json").exists()
+    finally:
+        lock.release()
+    assert stopped.train(*ONE_STAGE)[0] == 0
 
 
-@pytest.mark.parametrize("problem", SPOILED_TENSORS)
-def test_a_checkpoint_whose_tensors_cannot_be_read(stopped, problem):
-    """Found when it is loaded; the run stays as it was, and goes on from the checkpoint before when it is told to."""
-    folder = stopped.run_dir / "checkpoints/step_4"
-    SPOILED_TENSORS[problem](folder)
-    before = stopped.files(but=("exit.json",))
-    code, line = stopped.train(*ONE_STAGE)
-    assert code == 2 and line.startswith(f"error: {folder} cannot be read (") and line.count("\n") == 1
-    assert "point ledger.json at an earlier checkpoints/step_N" in line
-    after = stopped.files(but=("exit.json",))
-    assert {name: it and it[0] for name, it in after.items()} == {name: it and it[0] for name, it in before.items()}
-    _edit(stopped.run_dir / "ledger.json", checkpoint="checkpoints/step_3", step=3)
-    assert stopped.train(*ONE_STAGE)[0] == 0 and Ledger(stopped.run_dir).step == 6
+def test_keys_of_services_reach_no_file_and_no_line(site, monkeypatch):
+    keys = {"WANDB_API_KEY": "5ec2e7" * 6 + "abcd", "HF_TOKEN": "hf_5ec2e7TokenThatNobodyMaySee"}
+    for name, key in keys.items():
+        monkeypatch.setenv(name, key)
+    code, err = site.train(*ONE_STAGE, "log.wandb=true", "stages.ctx_32.tokens=256", "evaluation.tokens=0")
+    assert code == 0, err
+    for path in (path for path in site.root.rglob("*") if path.is_file()):
+        assert not [name for name, key in keys.items() if key.encode() in path.read_bytes()], path
+    assert not [name for name, key in keys.items() if key in site.out + err]

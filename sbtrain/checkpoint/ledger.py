@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from sbtrain.checkpoint.files import read_json, write_json
+
+_NAME = re.compile(r"checkpoints/step_\d{1,18}")
 
 
 class Ledger:
     """ledger.json of a run directory. Every rank reads it; only rank 0 writes."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, value: dict | None = None):
+        """value: the content, where it is known. Raises ValueError naming the file where it is damaged."""
         self.path = run_dir / "ledger.json"
-        self._value = read_json(self.path) if self.path.exists() else {"stages_done": [], "checkpoint": None, "step": 0}
-        missing = {"stages_done", "checkpoint", "step"} - set(self._value)
-        if missing:
-            raise ValueError(f"{self.path} lacks {sorted(missing)}; restore it from a copy or choose another run_dir")
+        if value is None:
+            value = read_json(self.path) if self.path.exists() else empty()
+            _check(self.path, value)
+        self._value = value
+
+    @property
+    def value(self) -> dict:
+        """The content of the file."""
+        return self._value
 
     @property
     def checkpoint(self) -> Path | None:
@@ -28,6 +37,11 @@ class Ledger:
         """Step of the newest checkpoint, 0 without one; its name counts, so that a user may point at another one."""
         name = self._value["checkpoint"]
         return 0 if name is None else int(name.rsplit("_", 1)[1])
+
+    @property
+    def stages_done(self) -> list[str]:
+        """The stages that have spent their budgets."""
+        return self._value["stages_done"]
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage has spent its budget."""
@@ -49,3 +63,20 @@ class Ledger:
         self._value = {**self._value, **changes}
         if write:
             write_json(self.path, self._value)
+
+
+def empty() -> dict:
+    """What the ledger of a run that has nothing yet says."""
+    return {"stages_done": [], "checkpoint": None, "step": 0}
+
+
+def _check(path: Path, value) -> None:
+    """Raise ValueError, in one line, for a content that is not a ledger's or whose checkpoint lies elsewhere."""
+    missing = {"stages_done", "checkpoint", "step"} - set(value if isinstance(value, dict) else ())
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}; restore it from a copy or choose another run_dir")
+    name, stages = value["checkpoint"], value["stages_done"]
+    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ValueError(f"{path} names {name!r}, which is no checkpoints/step_N of this run; name one of these")
+    if not (isinstance(stages, list) and all(isinstance(stage, str) for stage in stages)):
+        raise ValueError(f"{path}: stages_done is no list of names; restore it from a copy or choose another run_dir")

@@ -16,7 +16,9 @@ import ops
 from parallel import mcore
 from parallel.watch import EXIT_CODE
 from sbtrain.checkpoint.files import read_json, write_json
-from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.checkpoint.lock import LOCK
+from sbtrain.checkpoint.manifest import fault
+from sbtrain.checkpoint.recover import newest
 from sbtrain.config.load import load, save
 from sbtrain.config.schema import Recipe
 
@@ -50,7 +52,9 @@ def check_owner(recipe: Recipe) -> None:
     check_folder("run_dir", folder)
     path = folder / "recipe.yaml"
     if not path.exists():
-        leftovers = [path for path in folder.iterdir() if path.name != "exit.json"] if folder.exists() else []
+        leftovers = (
+            [path for path in folder.iterdir() if path.name not in ("exit.json", LOCK)] if folder.exists() else []
+        )
         if any(path.suffix != ".partial" for path in leftovers):
             raise ValueError(f"run_dir={folder} is not empty and holds no recipe.yaml; choose a new run_dir")
         return
@@ -81,19 +85,22 @@ def check_folder(key: str, folder: str | Path) -> None:
 def open_run(run: str | Path, step: str = "") -> tuple[Recipe, Path]:
     """The recipe of a run directory and the folder of one of its checkpoints, by number; "" takes the newest.
 
-    Nothing that the recipe names need exist any more. Raises ValueError naming run= or step=.
+    Its files have the sizes that its manifest says; what is in them was not compared. Nothing that the recipe names
+    need exist any more. Raises ValueError naming run= or step=.
     """
     folder = Path(run)
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"run={run} is no run directory (no recipe.yaml); give the run_dir of a training run")
     recipe = load([f"recipe={folder / 'recipe.yaml'}", "dry_run=true"])
-    newest = Ledger(folder).checkpoint
-    if newest is None:
+    step_dir = folder / "checkpoints" / f"step_{step}" if step else newest(folder)
+    if step_dir is None:
         raise ValueError(f"run={run} has no checkpoint yet; train at least to the first one")
-    step_dir = folder / "checkpoints" / f"step_{step}" if step else newest
     if not step_dir.is_dir():
         there = ", ".join(sorted(path.name for path in (folder / "checkpoints").glob("step_*")))
         raise ValueError(f"step={step}: {step_dir} does not exist; there are: {there or 'none'}")
+    problem = fault(step_dir, deep=False)
+    if problem:
+        raise ValueError(f"{step_dir} is damaged: {problem}; choose another with step=")
     return recipe, step_dir
 
 

@@ -1,12 +1,14 @@
 """The checkpoint store: saves and loads the sharded state of an engine, in megatron's distributed format.
 
-A checkpoint is written under checkpoints/step_N.partial and renamed when complete; the ledger calls it newest only
-then. Any layout can load what another has written. state.json beside the tensors holds the RunState and the op table.
+A checkpoint is written under checkpoints/step_N.partial, gets a manifest of its files when all are on the disk, and is
+renamed; the ledger calls it newest only then. Any layout can load what another has written. state.json beside the
+tensors holds the RunState and the op table.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,27 +17,41 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel import mcore
+from parallel.collectives import together
 from parallel.engine import Engine, sharded_weights
 from parallel.mesh import Mesh
-from parallel.place import section
-from sbtrain.checkpoint.files import read_json, sync_folder, write_json
+from parallel.place import primitive, section
+from sbtrain.checkpoint.files import read_json, write_json
 from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.checkpoint.manifest import FILES, MANIFEST, delete, measure, put_away, seal
 from sbtrain.checkpoint.state import RunState
 
 FORMAT = 1
 TENSOR_FORMAT = "torch_dist"
-FILES = ("state.json", "metadata.json", "common.pt", ".metadata")
-"""What every checkpoint has beside its tensors."""
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, UnpicklingError, mcore.CheckpointingException)
 
 
 class Store:
     """checkpoints/ of one run directory."""
 
-    def __init__(self, run_dir: Path, ledger: Ledger, *, keep_last: int, op_table: dict):
-        """keep_last: how many step folders stay (0 keeps all). op_table: the ops in use and their hash, saved along."""
+    def __init__(
+        self,
+        run_dir: Path,
+        ledger: Ledger,
+        *,
+        keep_last: int,
+        op_table: dict,
+        keep_every_steps: int = 0,
+        check_lock: Callable[[], None] = lambda: None,
+    ):
+        """keep_last: how many step folders stay (0 keeps all). keep_every_steps: its multiples stay besides (0: none).
+
+        op_table: the ops in use and their hash, saved along. check_lock(): raises ValueError where rank 0 may not
+        write to the run directory any more.
+        """
         self.folder, self.ledger = run_dir / "checkpoints", ledger
-        self.keep_last, self.op_table = keep_last, op_table
+        self.keep_last, self.keep_every_steps, self.op_table = keep_last, keep_every_steps, op_table
+        self.check_lock = check_lock
 
     def save(self, engine: Engine, state: RunState) -> None:
         """Save under step_N and make it the newest. Collective.
@@ -60,24 +76,25 @@ class Store:
         name = f"step_{state.step}"
         final, partial = self.folder / name, self.folder / f"{name}.partial"
         write = dist.get_rank() == 0
+        _first(self.check_lock)
         self._make_room(sharded, partial, write)
         try:
             mcore.dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False)
-        except (OSError, CheckpointException) as error:  # the latter is what a writer process's OSError becomes
+            content = {"format": FORMAT, "parts": list(sharded), "op_table": self.op_table, **state.to_json()}
+            _first(lambda: write_json(partial / "state.json", content))
+            entries = _measure_together(partial)
+            _first(lambda: seal(partial, final, entries))
+        except (OSError, ValueError, CheckpointException) as error:  # the last: what a writer process's OSError becomes
+            if write:
+                delete(partial)  # it may be what fills the disk
             raise ValueError(
                 f"{partial}: {_reason(error)}; the previous checkpoint is intact, free some space "
                 "and start the same command again"
             ) from error
-        if write:
-            content = {"format": FORMAT, "parts": list(sharded), "op_table": self.op_table, **state.to_json()}
-            write_json(partial / "state.json", content)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            sync_folder(self.folder)
-        self.ledger.record_checkpoint(f"checkpoints/{name}", state.step, write=write)
-        if write:
-            self._drop_old()
-        dist.barrier()
+        _first(self.check_lock)
+        _first(lambda: self.ledger.record_checkpoint(f"checkpoints/{name}", state.step, write=True))
+        self.ledger.record_checkpoint(f"checkpoints/{name}", state.step, write=False)
+        _first(self._drop_old)
 
     def restore(self, engine: Engine) -> RunState | None:
         """Load the newest checkpoint into the engine, or return None if there is none. Collective.
@@ -113,20 +130,60 @@ class Store:
         dist.all_gather_object(needed, _own_bytes(sharded))
         problem = [None]
         if write:
-            shutil.rmtree(partial, ignore_errors=True)
+            delete(partial)
             problem = [_cannot_hold(partial, sum(needed))]
         dist.broadcast_object_list(problem, src=0)
         if problem[0]:
             raise ValueError(problem[0])
 
     def _drop_old(self) -> None:
-        for leftover in self.folder.glob("step_*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for pattern in ("step_*.partial", "step_*.damaged"):
+            for leftover in self.folder.glob(pattern):
+                delete(leftover)
         numbers = (folder.name.removeprefix("step_") for folder in self.folder.glob("step_*"))
         # what lies beyond the ledger's checkpoint stays: the run may have been taken back to an earlier one
-        steps = sorted(int(number) for number in numbers if number.isdigit() and int(number) <= self.ledger.step)
+        steps = sorted(int(number) for number in numbers if number.isdecimal() and int(number) <= self.ledger.step)
         for step in steps[: -self.keep_last] if self.keep_last else []:
-            shutil.rmtree(self.folder / f"step_{step}")
+            if not (self.keep_every_steps and step and step % self.keep_every_steps == 0):
+                put_away(self.folder / f"step_{step}")
+
+
+def _first(call: Callable[[], None]) -> None:
+    """call() on rank 0; what it refuses or the disk does not take, all ranks raise as ValueError. Collective."""
+
+    def write() -> None:
+        try:
+            if dist.get_rank() == 0:
+                call()
+        except OSError as error:
+            path = error.filename or "a file of the run"
+            raise ValueError(
+                f"{path}: {error.strerror or error}; free some space there and start the same command again"
+            ) from None
+
+    together(write)
+
+
+def _measure_together(folder: Path) -> dict[str, dict]:
+    """The manifest's entries of a checkpoint: each rank reads what it wrote. Collective."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    names = [None]
+    if rank == 0:
+        names = [sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)]
+    entries = [None] * num_ranks
+    with primitive("file names of a checkpoint"):
+        dist.broadcast_object_list(names, src=0)
+    writers = {name: _writer(name, num_ranks) for name in names[0]}
+    ours = together(lambda: measure(folder, [name for name in names[0] if writers[name] == rank]))
+    with primitive("checksums of a checkpoint"):
+        dist.all_gather_object(entries, ours)
+    return {name: entry for each in entries for name, entry in each.items()}
+
+
+def _writer(name: str, num_ranks: int) -> int:
+    """The rank that wrote a file: tensors are in __RANK_N.distcp, the rest is rank 0's."""
+    number = name.split("_")[2] if name.startswith("__") else ""
+    return int(number) if number.isdecimal() and int(number) < num_ranks else 0
 
 
 def check_room(run_dir: Path, needed_bytes: int) -> None:
@@ -176,7 +233,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         return "; ".join(f"rank {rank}: {_reason(failure)}" for rank, (failure, _) in error.failures.items())
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0]
+    return text.splitlines()[0].split("; free some space")[0]
 
 
 def _own_bytes(sharded) -> int:

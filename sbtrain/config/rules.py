@@ -225,6 +225,7 @@ def check_counts(recipe: Recipe) -> None:
         "seed": (recipe.seed, 0),
         "checkpoint.every_steps": (recipe.checkpoint.every_steps, 0),
         "checkpoint.keep_last": (recipe.checkpoint.keep_last, 0),
+        "checkpoint.keep_every_steps": (recipe.checkpoint.keep_every_steps, 0),
         "log.every_steps": (recipe.log.every_steps, 1),
         "evaluation.tokens": (recipe.evaluation.tokens, 0),
         "evaluation.seq_len": (recipe.evaluation.seq_len, 0),
@@ -236,6 +237,12 @@ def check_counts(recipe: Recipe) -> None:
     for key, (value, smallest) in least.items():
         if value < smallest:
             raise ValueError(f"{key}={value} is too small; give {smallest} or more")
+    every, kept = recipe.checkpoint.every_steps, recipe.checkpoint.keep_every_steps
+    if every and kept % every:
+        raise ValueError(
+            f"checkpoint.keep_every_steps={kept} is no multiple of checkpoint.every_steps={every}, so some would never "
+            f"be saved; give {every * -(-kept // every)} or 0"
+        )
     if not 1 <= recipe.runtime.timeout_s < LONGEST_TIMEOUT_S:
         raise ValueError(
             f"runtime.timeout_s={recipe.runtime.timeout_s} is no timeout; give at least 1 and less than "

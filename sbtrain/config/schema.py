@@ -175,10 +175,12 @@ class CheckpointConfig:
 
     every_steps: steps between saves; 0 saves at stage ends and signals alone.
     keep_last: step folders that stay; 0 keeps all.
+    keep_every_steps: checkpoints of steps that are a multiple of this stay besides; 0 keeps none.
     """
 
     every_steps: int = 0
     keep_last: int = 2
+    keep_every_steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from parallel.safe_load import SafeReader
 
 
 class GlobalReader(Protocol):
@@ -34,10 +36,10 @@ class CheckpointReader:
                 "give a folder checkpoints/step_N of a run"
             )
         try:
-            self._storage = _CachedReader(self.folder)
+            self._storage = SafeReader(self.folder)
             entries = self._storage.read_metadata().state_dict_metadata
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise ValueError(f"{self.folder}/.metadata is corrupt ({error}); use another checkpoint") from None
+        except (pickle.UnpicklingError, OSError) as error:
+            raise ValueError(f"{self.folder} cannot be read ({error}); use another checkpoint") from None
         self._tensors = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
     def names(self) -> list[str]:
@@ -54,8 +56,8 @@ class CheckpointReader:
     def get(self, name: str) -> Tensor:
         """The unsharded tensor, in its own dtype, on the CPU."""
         entry = self._entry(name)
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.load({name: tensor}, storage_reader=self._storage, no_dist=True)
@@ -68,14 +70,3 @@ class CheckpointReader:
         if name not in self._tensors:
             raise ValueError(f"{self.folder} holds no tensor {name}; was it written by another model or recipe?")
         return self._tensors[name]
-
-
-class _CachedReader(dcp.FileSystemReader):
-    """Unpickles the metadata once instead of for every tensor."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self._metadata = super().read_metadata()
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        return self._metadata

@@ -14,40 +14,17 @@ import torch
 
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from sbtrain.checkpoint import files, manifest
+from sbtrain.checkpoint import ledger as ledger_module
+from sbtrain.checkpoint import store as store_module
 from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.checkpoint.state import RunState
-from sbtrain.checkpoint.store import Store, read_state
-from sbtrain.config.model_schema import GLAConfig, ModelConfig
-from sbtrain.config.schema import Precision
+from sbtrain.checkpoint.manifest import fault
+from sbtrain.checkpoint.store import read_state
 from sbtrain.convert.reader import CheckpointReader
-from sbtrain.model.build import build_model, global_parameters
+from sbtrain.model.build import global_parameters
+from store_case import Saved
 
-MODEL = ModelConfig(
-    pattern="LS", vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, ffn_size=16,
-    norm_eps=1e-5, rope_theta=1e4, max_positions=64, tie_embeddings=True, qkv_bias=False, qk_norm=False, window=5,
-    gla=GLAConfig(gate_rank=2), vocab_multiple=4,
-)  # fmt: skip
 Usage = namedtuple("Usage", "total used free")
-
-
-class Saved:
-    """A store and the model it saves, in one process."""
-
-    def __init__(self, folder: Path, mesh: Mesh, keep_last: int = 2):
-        self.folder, self.mesh, self.ledger = folder, mesh, Ledger(folder)
-        self.store = Store(folder, self.ledger, keep_last=keep_last, op_table={"hash": "0123"})
-        self.model = build_model(MODEL, mesh, precision=Precision.fp32, seq_len=16)
-
-    def save(self, step: int) -> Path:
-        """Save weights that are all `step`."""
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.fill_(step)
-        self.store.save_weights(self.model, self.mesh, RunState(stage="a", step=step, tokens=10 * step))
-        return self.folder / "checkpoints" / f"step_{step}"
-
-    def there(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
 
 
 @pytest.fixture
@@ -63,6 +40,7 @@ def test_a_checkpoint_holds_every_tensor_and_where_the_run_stands(saved):
         assert torch.equal(reader.get(name), parameter), name
     state = read_state(folder)
     assert state["format"] == 1 and state["parts"] == ["model"] and state["op_table"] == {"hash": "0123"}
+    assert fault(folder) is None
     assert (state["stage"], state["step"], state["tokens"], state["loader"]) == ("a", 3, 30, None)
     assert Ledger(saved.folder).checkpoint == folder and Ledger(saved.folder).step == 3
 
@@ -76,6 +54,20 @@ def test_only_the_last_ones_stay_and_leftovers_go(saved, keep_last, kept):
     (saved.folder / "checkpoints/step_7.partial").mkdir()
     saved.save(9), saved.save(10)
     assert saved.there() == kept, "by number, not by name"
+
+
+def test_multiples_of_keep_every_steps_stay_for_good(saved):
+    saved.store.keep_last, saved.store.keep_every_steps = 1, 4
+    for step in (0, 2, 4, 6, 8, 10):
+        saved.save(step)
+    assert saved.there() == ["step_10", "step_4", "step_8"]
+
+
+def test_what_was_found_damaged_goes_when_there_is_a_newer_one(saved):
+    saved.save(3)
+    (saved.folder / "checkpoints/step_4.damaged").mkdir()
+    saved.save(4)
+    assert saved.there() == ["step_3", "step_4"]
 
 
 def _check_intact(saved: Saved, folder: Path, ledger: bytes) -> None:
@@ -112,9 +104,58 @@ def test_a_disk_that_fills_up_while_writing_costs_nothing_but_this_checkpoint(sa
     text = str(caught.value)
     assert "\n" not in text and f"step_4.partial: rank 0: Worker failure: [Errno {errno.EFBIG}]" in text
     assert "the previous checkpoint is intact, free some space" in text
-    assert saved.ledger.path.read_bytes() == ledger and Ledger(saved.folder).checkpoint == folder
+    _check_intact(saved, folder, ledger)  # what was written of the new one is gone, and so is what filled the disk
     saved.save(4)
     assert saved.there() == ["step_3", "step_4"]
+
+
+SMALL = {
+    "common.pt": "write_bytes",
+    "state.json": "write_json",
+    "manifest.json": "write_json",
+    "ledger.json": "write_json",
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_disk_that_is_full_at_a_small_file(saved, monkeypatch, name):
+    folder = saved.save(3)
+    ledger = saved.ledger.path.read_bytes()
+
+    def full(path, content, real):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError) as caught:
+        if SMALL[name] == "write_bytes":
+            real_bytes = Path.write_bytes
+            patch.setattr(Path, "write_bytes", lambda path, content: full(path, content, real_bytes))
+        for module in (manifest, ledger_module, store_module):
+            patch.setattr(module, "write_json", lambda path, content: full(path, content, files.write_json))
+        saved.save(4)
+    text = str(caught.value)
+    assert (
+        name in text and "No space left on device" in text and "\n" not in text and text.count("free some space") == 1
+    )
+    assert saved.ledger.path.read_bytes() == ledger and fault(folder) is None
+    assert Ledger(saved.folder).checkpoint == folder
+    again = Saved(saved.folder, saved.mesh)
+    again.save(4)
+    assert again.there() == ["step_3", "step_4"] and Ledger(saved.folder).step == 4
+
+
+def test_a_job_that_lost_its_run_directory_saves_nothing(saved):
+    folder = saved.save(3)
+    ledger = saved.ledger.path.read_bytes()
+
+    def taken():
+        raise ValueError("run_dir=x was taken over")
+
+    saved.store.check_lock = taken
+    with pytest.raises(ValueError, match="^run_dir=x was taken over$"):
+        saved.save(4)
+    _check_intact(saved, folder, ledger)
 
 
 @pytest.mark.parametrize("moment", ["rename", "ledger"])

@@ -1,0 +1,170 @@
+"""manifest.json: the size and checksum of every file of a checkpoint. A folder whose manifest holds is a checkpoint.
+
+All of this works on a folder alone: no model, no process group, no ledger. The checksum is zlib's CRC-32 over blocks,
+which threads compute side by side: it finds what disks and cut copies do to a file, not what somebody does on purpose.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sbtrain.checkpoint.files import read_json, sync_folder, write_json
+
+MANIFEST = "manifest.json"
+FILES = ("state.json", "metadata.json", "common.pt", ".metadata")
+"""What every checkpoint has beside its tensors."""
+KIND = "crc32 of the crc32s of 16 MiB blocks"
+_BLOCK_BYTES = 16 << 20
+_NUM_THREADS = 4
+_MOST_MANIFEST_BYTES = 64 << 20
+_SUM = re.compile(r"[0-9a-f]{8}")
+
+
+def measure(folder: Path, names: Iterable[str]) -> dict[str, dict]:
+    """What the manifest says of these files: `bytes` and `crc32`. They are on the disk when this returns.
+
+    Raises OSError where one cannot be read or the disk does not take it.
+    """
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return {name: _measure_file(folder / name, pool, sync=True) for name in names}
+
+
+def seal(partial: Path, final: Path, entries: dict[str, dict]) -> None:
+    """Write the manifest of a folder whose files are all written, then give the folder its name. Raises OSError.
+
+    entries: what `measure` says of all files. Whatever had the name is gone; after a crash there is no folder of that
+    name or a whole one.
+    """
+    write_json(partial / MANIFEST, {"checksum": KIND, "files": dict(sorted(entries.items()))})
+    if final.exists():
+        put_away(final)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def put_away(folder: Path) -> None:
+    """Delete a checkpoint. Where that is interrupted, what is left is no checkpoint by its name."""
+    aside = folder.with_name(f"{folder.name}.gone.partial")
+    delete(aside)
+    folder.rename(aside)
+    delete(aside)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder, or a link to one. What cannot be deleted stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fault(folder: Path, *, deep: bool = True, rank: int = 0, num_ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None where it is as it was written.
+
+    deep: read the files too, this rank's share of them by size; otherwise only their sizes are compared. No content
+    is interpreted but the manifest's, whose names cannot lead out of the folder.
+    """
+    if not folder.is_dir():
+        return "it is gone"
+    try:
+        files = _listed(folder / MANIFEST)
+        for name, entry in files.items():
+            _check_size(folder / name, entry["bytes"])
+        if deep:
+            with ThreadPoolExecutor(_NUM_THREADS) as pool:
+                for name in share(files, rank, num_ranks):
+                    if _measure_file(folder / name, pool) != files[name]:
+                        raise ValueError(f"{name} has not the checksum that {MANIFEST} says")
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name} cannot be read ({error.strerror or error})"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def share(files: dict[str, dict], rank: int, num_ranks: int) -> list[str]:
+    """The files that one of several ranks reads, so that all read about as many bytes."""
+    loads, mine = [0] * num_ranks, []
+    for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
+        reader = loads.index(min(loads))
+        loads[reader] += files[name]["bytes"] + 1
+        if reader == rank:
+            mine.append(name)
+    return mine
+
+
+def is_file_name(name) -> bool:
+    """Whether this is the name of a file in a folder, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0\n")
+
+
+def _listed(path: Path) -> dict[str, dict]:
+    """The entries of a manifest by file name. Raises ValueError in a few words, OSError where there is none."""
+    if _check_regular(path).st_size > _MOST_MANIFEST_BYTES:
+        raise ValueError(f"{MANIFEST} is too large to be one")
+    try:
+        content = read_json(path)
+        files = content["files"]
+        kind, items = content["checksum"], list(files.items())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{MANIFEST} is damaged") from None
+    if kind != KIND:
+        raise ValueError(f"{MANIFEST} has checksums of another kind ({str(kind)[:40]!r})")
+    for name, entry in items:
+        if not is_file_name(name) or name == MANIFEST:
+            raise ValueError(f"{MANIFEST} names {name[:80]!r}, which is no file of a checkpoint")
+        if not (isinstance(entry, dict) and type(entry.get("bytes")) is int and entry["bytes"] >= 0):
+            raise ValueError(f"{MANIFEST} is damaged at {name[:80]}")
+        if set(entry) != {"bytes", "crc32"} or not _SUM.fullmatch(str(entry["crc32"])):
+            raise ValueError(f"{MANIFEST} is damaged at {name[:80]}")
+    absent = [name for name in FILES if name not in files]
+    if absent:
+        raise ValueError(f"{MANIFEST} lacks {absent[0]}")
+    return files
+
+
+def _check_regular(path: Path) -> os.stat_result:
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path.name} is no regular file")
+    return found
+
+
+def _check_size(path: Path, num_bytes: int) -> None:
+    found = _check_regular(path).st_size
+    if found != num_bytes:
+        raise ValueError(f"{path.name} has {found} bytes, not the {num_bytes} that {MANIFEST} says")
+
+
+def _measure_file(path: Path, pool: ThreadPoolExecutor, *, sync: bool = False) -> dict:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        if sync:
+            os.fsync(descriptor)
+        num_bytes = os.fstat(descriptor).st_size
+        starts = range(0, num_bytes, _BLOCK_BYTES)
+        sums = pool.map(lambda start: zlib.crc32(_block(descriptor, start)), starts)
+        whole = zlib.crc32(b"".join(each.to_bytes(4, "big") for each in sums))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
+    return {"bytes": num_bytes, "crc32": f"{whole:08x}"}
+
+
+def _block(descriptor: int, start: int) -> bytes:
+    """One block, also where a read gives less than was asked for."""
+    parts, left = [], _BLOCK_BYTES
+    while left and (part := os.pread(descriptor, left, start + _BLOCK_BYTES - left)):
+        parts.append(part)
+        left -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

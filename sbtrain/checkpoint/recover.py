@@ -1,0 +1,156 @@
+"""Where a run goes on: its newest checkpoint that is as it was written, and a ledger that says so.
+
+A checkpoint that is damaged is skipped, with a line that says why. A ledger that is gone or damaged is made again from
+the checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+
+from parallel.collectives import together
+from parallel.place import primitive
+from sbtrain.checkpoint.ledger import Ledger, empty
+from sbtrain.checkpoint.manifest import delete, fault
+from sbtrain.checkpoint.store import read_state
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """ledger: where the run goes on. lines: what a user must know. damaged: folders that were skipped."""
+
+    ledger: Ledger
+    lines: list[str] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Print the lines and write the ledger, if there is anything to say. Called on rank 0. Raises OSError.
+
+        Damaged checkpoints make room for good ones of their step: they are kept as step_N.damaged until the next
+        checkpoint is saved.
+        """
+        if not self.lines:
+            return
+        print("\n".join(self.lines), flush=True)
+        if self.ledger.checkpoint is not None:
+            self.ledger.record_checkpoint(self.ledger.value["checkpoint"], self.ledger.step, write=True)
+        for folder in self.damaged:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            delete(aside)
+            folder.rename(aside)
+
+
+def recover(run_dir: Path, stages: dict[str, int]) -> Recovered:
+    """The newest checkpoint that its manifest confirms, and the stages done by then. Collective; writes nothing.
+
+    stages: budgets in tokens by name, in their order. All ranks share the reading. Raises ValueError where there are
+    checkpoints and none can be used, or where the one to use is of another version.
+    """
+    value, lines = together(lambda: _from_first(lambda: _read(run_dir)))
+    steps = together(lambda: _from_first(lambda: candidates(run_dir, value)))
+    damaged = []
+    for step in steps:
+        folder = run_dir / "checkpoints" / f"step_{step}"
+        problem = _shared_fault(folder)
+        if problem is None:
+            ledger = Ledger(run_dir, value or empty())
+            if value is None or step != ledger.step:
+                content = together(lambda folder=folder: read_state(folder))
+                ledger = Ledger(run_dir, _value_at(step, content, value, stages))
+            if value is None:
+                lines = [*lines, f"it is made again from checkpoints/step_{step}"]
+            return Recovered(ledger, lines, [each for each in damaged if each.is_dir()])
+        lines = [*lines, f"skipped {folder}: {problem}"]
+        damaged.append(folder)
+    if steps:
+        raise ValueError(
+            f"no checkpoint of {run_dir} can be used ({'; '.join(lines)}); put a copy of one there or choose another "
+            "run_dir to begin again"
+        )
+    return Recovered(Ledger(run_dir, value or empty()), lines)
+
+
+def candidates(run_dir: Path, value: dict | None) -> list[int]:
+    """Steps of the checkpoints that a run may go on from, newest first. value: what the ledger says, None for lost.
+
+    What lies beyond the ledger's checkpoint is not among them: the run may have been taken back to an earlier one.
+    """
+    there = step_folders(run_dir)
+    if value is None:
+        return there
+    if value["checkpoint"] is None:
+        return []
+    named = Ledger(run_dir, value).step
+    return [named, *(step for step in there if step < named)]
+
+
+def step_folders(run_dir: Path) -> list[int]:
+    """Steps N of all folders checkpoints/step_N, newest first."""
+    numbers = (path.name.removeprefix("step_") for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+    return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose files have the sizes of its manifest, for those who only read. One process.
+
+    None where there is no checkpoint. Raises ValueError where there are some and none is whole.
+    """
+    value, _ = _read(run_dir)
+    problems = []
+    for step in candidates(run_dir, value):
+        folder = run_dir / "checkpoints" / f"step_{step}"
+        problem = fault(folder, deep=False)
+        if problem is None:
+            return folder
+        problems.append(f"{folder.name}: {problem}")
+    if problems:
+        raise ValueError(f"run={run_dir} has no checkpoint that is whole ({'; '.join(problems)}); copy one back")
+    return None
+
+
+def _read(run_dir: Path) -> tuple[dict | None, list[str]]:
+    """The ledger's content; None, and a line where there is one to say, if it is lost and there are checkpoints."""
+    path = run_dir / "ledger.json"
+    try:
+        if path.exists() or not step_folders(run_dir):
+            return Ledger(run_dir).value, []
+        return None, [f"{path} is missing"]
+    except ValueError as error:
+        return None, [str(error).split("; ")[0]]
+
+
+def _value_at(step: int, content: dict, value: dict | None, stages: dict[str, int]) -> dict:
+    """The ledger's content at a checkpoint other than its own.
+
+    Stages before the checkpoint's are done. Its own is only where a ledger said so: a stage that has spent its budget
+    may still have to be judged, which costs no step.
+    """
+    order, stage = list(stages), content["stage"]
+    done = order[: order.index(stage)] if stage in order else []
+    if value and stage in value["stages_done"] and content["stage_tokens"] >= stages.get(stage, 0):
+        done.append(stage)
+    return {"stages_done": done, "checkpoint": f"checkpoints/step_{step}", "step": step}
+
+
+def _shared_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, each rank reading its share of the files. Collective."""
+    problem = fault(folder, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+    problems = [None] * dist.get_world_size()
+    with primitive("verification of a checkpoint"):
+        dist.all_gather_object(problems, problem)
+    return next((problem for problem in problems if problem), None)
+
+
+def _from_first(call):
+    """What call() gives on rank 0, on every rank: file systems do not show all hosts the same at once."""
+    result = [None]
+    try:
+        if dist.get_rank() == 0:
+            result = [call()]
+    finally:
+        with primitive("where the run goes on"):
+            dist.broadcast_object_list(result, src=0)
+    return result[0]
