@@ -80,7 +80,9 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations) -> tuple[Exi
         with section("opening of the sinks", patient=True):
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
-        watch = stack.enter_context(Watch(save_every_steps=recipe.checkpoint.every_steps, device=device()))
+        interval = recipe.checkpoint.every_steps
+        watch = Watch(save_every_steps=interval, device=device(), rules=recipe.watch, run_dir=folder)
+        stack.enter_context(watch)
         for name in ledger.unfinished(list(recipe.stages)):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason

@@ -31,8 +31,8 @@ class Exit(IntEnum):
 
 
 FREE = (
-    *("name", "run_dir", "cluster", "runtime", "log", "checkpoint", "evaluation", "ops", "export_dir", "dry_run"),
-    "layout_auto",
+    *("name", "run_dir", "cluster", "runtime", "watch", "log", "checkpoint", "evaluation", "ops", "export_dir"),
+    *("dry_run", "layout_auto"),
 )
 """Keys that may change when a run goes on."""
 FREE_OF_STAGE = ("layout", "recompute", "experts", "micro_batch", "schedule")
