@@ -68,7 +68,8 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
 def watched(recipe: Recipe) -> RankWatch:
     """What ends this rank, and says why in exit.json, when another one is lost. Starts torch.distributed."""
     start_distributed(patience_s=recipe.runtime.patience_s, watched=True)
-    return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, recipe.run_dir))
+    folder = run_folder(recipe)
+    return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, folder), stacks=folder / "stacks")
 
 
 def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations) -> tuple[Exit, str]:
@@ -80,9 +81,7 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations) -> tuple[Exi
         with section("opening of the sinks", patient=True):
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
-        interval = recipe.checkpoint.every_steps
-        watch = Watch(save_every_steps=interval, device=device(), rules=recipe.watch, run_dir=folder)
-        stack.enter_context(watch)
+        watch = stack.enter_context(open_watch(recipe, ledger))
         for name in ledger.unfinished(list(recipe.stages)):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
@@ -90,6 +89,18 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations) -> tuple[Exi
     with primitive("end of the run"):
         dist.barrier()
     return Exit.DONE, "all stages are done"
+
+
+def open_watch(recipe: Recipe, ledger: Ledger) -> Watch:
+    """What looks out for signals, broken numbers, slow ranks and short resources between the steps of all stages."""
+    return Watch(
+        save_every_steps=recipe.checkpoint.every_steps,
+        device=device(),
+        rules=recipe.watch,
+        run_dir=run_folder(recipe),
+        checkpoint_bytes=checkpoint_bytes(recipe),
+        keep_clocks=partial(ledger.record_clocks, write=dist.get_rank() == 0),
+    )
 
 
 def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations, sinks: Sinks, watch: Watch) -> bool:

@@ -39,6 +39,10 @@ FREE_OF_STAGE = ("layout", "recompute", "experts", "micro_batch", "schedule")
 """Keys of a stage that may change when a run goes on."""
 
 
+OF_AN_END = ("exit.json", "stacks")
+"""What a start leaves that ended before it became a run."""
+
+
 def run_folder(recipe: Recipe) -> Path:
     """Where the run lives."""
     return Path(recipe.run_dir)
@@ -50,8 +54,8 @@ def check_owner(recipe: Recipe) -> None:
     check_folder("run_dir", folder)
     path = folder / "recipe.yaml"
     if not path.exists():
-        leftovers = [path for path in folder.iterdir() if path.name != "exit.json"] if folder.exists() else []
-        if any(path.suffix != ".partial" for path in leftovers):
+        leftovers = list(folder.iterdir()) if folder.exists() else []
+        if any(path.suffix != ".partial" and path.name not in OF_AN_END for path in leftovers):
             raise ValueError(f"run_dir={folder} is not empty and holds no recipe.yaml; choose a new run_dir")
         return
     there = load([f"recipe={path}", "dry_run=true"])

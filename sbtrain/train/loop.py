@@ -30,12 +30,13 @@ def train(
 ) -> tuple[RunState, bool]:
     """Train to the end of the stage's budget. Returns the state, saved, and False if it had to stop early."""
     finished = True
-    watch.begin(state)
+    watch.begin(state, engine.mesh)
     while state.stage_tokens < stage.tokens:
         lr = learning_rate(stage.schedule, tokens=state.stage_tokens, total_tokens=stage.tokens)
-        with section("data"):
-            rows = together(loader.next_step)
-        loss = engine.forward_backward(rows)
+        with watch.measured(state):
+            with section("data"):
+                rows = together(loader.next_step)
+            loss = engine.forward_backward(rows)
         grad_norm = engine.step(lr=lr)
         state = state.advanced(stage.global_batch_tokens)
         engine.trained(state.tokens)

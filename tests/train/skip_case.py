@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from parallel import schedule
 from parallel.engine import Engine
@@ -13,10 +13,13 @@ from run_case import run_until
 from sbtrain.config.schema import Recipe
 
 
-def run_breaking(rank: int, recipe: Recipe, broken: dict[int, list[int]], stop_at_step: int | None = None) -> int:
-    """Run the recipe; the losses of these rows of the global batch are NaN. broken: rows by step, from 1 over the run.
+def run_breaking(
+    rank: int, recipe: Recipe, broken: dict[int, list[int]], stop_at_step: int | None = None, *, kind: str = "nan"
+) -> int:
+    """Run the recipe; the losses of these rows of the global batch are not finite. Returns the exit code.
 
-    Only the ranks that have such a row know. Returns the exit code.
+    broken: rows by step, from 1 over the run. Only one rank knows at first. kind: "nan", which breaks the gradients
+    too, or "inf", added to the loss, which does not.
     """
     forward_backward, forward_step = Engine.forward_backward, schedule._forward_step
     at: dict = {"step": 0, "row": 0}
@@ -34,16 +37,26 @@ def run_breaking(rank: int, recipe: Recipe, broken: dict[int, list[int]], stop_a
     def step_breaking(rows, model, *, mesh, loss_scale):
         row = at["row"] * mesh.dp + mesh.dp_rank
         at["row"] += 1
+        first = mesh.is_last_stage and mesh.tp_rank == mesh.sp_rank == 0
+        if not (loss_scale and first and row in broken.get(at["step"], [])):
+            return forward_step(rows, model, mesh=mesh, loss_scale=loss_scale)
+        scales = next(weight for name, weight in model.named_parameters() if name.endswith("final_layernorm.weight"))
+        sound = scales.data.clone()
+        scales.data.mul_(math.nan if kind == "nan" else 1.0)
         losses, reduce = forward_step(rows, model, mesh=mesh, loss_scale=loss_scale)
-        if loss_scale and row in broken.get(at["step"], []) and mesh.is_last_stage:
-            losses = losses * torch.tensor(float("nan"))
-        return losses, reduce
+        scales.data.copy_(sound)
+        return losses, reduce if kind == "nan" else partial(_infinite, reduce)
 
     Engine.forward_backward, Engine.trained, schedule._forward_step = count_and_run, note_tokens, step_breaking
     try:
         return run_until(rank, recipe, stop_at_step)
     finally:
         Engine.forward_backward, Engine.trained, schedule._forward_step = forward_backward, trained, forward_step
+
+
+def _infinite(reduce, losses):
+    loss, num_tokens, report = reduce(losses)
+    return loss, num_tokens, report + math.inf
 
 
 def skipped_steps(run_dir: Path) -> list[dict]:
