@@ -40,7 +40,7 @@ def test_the_run_goes_on_and_says_which_samples_it_skipped(whole):
     assert (root / "whole/report/index.html").exists()
 
 
-@pytest.mark.parametrize("stop", [3, 4, 9])
+@pytest.mark.parametrize("stop", [3, 9])
 def test_resume_behind_a_skipped_step_is_bitwise(whole, run_ranks, stop):
     root, steps = whole
     recipe = tiny_recipe(root, f"stop_{stop}")
@@ -81,7 +81,7 @@ def test_too_many_skipped_steps_stop_the_run_on_all_ranks(whole, run_ranks):
     recipe = tiny_recipe(root, "stops", "watch.max_skipped_steps=1")
     with pytest.raises(Exception, match=r"step 5 of stage ctx_32: loss nan.*watch\.max_skipped_steps=1.*skipped_steps"):
         run_ranks(2)(run_breaking, recipe, {4: [0], 5: [1]})
-    assert [entry["step"] for entry in skipped_steps(root / "stops")] == [4, 5]
+    assert [(entry["step"], entry["first_sample"]) for entry in skipped_steps(root / "stops")] == [(4, 12), (5, 16)]
     assert json.loads((root / "stops/ledger.json").read_text())["step"] == 3
     assert run_ranks(2)(run_breaking, tiny_recipe(root, "stops"), {4: [0]}) == [Exit.DONE] * 2
-    assert [entry["step"] for entry in skipped_steps(root / "stops")] == [4, 5]
+    assert [entry["step"] for entry in skipped_steps(root / "stops")] == [4]
