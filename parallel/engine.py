@@ -6,8 +6,11 @@ rows and gets sums of losses back.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parallel import mcore
 from parallel.gradients import GradientBuffers
@@ -40,6 +43,9 @@ class Engine:
             self.config.no_sync_func = no_sync if mesh.layout.vpp > 1 else no_sync[0]
         self.config.finalize_model_grads_func = _finalize_gradients
         self.metrics: dict = {}
+        self.skipped = False
+        self._row_sums: Tensor | None = None
+        self._sound = True
         first, *others = self.models
         self.expert_steps = first.expert_steps.joined([chunk.expert_steps for chunk in others])
         self.spike_steps = first.spike_steps.joined([chunk.spike_steps for chunk in others])
@@ -95,10 +101,21 @@ class Engine:
                 self.expert_steps.take_load()
             for chunk in self.chunks:
                 chunk.begin_step(loss_scale=loss_scale)
-            total = run_rows(self.chunks, self.mesh, rows, loss_scale=loss_scale).sum(0)
+            self._row_sums = run_rows(self.chunks, self.mesh, rows, loss_scale=loss_scale)
+            total = self._row_sums.sum(0)
             with primitive("sum of losses"):
                 dist.all_reduce(total, group=self.mesh.groups.dp_cp)
-                return LossSum(float(total[0]), num_tokens)
+                loss = LossSum(float(total[0]), num_tokens)
+            self._sound = math.isfinite(loss.loss)
+            return loss
+
+    def broken_rows(self) -> list[int]:
+        """Rows of the newest step whose loss is not finite, by their place in the global batch. Collective."""
+        broken = torch.zeros(len(self._row_sums), self.mesh.dp, device=self.mesh.device)
+        broken[:, self.mesh.dp_rank] = (~self._row_sums[:, 0].isfinite()).float()
+        with primitive("broken rows"):
+            dist.all_reduce(broken, group=self.mesh.groups.dp_cp)
+            return broken.flatten().nonzero().flatten().tolist()
 
     def _count_scored(self, rows: list[Row]) -> int:
         """Scored tokens of the global batch, known before the forward pass so that no gradient need be rescaled."""
@@ -118,11 +135,13 @@ class Engine:
     def step(self, *, lr: float) -> float:
         """Clip, update the weights with this learning rate, and return the gradient norm before clipping.
 
-        metrics then says what the model adds to the record of this step.
+        metrics then says what the model adds to the record of this step. Where the loss or the norm is not finite,
+        on whichever rank, the step is skipped on all: nothing that a checkpoint holds changes, and skipped is True.
         """
         with section("optimizer step"):
-            grad_norm = step(self.optimizer, lr=lr, clip_grad=self._clip_grad)
-            self.metrics = {**self.expert_steps.end(), **self.spike_steps.end()}
+            grad_norm = step(self.optimizer, lr=lr, clip_grad=self._clip_grad, sound=self._sound)
+            self.skipped = not math.isfinite(grad_norm)
+            self.metrics = {**self.expert_steps.end(skipped=self.skipped), **self.spike_steps.end()}
             return grad_norm
 
     def sharded_state_dict(self, *, for_loading: bool = False) -> dict:

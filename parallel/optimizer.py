@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from parallel import mcore
@@ -39,15 +41,21 @@ def build_optimizer(
     return optimizer
 
 
-def step(optimizer, *, lr: float, clip_grad: float) -> float:
+def step(optimizer, *, lr: float, clip_grad: float, sound: bool = True) -> float:
     """Clip the gradients to a norm of clip_grad (0: never), update the weights, return the norm before clipping.
 
+    Where the norm is not finite nothing is updated: weights, moments and step count stay, on all ranks, which all get
+    the same norm. sound: False on any rank, whose loss is not finite say, makes the norm NaN on all.
     torch's fused AdamW divides by the clipping factor while it reads the gradients, which saves passes over them.
     """
     set_learning_rate(optimizer, lr)
     optimizer.prepare_grads()
+    if not sound:
+        _spoil(optimizer)
     with primitive("gradient norm"):
         grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return grad_norm
     too_long = (grad_norm + 1e-6) / clip_grad if clip_grad > 0 else 1.0
     for part in _parts(optimizer):
         if not isinstance(part.optimizer, torch.optim.AdamW):  # apex or TransformerEngine are installed
@@ -59,6 +67,14 @@ def step(optimizer, *, lr: float, clip_grad: float) -> float:
             part.optimizer.grad_scale = None
     optimizer.step_with_ready_grads()
     return grad_norm
+
+
+@torch.no_grad()
+def _spoil(optimizer) -> None:
+    """Let this rank's gradients tell the others, through the norm, which they exchange anyway."""
+    for part in _parts(optimizer):
+        for gradient in part.get_main_grads_for_grad_norm():
+            gradient.fill_(math.nan)
 
 
 def set_learning_rate(optimizer, lr: float) -> None:

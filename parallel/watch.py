@@ -9,6 +9,7 @@ torchrun: if it is gone or silent while this rank waits, that is the verdict.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import os
 import platform
@@ -17,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -27,6 +29,7 @@ from parallel.lost import gave_up_waiting, lost_a_peer
 from parallel.mesh import device
 from parallel.place import Kind, Trail, here
 from parallel.post import FAILED, VERDICT, Post
+from parallel.stacks import write_stacks
 from parallel.verdict import AGAIN, Limits, Sight, decide
 
 EXIT_CODE, FAILED_CODE = 76, 1
@@ -52,8 +55,12 @@ class RankWatch:
     ends with the line that names the peer.
     """
 
-    def __init__(self, *, timeout_s: float, record: Callable[[int, str], None]):
-        """timeout_s: the longest that ranks wait for one another. record(code, line): keeps how the job ended."""
+    def __init__(self, *, timeout_s: float, record: Callable[[int, str], None], stacks: str | Path | None = None):
+        """timeout_s: the longest that ranks wait for one another. record(code, line): keeps how the job ended.
+
+        stacks: folder below which every rank that a verdict ends writes what its threads are in; None: nowhere.
+        """
+        self._stacks = stacks
         self.timeout_s, self.interval_s = timeout_s, min(LONGEST_INTERVAL_S, timeout_s / 10)
         self._grace_s = max(_MISSED * self.interval_s, _SHORTEST_GRACE_S)
         self._record, self._post, self._stop = record, None, threading.Event()
@@ -66,8 +73,9 @@ class RankWatch:
         if not (dist.get_world_size() > 1 and "MASTER_PORT" in os.environ):
             return self
         self.rank, world_size = dist.get_rank(), dist.get_world_size()
-        names = [uuid.uuid4().hex]
+        names = [uuid.uuid4().hex, time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())]
         dist.broadcast_object_list(names, src=0)
+        self._started = names[1]
         self._post = Post(
             names[0], rank=self.rank, world_size=world_size, interval_s=self.interval_s, timeout_s=self.timeout_s
         )
@@ -114,7 +122,8 @@ class RankWatch:
             self._look()
             verdict = self._post.verdict
             if verdict:
-                self._end(verdict["code"], None if verdict["rank"] != self.rank else verdict["text"])
+                line = verdict["text"]
+                self._end(verdict["code"], line if verdict["rank"] == self.rank else None, why=line)
             failure, lost = self._failure(), self._lost_store() or self._missing()
             if failure or lost:
                 self._decide(FAILED_CODE if failure else EXIT_CODE, failure or lost)
@@ -122,10 +131,11 @@ class RankWatch:
     def _decide(self, code: int, line: str) -> None:
         """End this process; tell the others why, unless the store is gone or another rank was first."""
         if self._store_is_mute():
-            self._end(code, line if self._speaks_for_its_host() else None)
+            self._end(code, line if self._speaks_for_its_host() else None, why=line)
         self._post.say(VERDICT, line, code=code, wait_s=4 * self.interval_s)
         verdict = self._post.verdict
-        self._end(code, None if verdict and verdict["rank"] != self.rank else line)
+        other = bool(verdict) and verdict["rank"] != self.rank
+        self._end(code, None if other else line, why=verdict["text"] if other else line)
 
     def _look(self) -> None:
         """Where the main thread is, and for how long."""
@@ -225,13 +235,13 @@ class RankWatch:
         first = 1 if self._stays_on_rank_0 else 0
         return self.rank >= first and self.rank == self._hosts.index(self._hosts[self.rank], first)
 
-    def _end(self, code: int, line: str | None) -> None:
-        """End the process with the code, saying line first; None: another rank says it."""
+    def _end(self, code: int, line: str | None, *, why: str) -> None:
+        """End the process with the code, saying line first; None: another rank says it. why: that rank's line."""
         if line:
             os.write(2, f"error: {line}\n".encode())  # sys.stderr's lock may be held by a thread that hangs
-            keeper = threading.Thread(target=self._record, args=(code, line), daemon=True)
-            keeper.start()
-            keeper.join(_RECORD_S)
+        keeper = threading.Thread(target=self._keep, args=(code, line, why), daemon=True)
+        keeper.start()
+        keeper.join(_RECORD_S)
         self._post.stop()
         if self.rank == 0 and self._stays_on_rank_0:
             self._post.wait_until_left(limit_s=self._grace_s, num_dead=self._num_dead())  # they must have read it
@@ -239,6 +249,14 @@ class RankWatch:
             end_descendants(_DESCENDANTS_S)
         finally:
             os._exit(code)
+
+    def _keep(self, code: int, line: str | None, why: str) -> None:
+        """Write what outlives the process, which a file system may never finish."""
+        if line:
+            self._record(code, line)
+        if self._stacks is not None and Path(self._stacks).parent.is_dir():
+            with contextlib.suppress(OSError):
+                write_stacks(Path(self._stacks) / self._started / f"rank_{self.rank}.txt", why)
 
 
 def _torchrun_has_the_store() -> bool:

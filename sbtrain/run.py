@@ -73,7 +73,8 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
 def watched(recipe: Recipe) -> RankWatch:
     """What ends this rank, and says why in exit.json, when another one is lost. Starts torch.distributed."""
     start_distributed(patience_s=recipe.runtime.patience_s, watched=True)
-    return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, recipe.run_dir))
+    folder = run_folder(recipe)
+    return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, folder), stacks=folder / "stacks")
 
 
 def hold(recipe: Recipe) -> AbstractContextManager[RunLock]:
@@ -90,7 +91,7 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLoc
         with section("opening of the sinks", patient=True):
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
-        watch = stack.enter_context(Watch(save_every_steps=recipe.checkpoint.every_steps, device=device()))
+        watch = stack.enter_context(open_watch(recipe, ledger))
         for name in ledger.unfinished(list(recipe.stages)):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
@@ -110,6 +111,18 @@ def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
         keep_every_steps=kept.keep_every_steps,
         op_table=op_table(),
         check_lock=lock.check,
+    )
+
+
+def open_watch(recipe: Recipe, ledger: Ledger) -> Watch:
+    """What looks out for signals, broken numbers, slow ranks and short resources between the steps of all stages."""
+    return Watch(
+        save_every_steps=recipe.checkpoint.every_steps,
+        device=device(),
+        rules=recipe.watch,
+        run_dir=run_folder(recipe),
+        checkpoint_bytes=checkpoint_bytes(recipe),
+        keep_clocks=partial(ledger.record_clocks, write=dist.get_rank() == 0),
     )
 
 

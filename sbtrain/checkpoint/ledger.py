@@ -59,6 +59,10 @@ class Ledger:
         """Mark a stage as done. write: on rank 0."""
         self._change(write, stages_done=[*self._value["stages_done"], stage])
 
+    def record_clocks(self, skews_s: dict[str, float], *, write: bool) -> None:
+        """Keep how far each host's clock is from their median, in seconds. write: on rank 0."""
+        self._change(write, clock_skew_s=skews_s)
+
     def _change(self, write: bool, **changes) -> None:
         self._value = {**self._value, **changes}
         if write:

@@ -33,12 +33,16 @@ class Exit(IntEnum):
 
 
 FREE = (
-    *("name", "run_dir", "cluster", "runtime", "log", "checkpoint", "evaluation", "ops", "export_dir", "dry_run"),
-    "layout_auto",
+    *("name", "run_dir", "cluster", "runtime", "watch", "log", "checkpoint", "evaluation", "ops", "export_dir"),
+    *("dry_run", "layout_auto"),
 )
 """Keys that may change when a run goes on."""
 FREE_OF_STAGE = ("layout", "recompute", "experts", "micro_batch", "schedule")
 """Keys of a stage that may change when a run goes on."""
+
+
+OF_AN_END = ("exit.json", "stacks", LOCK)
+"""What a start leaves that ended before it became a run."""
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -52,10 +56,8 @@ def check_owner(recipe: Recipe) -> None:
     check_folder("run_dir", folder)
     path = folder / "recipe.yaml"
     if not path.exists():
-        leftovers = (
-            [path for path in folder.iterdir() if path.name not in ("exit.json", LOCK)] if folder.exists() else []
-        )
-        if any(path.suffix != ".partial" for path in leftovers):
+        leftovers = list(folder.iterdir()) if folder.exists() else []
+        if any(path.suffix != ".partial" and path.name not in OF_AN_END for path in leftovers):
             raise ValueError(f"run_dir={folder} is not empty and holds no recipe.yaml; choose a new run_dir")
         return
     there = load([f"recipe={path}", "dry_run=true"])

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 class RunState:
     """step and tokens count over the whole run; stage_tokens is what the present stage has consumed of its budget.
 
-    stage: name of the stage. loader: what the data loader needs to go on (see sbtrain.data.loader).
+    stage: name of the stage. loader: what the data loader needs to go on (see sbtrain.data.loader). watch: what the
+    numbers of the steps before are compared with (see sbtrain.train.numbers); None in checkpoints without.
     """
 
     stage: str
@@ -17,6 +18,7 @@ class RunState:
     tokens: int = 0
     stage_tokens: int = 0
     loader: dict | None = None
+    watch: dict | None = None
 
     def advanced(self, num_tokens: int) -> RunState:
         """The state after one more step of num_tokens."""
@@ -31,6 +33,16 @@ class RunState:
     def entering(self, stage: str) -> RunState:
         """The state at the start of the next stage: its budget and its data begin afresh."""
         return replace(self, stage=stage, stage_tokens=0, loader=None)
+
+    @classmethod
+    def required(cls) -> list[str]:
+        """What every file of one has."""
+        return [key for key in cls.__dataclass_fields__ if key != "watch"]
+
+    @classmethod
+    def from_json(cls, content: dict) -> RunState:
+        """The state in a file that may hold more. Raises KeyError where it lacks one of required()."""
+        return cls(**{key: content[key] for key in cls.required()}, watch=content.get("watch"))
 
     def to_json(self) -> dict:
         """Plain values for a file."""

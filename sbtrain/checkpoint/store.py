@@ -111,7 +111,7 @@ class Store:
             sharded = engine.sharded_state_dict(for_loading=True)
         with section("checkpoint load", patient=True):
             self._load(engine, sharded, folder)
-        return RunState(**{key: content[key] for key in RunState.__dataclass_fields__})
+        return RunState.from_json(content)
 
     def _load(self, engine: Engine, sharded: dict, folder: Path) -> None:
         try:
@@ -210,7 +210,7 @@ def read_state(folder: Path) -> dict:
             f"{path}: checkpoint format {content.get('format')!r} is not {FORMAT}; load it with the version "
             "of sbtrain that wrote it"
         )
-    missing = [key for key in ("parts", *RunState.__dataclass_fields__) if key not in content]
+    missing = [key for key in ("parts", *RunState.required()) if key not in content]
     if missing:
         raise ValueError(f"{path} lacks {missing[0]}; point ledger.json at an earlier checkpoints/step_N")
     if tensors.get("sharded_backend") != TENSOR_FORMAT:

@@ -21,6 +21,7 @@ from sbtrain.config.moe_rules import check_moe, experts_problem, ranks_problem
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
 from sbtrain.config.spiking_rules import check_spiking
+from sbtrain.config.watch_rules import check_watch
 
 TRAINABLE_MIXERS = ("F", "S", "L")
 TRAINABLE_PAIRS = ("(LS)", "(LF)")
@@ -40,6 +41,7 @@ def check(recipe: Recipe) -> None:
     check_start(recipe)
     check_optim(recipe)
     check_counts(recipe)
+    check_watch(recipe.watch)
     check_sources(recipe)
     check_ops(recipe)
     if not recipe.stages:

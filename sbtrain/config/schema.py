@@ -237,6 +237,29 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """What a run looks out for while it trains.
+
+    max_skipped_steps: a step whose loss or gradient is not finite changes nothing and is skipped; so many may be among
+        the last window_steps, one more stops the run.
+    window_steps: steps that a loss is compared with, and that skipped ones are counted in.
+    spike_score: a loss so many standard deviations above the median of those steps is reported; 0 never.
+    measure_every_steps: steps between measurements of the ranks' compute time, memory, disk and clocks; 0 never.
+    slow_ratio: a rank that computes for so many times as long as its like is reported as slow.
+    memory_share: part of a GPU's memory in use above which a run is near its limit.
+    clock_skew_s: difference between the hosts' clocks, in seconds, from which on it is reported.
+    """
+
+    max_skipped_steps: int = 5
+    window_steps: int = 100
+    spike_score: float = 6.0
+    measure_every_steps: int = 10
+    slow_ratio: float = 1.3
+    memory_share: float = 0.95
+    clock_skew_s: float = 5.0
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """The machine that plans and MFU refer to.
 
@@ -272,6 +295,7 @@ class Recipe:
     evaluation: held-out evaluation during the run.
     cluster: the machine that plans and MFU refer to.
     runtime: what the ranks of a job expect of one another.
+    watch: what a run looks out for while it trains.
     ops: backend by op name, to force one (`python -m ops` lists them), or "auto or reference": see docs/ops.md.
     export_dir: folder of the Hugging Face export at the end; empty exports nothing.
     dry_run: print the plan of the run and exit; reads no weights.
@@ -292,6 +316,7 @@ class Recipe:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     ops: Dict[str, str] = field(default_factory=dict)
     export_dir: str = ""
     dry_run: bool = False

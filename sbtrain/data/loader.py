@@ -63,6 +63,19 @@ class Loader:
         self._ahead = self._thread.submit(self._read, self.num_samples)
         return rows
 
+    def origin_of(self, rows: Sequence[int]) -> dict:
+        """Where the newest step came from, for people: all of its samples, and the documents of some rows.
+
+        rows: of the global batch. The same on every rank.
+        """
+        first, per_row = self.num_samples - self.samples_per_step, self._stage.micro_batch
+        named = [first + row * per_row + place for row in rows for place in range(per_row)]
+        return {
+            "first_sample": first,
+            "num_samples": self.samples_per_step,
+            "suspects": [self._origin_of_sample(sample) for sample in named],
+        }
+
     def state_dict(self) -> dict:
         """Everything that resuming needs, the same on every rank and in every layout."""
         return {"num_samples": self.num_samples, "identity": self._identity}
@@ -89,6 +102,12 @@ class Loader:
             self._read_row(first + row * micro_batch, micro_batch)
             for row in range(self._dp_rank, num_rows, self._dp_size)
         ]
+
+    def _origin_of_sample(self, number: int) -> dict:
+        (source,), (index,) = self._blend.assign(np.array([number]))
+        stream = self._streams[source]
+        documents = stream.documents(int(index), seq_len=self._stage.seq_len)
+        return {"sample": number, "source": stream.corpus.name, "index": int(index), "documents": documents}
 
     def _read_row(self, first: int, micro_batch: int) -> Row:
         sources, indices = self._blend.assign(np.arange(first, first + micro_batch))

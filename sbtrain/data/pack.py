@@ -60,6 +60,15 @@ class Stream:
             filled += size
         return Sample(tokens, labels, np.array(starts))
 
+    def documents(self, index: int, *, seq_len: int) -> list[int]:
+        """Numbers, in the corpus, of the documents that sample number `index` is made of."""
+        position, stop, found = index * seq_len, (index + 1) * seq_len, []
+        while position < stop:
+            document, offset = self._locate(position)
+            found.append(document)
+            position += int(self.corpus.lengths[document]) - offset
+        return found
+
     def _locate(self, position: int) -> tuple[int, int]:
         """Document and offset inside it of a token of the endless stream."""
         epoch, rest = divmod(position, self.corpus.num_tokens)

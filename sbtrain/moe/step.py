@@ -63,16 +63,19 @@ class ExpertSteps:
             layer.router.step_tokens = None
             layer.hot.hand_over()
 
-    def end(self) -> dict:
-        """After the step: balance for the next one. Returns what metrics.jsonl says of the experts. Collective."""
+    def end(self, *, skipped: bool = False) -> dict:
+        """After the step: balance for the next one, unless it was skipped, whose load is none to learn from.
+
+        Returns what metrics.jsonl says of the experts. Collective.
+        """
         if not self._all:
             return {}
         totals = self._totals()
-        for index, layer in self._layers.items():
-            layer.router.end_step(totals[self._all.index(index)])
         tallies = {index: _Load(row, self._moe.num_experts) for index, row in zip(self._all, totals.tolist())}
-        for index, layer in self._layers.items():
-            layer.choose_hot(tallies[index].times_even)
+        if not skipped:
+            for index, layer in self._layers.items():
+                layer.router.end_step(totals[self._all.index(index)])
+                layer.choose_hot(tallies[index].times_even)
         return {"experts": _report(tallies)}
 
     def _totals(self) -> Tensor:

@@ -30,15 +30,17 @@ def train(
 ) -> tuple[RunState, bool]:
     """Train to the end of the stage's budget. Returns the state, saved, and False if it had to stop early."""
     finished = True
+    watch.begin(state, engine.mesh)
     while state.stage_tokens < stage.tokens:
         lr = learning_rate(stage.schedule, tokens=state.stage_tokens, total_tokens=stage.tokens)
-        with section("data"):
-            rows = together(loader.next_step)
-        loss = engine.forward_backward(rows)
+        with watch.measured(state):
+            with section("data"):
+                rows = together(loader.next_step)
+            loss = engine.forward_backward(rows)
         grad_norm = engine.step(lr=lr)
         state = state.advanced(stage.global_batch_tokens)
         engine.trained(state.tokens)
-        watch.check(state, loss=loss.mean, grad_norm=grad_norm)
+        watch.check(state, loss=loss.mean, grad_norm=grad_norm, origin=lambda: loader.origin_of(engine.broken_rows()))
         sinks.write(
             meter.record(
                 step=state.step,
@@ -48,14 +50,14 @@ def train(
                 grad_norm=grad_norm,
                 lr=lr,
                 step_tokens=stage.global_batch_tokens,
-                extra=engine.metrics,
+                extra={**engine.metrics, **watch.metrics},
             )
         )
         if watch.must_stop() and state.stage_tokens < stage.tokens:
             finished = False
             break
         if watch.save_due(state):
-            store.save(engine, replace(state, loader=loader.state_dict()))
+            store.save(engine, replace(state, loader=loader.state_dict(), watch=watch.state_dict()))
             meter.restart_clock()
-    store.save(engine, replace(state, loader=loader.state_dict()))
+    store.save(engine, replace(state, loader=loader.state_dict(), watch=watch.state_dict()))
     return state, finished

@@ -1,15 +1,21 @@
-"""Watch: decides between steps whether to save and whether to stop: signals, intervals, broken losses."""
+"""Watch: decides between steps whether to save and whether to stop: signals, intervals, broken numbers."""
 
 from __future__ import annotations
 
-import math
 import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from parallel.mesh import Mesh
 from parallel.place import primitive
 from sbtrain.checkpoint.state import RunState
+from sbtrain.config.schema import WatchConfig
+from sbtrain.train.health import Health
+from sbtrain.train.numbers import Numbers
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -17,7 +23,22 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class Watch:
     """Catches SIGTERM, SIGINT and SIGUSR1 while it is open; a signal stops the run after the step it arrives in."""
 
-    def __init__(self, *, save_every_steps: int, device: torch.device):
+    def __init__(
+        self,
+        *,
+        save_every_steps: int,
+        device: torch.device,
+        rules: WatchConfig | None = None,
+        run_dir: str | Path = "",
+        checkpoint_bytes: int = 0,
+        keep_clocks: Callable[[dict[str, float]], None] | None = None,
+    ):
+        """rules: the recipe's; run_dir: where skipped steps are listed; the rest: see sbtrain.train.health."""
+        rules = rules or WatchConfig()
+        self.numbers = Numbers(rules, run_dir)
+        self.health = Health(rules, run_dir, checkpoint_bytes=checkpoint_bytes, keep_clocks=keep_clocks)
+        self.metrics: dict = {}
+        """What metrics.jsonl says of the newest step that was checked."""
         self.save_every_steps, self._device = save_every_steps, device
         self._signal: int | None = None
         self._previous: dict = {}
@@ -53,10 +74,25 @@ class Watch:
         """Whether the interval asks for a checkpoint after this step."""
         return self.save_every_steps > 0 and state.step % self.save_every_steps == 0
 
-    def check(self, state: RunState, *, loss: float, grad_norm: float) -> None:
-        """Raise ArithmeticError before a loss or gradient that is not finite spoils the run any further."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise ArithmeticError(
-                f"step {state.step} of stage {state.stage}: loss {loss}, gradient norm {grad_norm}; the newest "
-                "checkpoint is intact; lower the stage's schedule.lr and start again, or look at the data"
-            )
+    def begin(self, state: RunState, mesh: Mesh) -> None:
+        """Go on from the state that a stage begins with or was restored to. Collective."""
+        self.numbers.begin(state)
+        self.health.begin(mesh)
+
+    def measured(self, state: RunState) -> AbstractContextManager:
+        """Context around the work of the step that follows state, up to its gradients."""
+        return self.health.measured(state.step + 1)
+
+    def check(
+        self, state: RunState, *, loss: float, grad_norm: float, origin: Callable[[], dict] | None = None
+    ) -> None:
+        """Judge the step that led to state, the same on all ranks; metrics says how. Collective.
+
+        origin: where its batch came from, asked where the step was skipped. Raises ArithmeticError when too many were.
+        """
+        numbers = self.numbers.check(state, loss=loss, grad_norm=grad_norm, origin=origin)
+        self.metrics = {**numbers, **self.health.check()}
+
+    def state_dict(self) -> dict:
+        """What begin finds in a checkpoint's RunState."""
+        return self.numbers.state_dict()

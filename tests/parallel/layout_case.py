@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -161,8 +162,9 @@ def one_step(
         )
 
 
-def overlapped_step(rank: int, *args, **kwargs):
-    """one_step whose gradients are reduced while the backward pass runs, as on GPUs."""
+@contextmanager
+def overlapped() -> Iterator[None]:
+    """Engines that are built inside reduce gradients while the backward pass runs, as on GPUs."""
     plain, no_syncs = engine_module.GradientBuffers, []
 
     class Overlapped(plain):
@@ -173,9 +175,15 @@ def overlapped_step(rank: int, *args, **kwargs):
 
     engine_module.GradientBuffers = Overlapped
     try:
-        return one_step(rank, *args, **kwargs)
+        yield
     finally:
         engine_module.GradientBuffers = plain
+
+
+def overlapped_step(rank: int, *args, **kwargs):
+    """one_step whose gradients are reduced while the backward pass runs, as on GPUs."""
+    with overlapped():
+        return one_step(rank, *args, **kwargs)
 
 
 def check_equal(results: list[dict], whole: dict) -> None:

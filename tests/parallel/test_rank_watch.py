@@ -86,6 +86,19 @@ def test_a_lost_rank_ends_the_others(inputs, template, fault, bad, num_ranks, sa
     name = f"{fault}_{bad}_of_{num_ranks}"
     ends = template.run(num_ranks, fault, bad, inputs / f"{name}.out", arguments(inputs, name, num_ranks))
     check_verdict(ends, bad, says, inputs / name)
+    check_stacks(inputs / name, num_ranks, bad, fault)
+
+
+def check_stacks(run_dir: Path, num_ranks: int, bad: int, fault: str) -> None:
+    """Every rank that a verdict ended says what its threads were in, also the one that was held up in Python."""
+    (folder,) = (run_dir / "stacks").iterdir()
+    alive = [rank for rank in range(num_ranks) if rank != bad or fault not in ("kill", "stop")]
+    assert sorted(path.name for path in folder.iterdir()) == [f"rank_{rank}.txt" for rank in alive]
+    for rank in alive:
+        text = (folder / f"rank_{rank}.txt").read_text()
+        assert f"rank {bad} (host " in text.splitlines()[0] and text.count("Thread 0x") >= 3
+        within = "lost_rank_case.py" if rank == bad else "parallel/sequence/lasp2.py"
+        assert within in text or fault == "kill", text
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 
 from parallel.mesh import start_distributed
 from sbtrain.checkpoint.state import RunState
+from sbtrain.config.schema import WatchConfig
 from sbtrain.train.watch import Watch
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -50,7 +51,10 @@ def test_saves_are_due_every_so_many_steps(every, due):
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, -math.inf)])
-def test_numbers_that_are_not_finite_stop_the_run(loss, grad_norm):
+def test_where_no_step_may_be_skipped_such_numbers_stop_the_run(tmp_path, loss, grad_norm):
+    start_distributed()
+    rules = WatchConfig(max_skipped_steps=0)
+    strict = Watch(save_every_steps=0, device=torch.device("cpu"), rules=rules, run_dir=tmp_path)
     with pytest.raises(ArithmeticError, match=r"step 7 of stage ctx_8k.*schedule\.lr"):
-        watch().check(RunState(stage="ctx_8k", step=7), loss=loss, grad_norm=grad_norm)
+        strict.check(RunState(stage="ctx_8k", step=7), loss=loss, grad_norm=grad_norm)
     watch().check(RunState(stage="ctx_8k", step=7), loss=9e9, grad_norm=0.0)

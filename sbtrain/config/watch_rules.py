@@ -1,0 +1,29 @@
+"""Rules of the recipe's block `watch`."""
+
+from __future__ import annotations
+
+import math
+
+from sbtrain.config.schema import WatchConfig
+
+
+def check_watch(watch: WatchConfig) -> None:
+    """Raises ValueError: one line with the key and the fix."""
+    least = {
+        "max_skipped_steps": (watch.max_skipped_steps, 0),
+        "window_steps": (watch.window_steps, 20),
+        "spike_score": (watch.spike_score, 0),
+        "measure_every_steps": (watch.measure_every_steps, 0),
+        "slow_ratio": (watch.slow_ratio, 1.01),
+        "clock_skew_s": (watch.clock_skew_s, 0.1),
+    }
+    for key, (value, smallest) in least.items():
+        if not (math.isfinite(value) and value >= smallest):
+            raise ValueError(f"watch.{key}={value} is too small or no number; give {smallest} or more")
+    if watch.max_skipped_steps >= watch.window_steps:
+        raise ValueError(
+            f"watch.max_skipped_steps={watch.max_skipped_steps} of the last watch.window_steps={watch.window_steps} "
+            "steps would never stop a run; give less than that"
+        )
+    if not 0 < watch.memory_share <= 1:
+        raise ValueError(f"watch.memory_share={watch.memory_share} is no part of the memory; give more than 0, up to 1")
