@@ -32,11 +32,15 @@ class Exit(IntEnum):
 
 FREE = (
     *("name", "run_dir", "cluster", "runtime", "log", "checkpoint", "evaluation", "ops", "export_dir", "dry_run"),
-    "layout_auto",
+    *("layout_auto", "stop_after"),
 )
 """Keys that may change when a run goes on."""
-FREE_OF_STAGE = ("layout", "recompute", "experts", "micro_batch", "schedule")
+FREE_OF_STAGE = ("layout", "recompute", "experts", "micro_batch", "schedule", "num_nodes")
 """Keys of a stage that may change when a run goes on."""
+
+
+SLURM = "slurm"
+"""Folder of the run directory for what is submitted to Slurm: code, recipe, jobs, logs."""
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -50,7 +54,7 @@ def check_owner(recipe: Recipe) -> None:
     check_folder("run_dir", folder)
     path = folder / "recipe.yaml"
     if not path.exists():
-        leftovers = [path for path in folder.iterdir() if path.name != "exit.json"] if folder.exists() else []
+        leftovers = [path for path in folder.iterdir() if path.name not in ("exit.json", SLURM)] if folder.exists() else []
         if any(path.suffix != ".partial" for path in leftovers):
             raise ValueError(f"run_dir={folder} is not empty and holds no recipe.yaml; choose a new run_dir")
         return
@@ -175,6 +179,8 @@ def record_exit(run_dir: str | Path, code: int, reason: str) -> None:
 def _commit() -> str | None:
     """The checkout's commit, marked where it has changes; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
+    if (root / "COMMIT").is_file():  # a frozen copy, which is no checkout
+        return (root / "COMMIT").read_text().strip() or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
