@@ -103,7 +103,9 @@ def main(args: list[str]) -> int:
             unfinished = unfinished[: unfinished.index(recipe.stop_after) + 1]
         legs = chain(recipe, site, unfinished)
         if not dry and shutil.which("sbatch") is None:
-            raise ValueError("sbatch is not on PATH; call submit.sh on a login node of a Slurm cluster, or dry_run=true")
+            raise ValueError(
+                "sbatch is not on PATH; call submit.sh on a login node of a Slurm cluster, or dry_run=true"
+            )
         if not dry and (jobs := queued(run_dir)):
             raise ValueError(f"run_dir={recipe.run_dir} is queued already as job {', '.join(jobs)}; scancel it first")
     except ValueError as error:

@@ -54,7 +54,9 @@ def check_owner(recipe: Recipe) -> None:
     check_folder("run_dir", folder)
     path = folder / "recipe.yaml"
     if not path.exists():
-        leftovers = [path for path in folder.iterdir() if path.name not in ("exit.json", SLURM)] if folder.exists() else []
+        leftovers = (
+            [path for path in folder.iterdir() if path.name not in ("exit.json", SLURM)] if folder.exists() else []
+        )
         if any(path.suffix != ".partial" for path in leftovers):
             raise ValueError(f"run_dir={folder} is not empty and holds no recipe.yaml; choose a new run_dir")
         return

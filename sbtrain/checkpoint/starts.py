@@ -18,9 +18,11 @@ def next_start(run_dir: str | Path, start: dict, *, code: int, told_to_stop: boo
     """DONE, AGAIN or STOP, and one line that says why; adds the start to slurm/starts.jsonl.
 
     What the run says in exit.json counts. Without that file it was ended from outside, before it could write: another
-    start goes on from the newest checkpoint. start: what is kept of it, any JSON values. code: that of srun.
-    told_to_stop: a signal asked for the end. idle_starts: so many starts in a row without a new checkpoint, and nobody
-    told them to stop, are the last.
+    start goes on from the newest checkpoint; so does one after an error of a start that was being ended.
+
+    start: what is kept of it, any JSON values. code: that of srun. told_to_stop: a signal asked for the end.
+    idle_starts: so many starts in a row that made no new checkpoint are the last; those that were told to stop, and did
+    or had not begun, do not count.
     """
     folder = Path(run_dir)
     try:
@@ -30,11 +32,11 @@ def next_start(run_dir: str | Path, start: dict, *, code: int, told_to_stop: boo
         found, reason = None, f"the ranks left no exit.json (srun: {code})"
     except (ValueError, KeyError, TypeError) as error:
         found, reason = None, f"exit.json cannot be read ({error})"
-    idle = 0 if told_to_stop or found == SAVED else 1
+    idle = 0 if found == SAVED or (told_to_stop and found is None) else 1
     progress = _progress(folder)
     if idle:
         idle += _idle_before(folder, progress)
-    verdict = _verdict(found, code)
+    verdict = _verdict(found, code, told_to_stop)
     why = f"code {found if found is not None else 'unknown'}: {reason}"
     if verdict == AGAIN and idle >= idle_starts:
         verdict, why = STOP, f"{why}; {idle} starts in a row made no new checkpoint, so this was the last"
@@ -42,7 +44,9 @@ def next_start(run_dir: str | Path, start: dict, *, code: int, told_to_stop: boo
     return verdict, " ".join(why.split())
 
 
-def _verdict(found: int | None, code: int) -> str:
+def _verdict(found: int | None, code: int, told_to_stop: bool) -> str:
+    if told_to_stop and found != 0:  # what goes wrong while a job is being ended says nothing of the next start
+        return AGAIN
     if found is None:  # an error of the recipe is found before there is a run directory to write to
         return STOP if code == 2 or code in _NO_COMMAND else AGAIN
     return {0: DONE, SAVED: AGAIN, LOST: AGAIN}.get(found, STOP)

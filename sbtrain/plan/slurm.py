@@ -93,7 +93,9 @@ def split_keys(args: list[str], sites: list[str]) -> tuple[Site, list[str]]:
                 raise ValueError(f"{key}={values[key]} must be a number of 1 or more")
             values[key] = int(values[key])
     if values.get("site", "cuda") not in sites:
-        raise ValueError(f"site={values['site']}: there is no launch/slurm/env_{values['site']}.sh; there are: {sites}")
+        raise ValueError(
+            f"site={values['site']}: there is no launch/slurm/env_{values['site']}.sh; there are: {', '.join(sites)}"
+        )
     for name in options:
         if name in OURS:
             raise ValueError(f"{SBATCH}{name} is set by the batch script; what decides it is {OURS[name]}")

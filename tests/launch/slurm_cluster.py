@@ -1,7 +1,7 @@
 """A Slurm cluster on this machine for tests: slurmctld, two nodes n1 and n2 as two slurmd, munge; all in one folder.
 
-Needs Debian's slurm-wlm and munge, no systemd, no configuration outside of the folder. The nodes have two GPUs each that
-are plain files. Partition `main` may be preempted by `high`, with five seconds to save.
+Needs slurm-wlm and munge as Debian packs them, no systemd, no configuration outside of the folder. The nodes have two
+GPUs each that are plain files. Partition `main` may be preempted by `high`, with some seconds to save.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def wait_for(condition: Callable[[], object], *, limit_s: float, what: str):
 class Cluster:
     """Context: up on entry, every process of it gone afterwards. `slurm` runs one of Slurm's commands."""
 
-    def __init__(self, root: Path, *, kill_wait_s: int = 5, grace_s: int = 15):
+    def __init__(self, root: Path, *, kill_wait_s: int = 5, grace_s: int = 60):
         self.root, self.config = root, root / "slurm.conf"
         self.environment = {**os.environ, "SLURM_CONF": str(self.config)}
         self._settings = {"kill_wait_s": kill_wait_s, "grace_s": grace_s}

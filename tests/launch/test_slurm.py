@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, LATER_STEPS, EVERY = 200, 10, 40
 RECIPE = (
-    *("~stages.ctx_128", f"stages.ctx_32.tokens={128 * STEPS}", f"stages.ctx_64.tokens={128 * LATER_STEPS}"),
+    *("~stages.ctx_128", f"stages.ctx_64.tokens={128 * LATER_STEPS}"),
     *("stages.ctx_64.num_nodes=1", "stages.ctx_64.layout.pp=1", f"checkpoint.every_steps={EVERY}"),
     *("cluster.gpus_per_node=1", "nodes=2", "runtime.timeout_s=60", "evaluation.tokens=0"),
 )
@@ -31,11 +30,11 @@ TRAINING = r"launch/train\.py"
 class Submitted:
     """A chain in the queue and its run directory."""
 
-    def __init__(self, cluster: Cluster, root: Path, *overrides: str):
+    def __init__(self, cluster: Cluster, root: Path, *overrides: str, steps: int = STEPS):
         self.cluster, self.run_dir = cluster, root / "run"
         self.command = [
             *("bash", str(ROOT / "launch/slurm/submit.sh"), f"recipe={root / 'tiny.yaml'}", f"run_dir={self.run_dir}"),
-            *(*RECIPE, *overrides),
+            *(*RECIPE, f"stages.ctx_32.tokens={128 * steps}", *overrides),
         ]
         if not (root / "tiny.yaml").exists():
             root.mkdir(parents=True, exist_ok=True)
@@ -119,7 +118,7 @@ def test_a_chain_of_stages_on_different_nodes(undisturbed):
 
 def test_preempted(cluster, undisturbed, chain):
     chain.trains()
-    cluster.slurm("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    cluster.slurm("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     cluster.restarted(chain.jobs[0], restarts=1)
     chain.completes()
     first = chain.starts[0]
@@ -163,3 +162,23 @@ def test_a_slurmd_is_killed(cluster, undisturbed, chain):
     assert_equal_to(undisturbed, chain)
 
 
+def test_the_time_limit_then_scancel(cluster, tmp_path):
+    """The first saves and starts again, the second ends the chain."""
+    chain = Submitted(cluster, tmp_path, "stages.ctx_32.schedule.lr=1e-4", "sbatch.time=2", "grace_s=30", steps=20_000)
+    cluster.restarted(chain.jobs[0], restarts=1, limit_s=240)
+    first = chain.starts[0]
+    assert (first["code"], first["signal"], first["next"]) == (75, "USR1", "again")
+    chain.trains(first["step"] + 5)
+    cluster.slurm("scancel", chain.jobs[0])
+    assert cluster.ended(*chain.jobs) == ["CANCELLED", "CANCELLED"]
+    wait_for(lambda: not cluster.processes(TRAINING), limit_s=60, what="the end of all ranks")
+    assert cluster.job(chain.jobs[0])["Restarts"] == "1"
+    assert [line[0] for line in curve(chain.run_dir)] == list(range(1, chain.step + 1))
+
+
+def test_the_same_chain_twice(cluster, chain):
+    """The second would train in the run directory of the first."""
+    environment = {**cluster.environment, "PYTHON": sys.executable}
+    done = subprocess.run(chain.command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"is queued already as job {', '.join(chain.jobs)}; scancel it first" in done.stderr
