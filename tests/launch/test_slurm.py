@@ -24,7 +24,7 @@ RECIPE = (
     *("stages.ctx_64.num_nodes=1", "stages.ctx_64.layout.pp=1", f"checkpoint.every_steps={EVERY}"),
     *("cluster.gpus_per_node=1", "nodes=2", "runtime.timeout_s=60", "evaluation.tokens=0"),
 )
-TRAINING = r"launch/train\.py"
+TRAINING = r"^\S*python\S* \S*launch/train\.py"
 
 
 class Submitted:
@@ -128,7 +128,7 @@ def test_preempted(cluster, undisturbed, chain):
 
 def test_a_rank_is_killed(cluster, undisturbed, chain):
     chain.trains()
-    os.kill(cluster.processes(TRAINING + ".*recipe=")[-1], signal.SIGKILL)
+    os.kill(cluster.processes(TRAINING)[-1], signal.SIGKILL)
     cluster.restarted(chain.jobs[0], restarts=1)
     chain.completes()
     assert (chain.starts[0]["code"], chain.starts[0]["next"]) == (76, "again")
