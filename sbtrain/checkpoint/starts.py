@@ -29,7 +29,7 @@ def next_start(run_dir: str | Path, start: dict, *, code: int, told_to_stop: boo
         end = read_json(folder / "exit.json")
         found, reason = int(end["code"]), str(end["reason"])
     except OSError:
-        found, reason = None, f"the ranks left no exit.json (srun: {code})"
+        found, reason = None, f"the ranks left no exit.json, srun ended with {code}; the log may say more"
     except (ValueError, KeyError, TypeError) as error:
         found, reason = None, f"exit.json cannot be read ({error})"
     idle = 0 if found == SAVED or (told_to_stop and found is None) else 1
