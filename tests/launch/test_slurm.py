@@ -164,7 +164,7 @@ def test_a_slurmd_is_killed(cluster, undisturbed, chain):
 
 def test_the_time_limit_then_scancel(cluster, tmp_path):
     """The first saves and starts again, the second ends the chain."""
-    chain = Submitted(cluster, tmp_path, "stages.ctx_32.schedule.lr=1e-4", "sbatch.time=2", "grace_s=30", steps=20_000)
+    chain = Submitted(cluster, tmp_path, "sbatch.time=2", "grace_s=30", steps=20_000)
     cluster.restarted(chain.jobs[0], restarts=1, limit_s=240)
     first = chain.starts[0]
     assert (first["code"], first["signal"], first["next"]) == (75, "USR1", "again")
