@@ -4,7 +4,7 @@ TORCH ?=
 VENV := .venv/bin
 HERE := not gpu and not multigpu and not slurm and not slow
 
-.PHONY: env demo test lint gpu clean
+.PHONY: env demo test test-slurm lint gpu clean
 
 env: .venv/.ready
 
@@ -21,6 +21,10 @@ lint: env
 
 test: lint
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m "$(HERE)"
+
+# On a machine with slurm-wlm and munge (Debian), not on a cluster: the tests start one of their own.
+test-slurm: env
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m slurm
 
 # On a machine with GPUs.
 gpu: env

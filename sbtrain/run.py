@@ -65,7 +65,7 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
             lock = stack.enter_context(hold(recipe))
             recipe, ledger, evaluations = prepare(recipe)
             code, reason = carry(recipe, ledger, evaluations, lock)
-        if code is Exit.DONE and dist.get_rank() == 0:
+        if code is Exit.DONE and dist.get_rank() == 0 and not ledger.unfinished(list(recipe.stages)):
             finish(recipe, ledger)  # takes as long as it takes: the others have left
     return code, reason
 
@@ -92,13 +92,21 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLoc
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
         watch = stack.enter_context(open_watch(recipe, ledger))
-        for name in ledger.unfinished(list(recipe.stages)):
+        for name in stages_here(recipe, ledger):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
             ledger.finish(name, write=first)
     with primitive("end of the run"):
         dist.barrier()
-    return Exit.DONE, "all stages are done"
+    left = ledger.unfinished(list(recipe.stages))
+    return Exit.DONE, f"stage {recipe.stop_after} is done, {left[0]} comes next" if left else "all stages are done"
+
+
+def stages_here(recipe: Recipe, ledger: Ledger) -> list[str]:
+    """The stages that this start carries the run through: those that are not done, up to stop_after."""
+    names = list(recipe.stages)
+    last = names.index(recipe.stop_after) if recipe.stop_after else len(names)
+    return ledger.unfinished(names[: last + 1])
 
 
 def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
@@ -188,12 +196,13 @@ def unbegun(recipe: Recipe) -> Ledger:
 
 def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
     """Everything that can refuse a recipe: world, owner of the run directory, data, start. Then describe the run."""
-    recipe = fit_world(recipe, dist.get_world_size())
-    check_training(recipe)
-    with section("preparation", patient=True):
-        evaluations = together(lambda: inspect(recipe))
     with section("verification of the checkpoint", patient=True):
         recovered = recover(run_folder(recipe), {name: stage.tokens for name, stage in recipe.stages.items()})
+    here = stages_here(recipe, recovered.ledger)
+    recipe = fit_world(recipe, dist.get_world_size(), here)
+    check_training(recipe)
+    with section("preparation", patient=True):
+        evaluations = together(lambda: inspect(recipe, here))
         together(lambda: check_beginning(recipe, recovered.ledger))
     _agree_on_ops()
     if dist.get_rank() == 0:
@@ -203,11 +212,12 @@ def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
     return recipe, recovered.ledger, evaluations
 
 
-def inspect(recipe: Recipe) -> Evaluations:
-    """What this rank can check by itself: the run directory, the ops, every stage's data, the export."""
+def inspect(recipe: Recipe, here: list[str]) -> Evaluations:
+    """What this rank can check by itself: the run directory, the ops, the data of stages, the export."""
     check_owner(recipe)
     ops.use(recipe.ops)
-    for name, stage in recipe.stages.items():
+    for name in here:
+        stage = recipe.stages[name]
         with closing(stage_loader(recipe, name, stage, dp_rank=0, dp=stage.layout.dp(dist.get_world_size()))) as loader:
             loader.next_step()
     check_folder("export_dir", recipe.export_dir)

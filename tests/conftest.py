@@ -22,8 +22,9 @@ def pytest_runtest_setup(item):
     wanted = (multigpu.args[0] if multigpu.args else 2) if multigpu else 0
     if num_gpus < wanted:
         pytest.skip(f"needs {wanted} CUDA GPUs; {num_gpus} visible")
-    if item.get_closest_marker("slurm") and shutil.which("sbatch") is None:
-        pytest.skip("needs a Slurm cluster; sbatch is not on PATH")
+    lacking = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if shutil.which(name) is None]
+    if item.get_closest_marker("slurm") and lacking:
+        pytest.skip(f"needs slurm-wlm and munge; not on PATH: {', '.join(lacking)}")
 
 
 @pytest.fixture(autouse=True)

@@ -34,15 +34,18 @@ class Exit(IntEnum):
 
 FREE = (
     *("name", "run_dir", "cluster", "runtime", "watch", "log", "checkpoint", "evaluation", "ops", "export_dir"),
-    *("dry_run", "layout_auto"),
+    *("dry_run", "layout_auto", "stop_after"),
 )
 """Keys that may change when a run goes on."""
-FREE_OF_STAGE = ("layout", "recompute", "experts", "micro_batch", "schedule")
+FREE_OF_STAGE = ("layout", "recompute", "experts", "micro_batch", "schedule", "num_nodes")
 """Keys of a stage that may change when a run goes on."""
 
 
-OF_AN_END = ("exit.json", "stacks", LOCK)
-"""What a start leaves that ended before it became a run."""
+SLURM = "slurm"
+"""Folder of the run directory for what is submitted to Slurm: code, recipe, jobs, logs."""
+
+OF_AN_END = ("exit.json", "stacks", LOCK, SLURM)
+"""What is there before a start has become a run: of one that ended early, of one that waits."""
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -184,6 +187,8 @@ def record_exit(run_dir: str | Path, code: int, reason: str) -> None:
 def _commit() -> str | None:
     """The checkout's commit, marked where it has changes; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
+    if (root / "COMMIT").is_file():  # a frozen copy, which is no checkout
+        return (root / "COMMIT").read_text().strip() or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -46,6 +46,8 @@ def check(recipe: Recipe) -> None:
     check_ops(recipe)
     if not recipe.stages:
         raise ValueError("stages is empty; a recipe needs at least one, such as stage@stages.ctx_8k: 8k")
+    if recipe.stop_after and recipe.stop_after not in recipe.stages:
+        raise ValueError(f"stop_after={recipe.stop_after} is no stage; it is one of: {', '.join(recipe.stages)}")
     for name, stage in recipe.stages.items():
         check_budget(name, stage)
         check_objective(name, stage)
@@ -277,6 +279,8 @@ def check_budget(name: str, stage: Stage) -> None:
     for field in ("seq_len", "micro_batch", "global_batch_tokens", "tokens"):
         if getattr(stage, field) < 1:
             raise ValueError(f"stages.{name}.{field}={getattr(stage, field)} must be 1 or more")
+    if stage.num_nodes < 0:
+        raise ValueError(f"stages.{name}.num_nodes={stage.num_nodes} must be 0 or more")
     if stage.global_batch_tokens % stage.row_tokens:
         nearest = max(1, round(stage.global_batch_tokens / stage.row_tokens)) * stage.row_tokens
         raise ValueError(

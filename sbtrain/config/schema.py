@@ -136,6 +136,7 @@ class Stage:
     micro_batch: sequences that form one row, the unit of a forward pass.
     objective: what is minimized.
     layout: ranks per kind of parallelism.
+    num_nodes: hosts of the stage in a chain of Slurm jobs; 0 takes what submit.sh is given.
     schedule: learning rate.
     recompute: what the backward pass computes again to save memory.
     experts: how mixtures of experts are run.
@@ -148,6 +149,7 @@ class Stage:
     micro_batch: int = 1
     objective: Objective = Objective.ce
     layout: Layout = field(default_factory=Layout)
+    num_nodes: int = 0
     schedule: Schedule = field(default_factory=Schedule)
     recompute: Recompute = Recompute.none
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -300,6 +302,7 @@ class Recipe:
     export_dir: folder of the Hugging Face export at the end; empty exports nothing.
     dry_run: print the plan of the run and exit; reads no weights.
     layout_auto: replace layouts that do not fit the world by ones that do.
+    stop_after: stage at whose end this start stops; the next may have another world. Empty goes to the end.
     """
 
     name: str = ""
@@ -321,3 +324,4 @@ class Recipe:
     export_dir: str = ""
     dry_run: bool = False
     layout_auto: bool = False
+    stop_after: str = ""

@@ -23,15 +23,19 @@ USABLE_MEMORY = 0.9
 """Part of a GPU's memory that a layout may plan with; the rest is what the estimate leaves out."""
 
 
-def fit_world(recipe: Recipe, world_size: int) -> Recipe:
+def fit_world(recipe: Recipe, world_size: int, names: list[str] | None = None) -> Recipe:
     """The recipe as `world_size` ranks run it: its layouts, or with layout_auto=true ones that fit.
+
+    names: the stages that these ranks run; the others are left alone. None: all of them.
 
     Raises ValueError naming the stage and the smallest world that fits.
     """
+    here = {name: stage for name, stage in recipe.stages.items() if names is None or name in names}
+    fitted = replace(recipe, stages=here)
     if recipe.layout_auto:
-        recipe = auto_layout(recipe, world_size)
-    check_world(recipe, world_size)
-    return recipe
+        fitted = auto_layout(fitted, world_size)
+    check_world(fitted, world_size)
+    return replace(recipe, stages={**recipe.stages, **fitted.stages})
 
 
 def auto_layout(recipe: Recipe, world_size: int) -> Recipe:
