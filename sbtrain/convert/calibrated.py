@@ -200,7 +200,7 @@ class Int8Reader:
 
 
 def fingerprint_of(reader: GlobalReader | MergedGates, model: ModelConfig) -> str:
-    """A checksum of the weights that `model`, an INT8 model, rounds, and of all norms before them, as `reader` has them.
+    """A checksum of the weights that the INT8 model `model` rounds, and of the norms before them, as `reader` has them.
 
     The reader has one matrix for each gate: see MergedGates.
     """
