@@ -95,7 +95,7 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLoc
         for name in stages_here(recipe, ledger):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
-            ledger.finish(name, write=first)
+            together(lambda name=name: ledger.finish(name, write=first))
     with primitive("end of the run"):
         dist.barrier()
     left = ledger.unfinished(list(recipe.stages))
