@@ -72,7 +72,7 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
 
 def watched(recipe: Recipe) -> RankWatch:
     """What ends this rank, and says why in exit.json, when another one is lost. Starts torch.distributed."""
-    start_distributed(patience_s=recipe.runtime.patience_s, watched=True)
+    start_distributed(patience_s=recipe.runtime.patience_s, watched=True, deterministic=recipe.runtime.deterministic)
     folder = run_folder(recipe)
     return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, folder), stacks=folder / "stacks")
 
