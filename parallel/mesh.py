@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import mcore
+from parallel.exact import compute_exactly
 from parallel.layout import Layout
 from parallel.place import section
 
@@ -125,13 +126,15 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def start_distributed(*, patience_s: float = PATIENCE_S, watched: bool = False) -> None:
+def start_distributed(*, patience_s: float = PATIENCE_S, watched: bool = False, deterministic: bool = False) -> None:
     """Start torch.distributed from torchrun's variables, or a world of one process without them. Idempotent.
 
     patience_s: a collective of all ranks that has waited so long for another rank fails. watched: a RankWatch will be
-    entered, which ends a rank whose collective failed; without one torch itself has to. Raises ValueError where two
-    processes would share a GPU.
+    entered, which ends a rank whose collective failed; without one torch itself has to. deterministic: see
+    parallel.exact. Raises ValueError where two processes would share a GPU.
     """
+    if deterministic:
+        compute_exactly()
     if dist.is_initialized():
         return
     on_gpu = torch.cuda.is_available()

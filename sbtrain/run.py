@@ -72,7 +72,7 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
 
 def watched(recipe: Recipe) -> RankWatch:
     """What ends this rank, and says why in exit.json, when another one is lost. Starts torch.distributed."""
-    start_distributed(patience_s=recipe.runtime.patience_s, watched=True)
+    start_distributed(patience_s=recipe.runtime.patience_s, watched=True, deterministic=recipe.runtime.deterministic)
     folder = run_folder(recipe)
     return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, folder), stacks=folder / "stacks")
 
@@ -95,7 +95,7 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLoc
         for name in stages_here(recipe, ledger):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
-            ledger.finish(name, write=first)
+            together(lambda name=name: ledger.finish(name, write=first))
     with primitive("end of the run"):
         dist.barrier()
     left = ledger.unfinished(list(recipe.stages))

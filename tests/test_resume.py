@@ -1,4 +1,7 @@
-"""Interrupted at any step and continued, a run is the uninterrupted one: bitwise on its layout, closely on another."""
+"""Interrupted at any step and continued, a run through several stages is the uninterrupted one, bit by bit.
+
+On another layout: test_resume_elsewhere. Over a hundred steps: test_resume_exactly.
+"""
 
 from __future__ import annotations
 
@@ -89,32 +92,3 @@ def test_other_evaluation_settings_add_points_and_lose_none(whole, run_ranks):
     assert [point["name"] for point in points] == ["start", "ctx_32", "ctx_64", "ctx_128"]
     assert [point["sources"]["one"]["tokens"] > 64 for point in points] == [True, True, False, False]
     assert [row.name for row in bits_rows(read_run(root / "settings"))] == ["ctx_64", "ctx_128"]
-
-
-def test_resume_on_another_layout(whole, run_ranks):
-    root, records = whole
-    other = (
-        "stages.ctx_32.layout.tp=2",
-        "stages.ctx_32.micro_batch=1",
-        "stages.ctx_64.layout.pp=1",
-        "stages.ctx_64.layout.sp=2",
-        "stages.ctx_128.layout.sp=1",
-        "stages.ctx_128.layout.tp=2",
-    )
-    assert run_ranks(2)(run_until, tiny_recipe(root, "other", *other)) == [Exit.DONE] * 2
-    apart = max(abs(a[3] - b[3]) for a, b in zip(records, curve(root / "other")))
-    assert run_ranks(2)(run_until, tiny_recipe(root, "moved"), 3) == [Exit.REQUEUE] * 2
-    assert run_ranks(2)(run_until, tiny_recipe(root, "moved", *other)) == [Exit.DONE] * 2
-    moved = curve(root / "moved")
-    assert moved[3][3] == pytest.approx(records[3][3], rel=1e-5)
-    for mine, theirs in zip(moved, records, strict=True):
-        assert abs(mine[3] - theirs[3]) <= 2 * max(apart, 1e-5)
-
-
-def test_one_rank_continues_what_two_began(whole, run_ranks):
-    root, records = whole
-    assert run_ranks(2)(run_until, tiny_recipe(root, "shrunk"), 4) == [Exit.REQUEUE] * 2
-    alone = ("stages.ctx_64.layout.pp=1", "stages.ctx_128.layout.sp=1")
-    assert run_ranks(1)(run_until, tiny_recipe(root, "shrunk", *alone)) == [Exit.DONE]
-    for mine, theirs in zip(curve(root / "shrunk"), records, strict=True):
-        assert mine[3] == pytest.approx(theirs[3], rel=1e-4)

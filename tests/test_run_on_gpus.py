@@ -48,15 +48,12 @@ def test_run_learns(whole):
 @pytest.mark.gpu
 @pytest.mark.parametrize("stop", [4, 9])
 def test_a_stopped_run_continues(inputs, whole, run_ranks, stop):
-    """Its first step on is the same: weights, moments and data. Later ones differ by the order of sums."""
+    """Through its stages, bit by bit; over a hundred steps: test_resume_on_gpus."""
     _, records = whole
     recipe = tiny_recipe(inputs, f"stop_{stop}", *KERNEL_SIZES, *ALONE)
     one = run_ranks(1, backend="nccl", timeout_s=TIMEOUT_S)
     assert one(run_until, recipe, stop) == [Exit.REQUEUE] and one(run_until, recipe) == [Exit.DONE]
-    continued = curve(inputs / f"stop_{stop}")
-    assert continued[stop][3] == pytest.approx(records[stop][3], rel=1e-5)
-    for mine, theirs in zip(continued, records, strict=True):
-        assert mine[:3] == theirs[:3] and mine[3] == pytest.approx(theirs[3], rel=1e-3)
+    assert curve(inputs / f"stop_{stop}") == records
 
 
 @pytest.mark.gpu

@@ -55,6 +55,7 @@ class TrainOptions:
     router of random weights deals, or forced: balanced, or skewed, where the first expert gets the share hot_share
     and the others the rest evenly. MFU counts the parameters that a token meets. steps: timed ones, after warmup.
     rounds: how often all peers run. profile: where the time of each peer goes, in the first round.
+    deterministic: as with runtime.deterministic, for all peers of this process (its cost: two processes).
     peak_tflops: of the device; 0 takes it by the device's name. out: folder of bench_train.json and profiles.
     """
 
@@ -76,6 +77,7 @@ class TrainOptions:
     peers: tuple[str, ...] = ("hand", "engine")
     rounds: int = 2
     profile: bool = False
+    deterministic: bool = False
     peak_tflops: float = 0.0
     out: str = "runs/bench"
 
@@ -89,7 +91,7 @@ def bench_train(options: TrainOptions, command: str) -> int:
     if unknown:
         raise ValueError(f"peers={unknown[0]} is not known; choose from: {', '.join(PEERS)}")
     models = [model_config(options.model, num_layers=options.layers, pattern=name) for name in options.patterns]
-    start_distributed()
+    start_distributed(deterministic=options.deterministic)
     layouts = {name: replace(sequence_layout_of(name), ep=options.ep) for name in options.sp}
     check_world(layouts, options.peers)
     check_experts(options, models)

@@ -209,6 +209,8 @@ def _lives_here(holder: dict) -> bool | None:
     if not (_machine() and holder.get("machine") == _machine() and type(holder.get("pid")) is int):
         return None
     started = _started(holder["pid"])
+    if started is None and _is_another_users(holder["pid"]):
+        return None
     return started is not None and started == holder.get("started")
 
 
@@ -255,6 +257,17 @@ def _machine() -> str:
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+def _is_another_users(pid: int) -> bool:
+    """Whether a process of this number lives that /proc may hide from this user."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _started(pid: int) -> int | None:

@@ -21,6 +21,8 @@ MANIFEST = "manifest.json"
 FILES = ("state.json", "metadata.json", "common.pt", ".metadata")
 """What every checkpoint has beside its tensors."""
 KIND = "crc32 of the crc32s of 16 MiB blocks"
+GONE = "it is gone"
+"""The fault of a checkpoint whose folder is not there."""
 _BLOCK_BYTES = 16 << 20
 _NUM_THREADS = 4
 _MOST_MANIFEST_BYTES = 64 << 20
@@ -72,7 +74,7 @@ def fault(folder: Path, *, deep: bool = True, rank: int = 0, num_ranks: int = 1)
     is interpreted but the manifest's, whose names cannot lead out of the folder.
     """
     if not folder.is_dir():
-        return "it is gone"
+        return GONE
     try:
         files = _listed(folder / MANIFEST)
         for name, entry in files.items():
@@ -83,6 +85,8 @@ def fault(folder: Path, *, deep: bool = True, rank: int = 0, num_ranks: int = 1)
                     if _measure_file(folder / name, pool) != files[name]:
                         raise ValueError(f"{name} has not the checksum that {MANIFEST} says")
     except FileNotFoundError as error:
+        if Path(error.filename).name == MANIFEST:
+            return f"it has no {MANIFEST}: it was copied in part, or a version before manifests wrote it"
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name} cannot be read ({error.strerror or error})"

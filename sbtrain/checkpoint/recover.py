@@ -6,6 +6,8 @@ the checkpoints.
 
 from __future__ import annotations
 
+import platform
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +16,12 @@ import torch.distributed as dist
 from parallel.collectives import together
 from parallel.place import primitive
 from sbtrain.checkpoint.ledger import Ledger, empty
-from sbtrain.checkpoint.manifest import delete, fault
+from sbtrain.checkpoint.manifest import GONE, delete, fault
 from sbtrain.checkpoint.store import read_state
+
+LAG_S = 90.0
+"""How long another host may see a folder as it was before: network file systems remember for a minute at most."""
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ def recover(run_dir: Path, stages: dict[str, int]) -> Recovered:
     """The newest checkpoint that its manifest confirms, and the stages done by then. Collective; writes nothing.
 
     stages: budgets in tokens by name, in their order. All ranks share the reading. Raises ValueError where there are
-    checkpoints and none can be used, or where the one to use is of another version.
+    checkpoints and none can be used, where the one to use is of another version, or where the ranks do not see the
+    same files.
     """
     value, lines = together(lambda: _from_first(lambda: _read(run_dir)))
     steps = together(lambda: _from_first(lambda: candidates(run_dir, value)))
@@ -56,15 +63,15 @@ def recover(run_dir: Path, stages: dict[str, int]) -> Recovered:
         folder = run_dir / "checkpoints" / f"step_{step}"
         problem = _shared_fault(folder)
         if problem is None:
-            ledger = Ledger(run_dir, value or empty())
-            if value is None or step != ledger.step:
-                content = together(lambda folder=folder: read_state(folder))
-                ledger = Ledger(run_dir, _value_at(step, content, value, stages))
+            content = together(lambda folder=folder: _from_first(lambda: read_state(folder)))
+            there = {**(value or {}), **_value_at(step, content, value, stages)}
             if value is None:
                 lines = [*lines, f"it is made again from checkpoints/step_{step}"]
-            return Recovered(ledger, lines, [each for each in damaged if each.is_dir()])
+            elif not damaged and there["stages_done"] != value["stages_done"]:
+                lines = [*lines, _other_stages(folder, content, value, there)]
+            return Recovered(Ledger(run_dir, there), lines, damaged)
         lines = [*lines, f"skipped {folder}: {problem}"]
-        damaged.append(folder)
+        damaged += [folder] if problem != GONE else []
     if steps:
         raise ValueError(
             f"no checkpoint of {run_dir} can be used ({'; '.join(lines)}); put a copy of one there or choose another "
@@ -123,10 +130,10 @@ def _read(run_dir: Path) -> tuple[dict | None, list[str]]:
 
 
 def _value_at(step: int, content: dict, value: dict | None, stages: dict[str, int]) -> dict:
-    """The ledger's content at a checkpoint other than its own.
+    """What the ledger says at a checkpoint, whatever it said of stages.
 
     Stages before the checkpoint's are done. Its own is only where a ledger said so: a stage that has spent its budget
-    may still have to be judged, which costs no step.
+    may still have to be judged, which costs no step. Others are not: whoever goes back by hand changes one line.
     """
     order, stage = list(stages), content["stage"]
     done = order[: order.index(stage)] if stage in order else []
@@ -135,13 +142,42 @@ def _value_at(step: int, content: dict, value: dict | None, stages: dict[str, in
     return {"stages_done": done, "checkpoint": f"checkpoints/step_{step}", "step": step}
 
 
+def _other_stages(folder: Path, content: dict, value: dict, there: dict) -> str:
+    done = [", ".join(each["stages_done"]) or "none" for each in (value, there)]
+    return f"{folder} is of stage {content['stage']}: ledger.json calls done {done[0]}; the run goes on with {done[1]}"
+
+
 def _shared_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, each rank reading its share of the files. Collective."""
-    problem = fault(folder, rank=dist.get_rank(), num_ranks=dist.get_world_size())
-    problems = [None] * dist.get_world_size()
-    with primitive("verification of a checkpoint"):
-        dist.all_gather_object(problems, problem)
+    """What is wrong with a checkpoint, each rank reading its share of the files. Collective.
+
+    Raises ValueError where some ranks miss what others see: that is no fault of the checkpoint.
+    """
+    problem = fault(folder, deep=False)
+    problems = _of_all(problem)
+    if not all(problems) and any(problems):
+        end = time.monotonic() + LAG_S
+        while problem and time.monotonic() < end:
+            time.sleep(_LOOK_S)
+            problem = fault(folder, deep=False)
+        problems = _of_all(problem)
+    if all(problems):
+        return problems[0]
+    for rank, (problem, host) in enumerate(zip(problems, _of_all(platform.node()))):
+        if problem:
+            raise ValueError(
+                f"rank {rank} (host {host}) does not see {folder} as others do: {problem}; run_dir must be one folder "
+                "that all hosts share"
+            )
+    problems = _of_all(fault(folder, rank=dist.get_rank(), num_ranks=dist.get_world_size()))
     return next((problem for problem in problems if problem), None)
+
+
+def _of_all(ours) -> list:
+    """What every rank has. Collective."""
+    everyone = [None] * dist.get_world_size()
+    with primitive("verification of a checkpoint"):
+        dist.all_gather_object(everyone, ours)
+    return everyone
 
 
 def _from_first(call):

@@ -147,6 +147,7 @@ def describe_run(recipe: Recipe) -> None:
         "megatron_core": mcore.PINNED,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "commit": _commit(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "ops": ops.table(),
         "ops_hash": ops.table_hash(),
         "starts": starts,

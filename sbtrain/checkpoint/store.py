@@ -167,14 +167,13 @@ def _first(call: Callable[[], None]) -> None:
 def _measure_together(folder: Path) -> dict[str, dict]:
     """The manifest's entries of a checkpoint: each rank reads what it wrote. Collective."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    names = [None]
-    if rank == 0:
-        names = [sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)]
     entries = [None] * num_ranks
-    with primitive("file names of a checkpoint"):
-        dist.broadcast_object_list(names, src=0)
-    writers = {name: _writer(name, num_ranks) for name in names[0]}
-    ours = together(lambda: measure(folder, [name for name in names[0] if writers[name] == rank]))
+
+    def of_this_rank() -> dict[str, dict]:  # another host may not see a new file yet
+        names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+        return measure(folder, [name for name in names if _writer(name, num_ranks) == rank])
+
+    ours = together(of_this_rank)
     with primitive("checksums of a checkpoint"):
         dist.all_gather_object(entries, ours)
     return {name: entry for each in entries for name, entry in each.items()}

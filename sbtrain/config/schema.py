@@ -228,9 +228,13 @@ class RuntimeConfig:
     timeout_s: when a rank was killed or hangs, the others end after this time, in seconds, with exit code 76 and a line
         that names it. Checkpoints, first weights and the check of the data may take longer: torch itself gives a
         collective up after three times this time, but not before 6 hours, so one of them may take as long.
+    deterministic: a run that is interrupted and goes on with the same layout has the losses and weights of one that is
+        not, to the last bit. Full attention does without cuDNN for it, and NCCL sums along rings (NCCL_ALGO, where
+        that is not set); docs/checkpoints.md has what it costs.
     """
 
     timeout_s: float = 600.0
+    deterministic: bool = True
 
     @property
     def patience_s(self) -> float:

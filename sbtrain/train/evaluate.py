@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from parallel.collectives import together
 from parallel.mesh import Mesh
 from parallel.place import section
 from parallel.schedule import evaluate_rows
@@ -83,8 +84,8 @@ class Evaluations:
         mean = sum(source["bits_per_byte"] for source in sources.values()) / len(sources)
         point = {"name": name, "tokens": tokens, "sources": sources, "mean": mean, "settings": self.held_out.settings}
         self.points = [*self.points, point]
+        together(lambda: write_json(self.path, {"points": self.points}) if mesh.rank == 0 else None)
         if mesh.rank == 0:
-            write_json(self.path, {"points": self.points})
             figures = ", ".join(f"{key} {value['bits_per_byte']:.3f}" for key, value in sources.items())
             print(f"bits per byte, {name}: {mean:.3f} ({figures})", flush=True)
         return True

@@ -17,6 +17,7 @@ import pytest
 from parallel.job import job_id
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from sbtrain.checkpoint import lock as lock_module
 from sbtrain.checkpoint.lock import LOCK, RunInUse, RunLock, held, in_use
 from sealed import edit
 
@@ -97,6 +98,22 @@ def test_a_process_number_that_is_another_process_by_now_is_dead(tmp_path):
     first.release()
     assert second.is_ours()
     second.release()
+
+
+def test_a_process_of_another_user_that_is_hidden_is_judged_by_its_touches(tmp_path, monkeypatch):
+    """A machine may hide other users' processes from /proc (hidepid)."""
+
+    def refused(pid, number):
+        raise PermissionError
+
+    first = lock(tmp_path)
+    assert first.take() is None
+    monkeypatch.setattr(lock_module, "_started", lambda pid: None)
+    assert not in_use(tmp_path)
+    monkeypatch.setattr(os, "kill", refused)
+    assert in_use(tmp_path) and lock(tmp_path).take()[0] == "in use"
+    monkeypatch.undo()
+    first.release()
 
 
 def test_another_machine_that_gives_signs_of_life_is_waited_for_only_briefly(tmp_path, capsys):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from sbtrain.checkpoint import recover as recover_module
 from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.checkpoint.manifest import fault
 from sbtrain.checkpoint.recover import Recovered, newest, recover, step_folders
 from sealed import TENSORS, edit, write_checkpoint
 
@@ -145,6 +148,22 @@ def test_readers_get_the_newest_that_is_whole(run_dir):
         newest(run_dir)
 
 
+@pytest.mark.parametrize(
+    ("stages_done", "step", "done"),
+    [(["a"], 2, []), (["a"], 4, ["a"]), (["a", "b"], 4, ["a"]), ([], 6, ["a"]), ([], 4, []), (["b"], 6, ["a"])],
+)
+def test_stages_that_the_checkpoint_does_not_confirm_are_done_again(run_dir, capsys, stages_done, step, done):
+    """Who goes back by hand writes another name into the ledger, and nothing else."""
+    edit(run_dir / "ledger.json", stages_done=stages_done, checkpoint=f"checkpoints/step_{step}")
+    found = recover(run_dir, STAGES)
+    assert found.ledger.stages_done == done and found.ledger.step == step and found.damaged == []
+    if stages_done != done:
+        assert settled(found)["stages_done"] == done
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"{run_dir}/checkpoints/step_{step} is of stage ")
+    assert recover(run_dir, STAGES).lines == []
+
+
 def test_only_numbers_are_steps(tmp_path):
     for name in ("step_3", "step_12", "step_x", "step_4.partial", "step_5.damaged", "step_", "stop_6"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -152,8 +171,24 @@ def test_only_numbers_are_steps(tmp_path):
     assert step_folders(tmp_path) == [12, 3]
 
 
-def _recover(rank: int, run_dir: Path) -> tuple:
-    found = recover(run_dir, STAGES)
+@dataclass
+class Lagging:
+    """What is wrong with a checkpoint as a host sees it whose file system shows it that many looks late."""
+
+    num_looks: int
+
+    def __call__(self, folder: Path, **how) -> str | None:
+        self.num_looks -= 1
+        return "it is gone" if self.num_looks >= 0 else fault(folder, **how)
+
+
+def _recover(rank: int, run_dir: Path, late: tuple[int, int] = (-1, 0), wait_s: float = 0.5) -> tuple:
+    """late: a rank, and how many looks late its file system shows a checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recover_module, "fault", Lagging(late[1]) if rank == late[0] else fault)
+        patch.setattr(recover_module, "LAG_S", wait_s)
+        patch.setattr(recover_module, "_LOOK_S", 0.01)
+        found = recover(run_dir, STAGES)
     return found.ledger.value, found.lines
 
 
@@ -165,3 +200,11 @@ def test_all_ranks_agree_whoever_reads_the_damaged_file(run_dir, run_ranks):
     assert results[0] == results[1] and results[0][0]["step"] == 4
     edit(run_dir / "ledger.json", checkpoint="checkpoints/step_2", step=2)
     assert [value["step"] for value, _ in run_ranks(2)(_recover, run_dir)] == [2, 2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_that_sees_a_checkpoint_later_than_another_does_not_condemn_it(run_dir, run_ranks, rank):
+    for value, lines in run_ranks(2)(_recover, run_dir, (rank, 3), 60.0):
+        assert value["step"] == 6 and lines == []
+    with pytest.raises(ValueError, match=rf"^rank {rank} \(host .*\) does not see .*step_6 as others do: it is gone; "):
+        run_ranks(2)(_recover, run_dir, (rank, 10**6))

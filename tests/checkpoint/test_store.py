@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -107,6 +108,37 @@ def test_a_disk_that_fills_up_while_writing_costs_nothing_but_this_checkpoint(sa
     _check_intact(saved, folder, ledger)  # what was written of the new one is gone, and so is what filled the disk
     saved.save(4)
     assert saved.there() == ["step_3", "step_4"]
+
+
+def _save_with_a_full_disk(rank: int, folder: Path, full: int) -> tuple[str, bool]:
+    """Save step 3, and step 4 where one rank has a full disk; what this rank says, and whether step 5 can be saved."""
+    with Mesh.build(Layout(pp=2)) as mesh:
+        saved = Saved(folder, mesh)
+        saved.save(3)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if rank == full else before[0], before[1]))
+        try:
+            saved.save(4)
+            says = "nothing"
+        except ValueError as error:
+            says = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        dist.barrier()  # rank 0 has deleted what was written
+        intact = (
+            saved.there() == ["step_3"] and Ledger(folder).step == 3 and fault(folder / "checkpoints/step_3") is None
+        )
+        dist.barrier()
+        saved.save(5)
+        return says, intact
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_is_full_for_one_rank_is_said_by_all(tmp_path, run_ranks, full):
+    (first, intact), (second, also) = run_ranks(2)(_save_with_a_full_disk, tmp_path, full)
+    assert "\n" not in first and f"step_4.partial: rank {full}: Worker failure: [Errno {errno.EFBIG}]" in first
+    assert "step_4.partial: " in second and "the previous checkpoint is intact" in second
+    assert intact and also and Ledger(tmp_path).step == 5
 
 
 SMALL = {
