@@ -18,7 +18,7 @@ from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.run_dir import SLURM, check_owner, run_folder
 from sbtrain.config.load import load, save
 from sbtrain.config.schema import Recipe
-from sbtrain.plan.slurm import Leg, Site, batch_script, chain, describe_chain, split_keys
+from sbtrain.plan.slurm import Leg, Site, batch_script, chain, describe_chain, seeds, split_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "launch" / "slurm"
@@ -68,26 +68,47 @@ def next_folder(run_dir: Path) -> Path:
     return run_dir / SLURM / str(max(numbers, default=0) + 1)
 
 
-def sbatch(script: Path, *, after: str, array: bool) -> str:
-    """Submit a script behind another job; returns its id. Raises RuntimeError with what sbatch says."""
-    kind = "aftercorr" if array else "afterok"
-    options = [f"--dependency={kind}:{after}"] if after else []
-    done = subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{script}: {done.stderr.strip()}")
-    return done.stdout.strip().split(";")[0]
+def unfinished_stages(recipe: Recipe, site: Site) -> list[str]:
+    """The stages that the run, or one of the array's, has still to do, up to stop_after.
+
+    Raises ValueError where one of their run directories cannot be this recipe's.
+    """
+    runs = [replace(recipe, run_dir=f"{recipe.run_dir}/seed_{seed}", seed=seed) for seed in seeds(site)] or [recipe]
+    left: set[str] = set()
+    for each in runs:
+        check_owner(each)
+        left.update(Ledger(run_folder(each)).unfinished(list(recipe.stages)))
+    stages = list(recipe.stages)
+    last = stages.index(recipe.stop_after) if recipe.stop_after else len(stages)
+    return [stage for stage in stages[: last + 1] if stage in left]
+
+
+def dependency(site: Site, number: int, before: str) -> list[str]:
+    """The option of sbatch that puts a job, by its place in the chain, behind the one before; none if that is ""."""
+    kind = "aftercorr" if site.array and number > 0 else "afterok"
+    return [f"--dependency={kind}:{before}"] if before else []
 
 
 def submit(recipe: Recipe, site: Site, legs: list[Leg], scripts: dict[str, str], folder: Path) -> None:
-    """Freeze, write the scripts, submit them one behind another and print their ids."""
+    """Freeze, write the scripts, submit them one behind another and print their ids.
+
+    Raises RuntimeError with what sbatch says; what was submitted before that is canceled.
+    """
     freeze(recipe, folder)
-    jobs, after = {}, site.after
-    for leg in legs:
+    jobs, before = {}, site.after
+    for number, leg in enumerate(legs):
         script = folder / f"{leg.name}.sbatch"
         script.write_text(scripts[leg.name])
-        jobs[leg.name] = after = sbatch(script, after=after, array=bool(site.array) and bool(jobs))
+        command = ["sbatch", "--parsable", *dependency(site, number, before), str(script)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            canceled = f"; canceled: job {', '.join(jobs.values())}" if jobs else ""
+            if jobs:
+                subprocess.run(["scancel", *jobs.values()])
+            raise RuntimeError(f"{script}: {done.stderr.strip()}{canceled}")
+        jobs[leg.name] = before = done.stdout.strip().split(";")[0]
         write_json(folder / "jobs.json", jobs)
-        print(f"job {after}: {leg.name} on {leg.num_nodes} nodes, log in {folder}")
+        print(f"job {before}: {leg.name} on {leg.num_nodes} nodes, log in {folder}")
 
 
 def main(args: list[str]) -> int:
@@ -97,11 +118,7 @@ def main(args: list[str]) -> int:
         recipe = load(rest)
         dry, recipe = recipe.dry_run, replace(recipe, dry_run=False)
         run_dir = run_folder(recipe).absolute()
-        check_owner(recipe)
-        unfinished = Ledger(run_dir).unfinished(list(recipe.stages))
-        if recipe.stop_after in unfinished:
-            unfinished = unfinished[: unfinished.index(recipe.stop_after) + 1]
-        legs = chain(recipe, site, unfinished)
+        legs = chain(recipe, site, unfinished_stages(recipe, site))
         if not dry and shutil.which("sbatch") is None:
             raise ValueError(
                 "sbatch is not on PATH; call submit.sh on a login node of a Slurm cluster, or dry_run=true"
@@ -116,7 +133,10 @@ def main(args: list[str]) -> int:
     scripts = {leg.name: batch_script(template, recipe, leg, site, **places) for leg in legs}
     print(describe_chain(recipe, legs) + "\n")
     if dry:
-        print("\n".join(f"# {folder / leg.name}.sbatch\n{scripts[leg.name]}" for leg in legs))
+        for number, leg in enumerate(legs):
+            before = f"JOB_OF_{legs[number - 1].name}" if number else site.after
+            print(" ".join(["# sbatch", *dependency(site, number, before), str(folder / f"{leg.name}.sbatch")]))
+            print(scripts[leg.name])
         return 0
     try:
         submit(recipe, site, legs, scripts, folder)

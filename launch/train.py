@@ -50,7 +50,8 @@ def train(args: list[str]) -> int:
             return 0
     except ValueError as error:
         return refuse(error, run_dir_of(args))
-    from sbtrain.checkpoint.run_dir import check_owner
+    from sbtrain.checkpoint.lock import EarlierStart
+    from sbtrain.checkpoint.run_dir import Exit, check_owner
     from sbtrain.run import run
 
     try:
@@ -59,6 +60,9 @@ def train(args: list[str]) -> int:
         return refuse(error, recipe.run_dir)
     try:
         code, reason = run(recipe)
+    except EarlierStart as error:
+        refuse(error, recipe.run_dir)
+        code, reason = Exit.REQUEUE, str(error)
     except ValueError as error:
         code, reason = refuse(error, recipe.run_dir), str(error)
     except BaseException as error:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 import torch.distributed as dist
@@ -98,3 +99,12 @@ def save_common(strategy, common: dict, checkpoint_dir) -> None:
                 raise ValueError(f"common.pt: {error.strerror or error}") from None
 
     together(write)
+
+
+def results_queue() -> SimpleQueue:
+    """What a save in this process hands its results through.
+
+    megatron's own is a queue in a process of its own, started at the first save and never ended. It serves saves in
+    the background, which we do not use, and a signal that asks the whole job to save kills it: that save then fails.
+    """
+    return SimpleQueue()

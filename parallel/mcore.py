@@ -36,6 +36,7 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402, F401
 )
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402, F401
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402, F401
+from megatron.core.dist_checkpointing.strategies import filesystem_async as _tensor_writer  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import torch as _tensor_files  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.common import (  # noqa: E402
     TorchCommonLoadStrategy,
@@ -90,6 +91,7 @@ if not hasattr(_moe_utils, "te_general_gemm"):  # without TransformerEngine ever
     _moe_utils.te_general_gemm = None
 DistributedOptimizer._set_main_param_and_optimizer_states = fixes.set_main_param_and_optimizer_states
 DistributedOptimizer.get_parameter_state_dp_zero = fixes.get_parameter_state_dp_zero
+_tensor_writer._get_write_results_queue = fixes.results_queue
 _tensor_files._get_filesystem_reader = safe_load.open_reader
 _tensor_files.MCoreLoadPlanner.load_bytes = safe_load.load_bytes
 TorchCommonLoadStrategy.load_common = safe_load.load_common

@@ -239,6 +239,20 @@ def test_a_second_job_touches_nothing(stopped):
     assert stopped.train(*ONE_STAGE)[0] == 0
 
 
+def test_a_requeued_job_whose_earlier_start_still_lives_asks_for_another_start(stopped, monkeypatch):
+    """Slurm gives a node up that it cannot reach: what runs there may need minutes to find out."""
+    (stopped.run_dir / "exit.json").unlink()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lock = RunLock(stopped.run_dir, job="7")
+    assert lock.take() is None
+    try:
+        code, line = stopped.train(*ONE_STAGE)
+    finally:
+        lock.release()
+    assert code == 75 and line.count("\n") == 1 and "job 7; wait for its end" in line
+    assert not (stopped.run_dir / "exit.json").exists()
+
+
 def test_keys_of_services_reach_no_file_and_no_line(site, monkeypatch):
     keys = {"WANDB_API_KEY": "5ec2e7" * 6 + "abcd", "HF_TOKEN": "hf_5ec2e7TokenThatNobodyMaySee"}
     for name, key in keys.items():

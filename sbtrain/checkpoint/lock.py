@@ -33,12 +33,19 @@ class RunInUse(ValueError):
     """Another job holds the run directory; nothing in it may be touched."""
 
 
+class EarlierStart(RunInUse):
+    """An earlier start of this very job does: Slurm gave its node up, but it has not ended yet."""
+
+
+_REFUSALS = {"in use": RunInUse, "earlier start": EarlierStart, "unwritable": ValueError}
+
+
 @contextmanager
 def held(run_dir: Path, *, job: str = "") -> Iterator[RunLock]:
     """Context in which this job holds the run directory. Collective; rank 0 holds it for all.
 
-    job: what the cluster calls this job. Raises RunInUse, in one line, where another job does, and ValueError where
-    the directory cannot be written.
+    job: what the cluster calls this job. Raises RunInUse, in one line, where another job does, EarlierStart where this
+    one does itself, and ValueError where the directory cannot be written.
     """
     lock, answer = RunLock(run_dir, job=job), [None]
     with section("lock of the run directory", patient=True):
@@ -48,7 +55,7 @@ def held(run_dir: Path, *, job: str = "") -> Iterator[RunLock]:
             dist.broadcast_object_list(answer, src=0)
     if answer[0]:
         kind, line = answer[0]
-        raise RunInUse(line) if kind == "in use" else ValueError(line)
+        raise _REFUSALS[kind](line)
     try:
         yield lock
     finally:
@@ -70,14 +77,15 @@ class RunLock:
     def take(self) -> tuple[str, str] | None:
         """Take the lock, waiting until a holder on another machine has shown whether it lives.
 
-        Returns None, or why not: "in use" or "unwritable", and a line for the user.
+        Returns None, or why not: "in use", "earlier start" or "unwritable", and a line for the user.
         """
         try:
             self._make_folder()
             while not self._create():
                 holder = self._read()
                 if holder is not None and self._lives(holder):
-                    return "in use", self._refusal(holder)
+                    same = bool(self._mine["job"]) and holder.get("job") == self._mine["job"]
+                    return "earlier start" if same else "in use", self._refusal(holder)
                 if holder is not None:
                     self._put_aside(holder)
         except OSError as error:

@@ -22,7 +22,7 @@ def next_start(run_dir: str | Path, start: dict, *, code: int, told_to_stop: boo
 
     start: what is kept of it, any JSON values. code: that of srun. told_to_stop: a signal asked for the end.
     idle_starts: so many starts in a row that made no new checkpoint are the last; those that were told to stop, and did
-    or had not begun, do not count.
+    or had not begun, do not count, nor do those that found an earlier start of their job still alive.
     """
     folder = Path(run_dir)
     try:
@@ -32,7 +32,7 @@ def next_start(run_dir: str | Path, start: dict, *, code: int, told_to_stop: boo
         found, reason = None, f"the ranks left no exit.json, srun ended with {code}; the log may say more"
     except (ValueError, KeyError, TypeError) as error:
         found, reason = None, f"exit.json cannot be read ({error})"
-    idle = 0 if found == SAVED or (told_to_stop and found is None) else 1
+    idle = 0 if (code if found is None else found) == SAVED or (told_to_stop and found is None) else 1
     progress = _progress(folder)
     if idle:
         idle += _idle_before(folder, progress)

@@ -87,6 +87,8 @@ class Store:
         except (OSError, ValueError, CheckpointException) as error:  # the last: what a writer process's OSError becomes
             if write:
                 delete(partial)  # it may be what fills the disk
+            if _lost_a_process(error):
+                raise
             raise ValueError(
                 f"{partial}: {_reason(error)}; the previous checkpoint is intact, free some space "
                 "and start the same command again"
@@ -233,6 +235,12 @@ def _reason(error: BaseException) -> str:
         return "; ".join(f"rank {rank}: {_reason(failure)}" for rank, (failure, _) in error.failures.items())
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0].split("; free some space")[0]
+
+
+def _lost_a_process(error: BaseException) -> bool:
+    """Whether a process that helps to write is gone, which is no matter of the disk."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+    return any(isinstance(failure, (ConnectionError, EOFError)) for failure, _ in failures)
 
 
 def _own_bytes(sharded) -> int:

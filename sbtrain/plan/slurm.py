@@ -7,6 +7,7 @@ recipe.
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,9 @@ OURS = {
     "kill-on-invalid-dep": "nothing: jobs behind a failed one are canceled",
 }
 """Options of sbatch that the batch script sets, and the key that decides them."""
+EARLY_S = 60
+"""Slurm looks at time limits so rarely: its signal may come that much before it is asked to."""
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.I)
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,45 @@ def split_keys(args: list[str], sites: list[str]) -> tuple[Site, list[str]]:
     for name in options:
         if name in OURS:
             raise ValueError(f"{SBATCH}{name} is set by the batch script; what decides it is {OURS[name]}")
-    if "array" in values and not all(part.isdigit() for part in values["array"].replace(",", "-").split("-")):
-        raise ValueError(f"array={values['array']} must be seeds such as 0-3 or 0,2,5")
-    return Site(**values, options=options), rest
+    site = Site(**values, options=options)
+    seeds(site)
+    limit_s = time_limit_s(options.get("time", ""))
+    if limit_s is not None and limit_s <= site.grace_s + EARLY_S:
+        raise ValueError(
+            f"sbatch.time={options['time']} leaves no time to train: a job is told to save grace_s={site.grace_s} "
+            f"seconds before its limit, and Slurm may be {EARLY_S} s early; give it more time or a smaller grace_s"
+        )
+    named = options.get("export", "").replace("=", ",").split(",")
+    if secret := next((name for name in named if _SECRET.search(name)), None):
+        raise ValueError(
+            f"sbatch.export names {secret}, which would be written into the run directory; set it in the environment "
+            "that submit.sh is called in, jobs inherit that"
+        )
+    return site, rest
+
+
+def seeds(site: Site) -> list[int]:
+    """The seeds of array=, in order. Raises ValueError where it names none."""
+    found: list[int] = []
+    for part in site.array.split(",") if site.array else []:
+        first, dash, last = part.partition("-")
+        if not (first.isdigit() and (last.isdigit() if dash else True) and int(first) <= int(last or first)):
+            raise ValueError(f"array={site.array} must be seeds such as 0-3 or 0,2,5")
+        found += range(int(first), int(last or first) + 1)
+    return sorted(set(found))
+
+
+def time_limit_s(text: str) -> int | None:
+    """Seconds of a time limit in one of Slurm's forms (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S); None for any other text."""
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if len(parts) > 3 or not all(part.isdigit() for part in (*parts, days or "0")):
+        return None
+    numbers = [int(part) for part in parts]
+    if not dash and len(numbers) < 3:
+        numbers = [0, *numbers]
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def chain(recipe: Recipe, site: Site, unfinished: list[str]) -> list[Leg]:
@@ -170,6 +210,8 @@ def batch_script(template: str, recipe: Recipe, leg: Leg, site: Site, *, frozen:
         "stop_after": leg.stages[-1],
         "idle_starts": site.idle_starts,
     }
-    lines = [f"#SBATCH --{name}{'=' if str(value) else ''}{value}" for name, value in options.items()]
+    lines = [
+        f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if str(value) else "") for name, value in options.items()
+    ]
     values = [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
     return template.replace("#OPTIONS", "\n".join(lines)).replace("#SETTINGS", "\n".join(values))

@@ -62,8 +62,9 @@ def test_it_comes_and_goes(tmp_path):
     assert first.take() is None and first.is_ours()
     holder = json.loads((tmp_path / LOCK).read_text())
     assert holder["pid"] == os.getpid() and holder["host"] and holder["job"] == "42"
-    kind, line = lock(tmp_path).take()
+    kind, line = RunLock(tmp_path, job="43").take()
     assert kind == "in use" and "\n" not in line
+    assert lock(tmp_path).take() == ("earlier start", line), "the same job, which Slurm has started again"
     assert line.startswith(
         f"run_dir={tmp_path} is in use by host {holder['host']}, process {os.getpid()}, job 42; wait"
     )
@@ -130,7 +131,7 @@ def test_another_machine_that_gives_signs_of_life_is_waited_for_only_briefly(tmp
     thread.start()
     try:
         assert in_use(tmp_path)
-        kind, line = lock(tmp_path).take()
+        kind, line = RunLock(tmp_path, job="43").take()
     finally:
         stop.set()
         thread.join()

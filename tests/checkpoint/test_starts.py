@@ -68,6 +68,11 @@ def test_a_new_checkpoint_or_a_signal_begins_the_count_anew(tmp_path):
     assert [ended(tmp_path, idle_starts=2)[0] for _ in range(2)] == ["again", "stop"]
 
 
+def test_a_start_that_finds_an_earlier_one_alive_does_not_count(tmp_path):
+    """It leaves exit.json to the one that lives."""
+    assert [ended(tmp_path, srun=75, idle_starts=2)[0] for _ in range(5)] == ["again"] * 5
+
+
 def test_every_start_is_kept(tmp_path):
     save(tmp_path, 3)
     ended(tmp_path, 75, signal="USR1")

@@ -8,11 +8,15 @@ import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from traceback import StackSummary
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
+from parallel import mcore
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from sbtrain.checkpoint import files, manifest
@@ -139,6 +143,27 @@ def test_a_disk_that_is_full_for_one_rank_is_said_by_all(tmp_path, run_ranks, fu
     assert "\n" not in first and f"step_4.partial: rank {full}: Worker failure: [Errno {errno.EFBIG}]" in first
     assert "step_4.partial: " in second and "the previous checkpoint is intact" in second
     assert intact and also and Ledger(tmp_path).step == 5
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), EOFError()])
+def test_a_process_that_is_gone_is_no_full_disk(saved, monkeypatch, error):
+    folder = saved.save(3)
+    ledger = saved.ledger.path.read_bytes()
+
+    def save(*args, **kwargs):
+        raise CheckpointException("write", {0: (error, StackSummary())})
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointException):
+        patch.setattr(mcore.dist_checkpointing, "save", save)
+        saved.save(4)
+    _check_intact(saved, folder, ledger)
+
+
+def test_a_save_leaves_no_process(saved):
+    """A signal to the whole job, as Slurm sends it, would end that process and make the next save fail."""
+    before = psutil.Process().children()
+    saved.save(3)
+    assert psutil.Process().children() == before
 
 
 SMALL = {

@@ -9,7 +9,7 @@ import pytest
 
 from run_case import write_inputs
 from sbtrain.config.load import load
-from sbtrain.plan.slurm import Leg, Site, batch_script, chain, describe_chain, split_keys
+from sbtrain.plan.slurm import Leg, Site, batch_script, chain, describe_chain, seeds, split_keys, time_limit_s
 
 TEMPLATE = (Path(__file__).resolve().parents[2] / "launch/slurm/train.sbatch").read_text()
 SITES = ["cuda", "maca"]
@@ -70,11 +70,30 @@ def test_keys_of_submit_and_of_the_recipe():
         ("site=rocm", "no launch/slurm/env_rocm.sh; there are: cuda, maca"),
         ("sbatch.dependency=3", "sbatch.dependency is set by the batch script; what decides it is after="),
         ("array=a-b", "array=a-b must be seeds"),
+        ("array=1-2-3", "array=1-2-3 must be seeds"),
+        ("array=3-1", "array=3-1 must be seeds"),
+        ("sbatch.time=6", "sbatch.time=6 leaves no time to train: .* grace_s=300"),
+        ("sbatch.export=ALL,WANDB_API_KEY=5ec2e7", "^sbatch.export names WANDB_API_KEY, .* jobs inherit that$"),
     ],
 )
 def test_refusals(key, message):
     with pytest.raises(ValueError, match=message):
         split_keys([key], SITES)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-1", 176_400), ("2-1:30", 178_200)),
+        *(("2-1:30:05", 178_205), ("UNLIMITED", None), ("", None), ("1:2:3:4", None)),
+    ],
+)
+def test_time_limits_as_slurm_writes_them(text, seconds):
+    assert time_limit_s(text) == seconds
+
+
+def test_seeds_of_an_array():
+    assert seeds(Site()) == [] and seeds(Site(array="7,0-2,1")) == [0, 1, 2, 7]
 
 
 def test_the_batch_script(recipe, tmp_path):
@@ -90,6 +109,7 @@ def test_the_batch_script(recipe, tmp_path):
         "--signal=B:USR1@90",
         "--requeue",
         "--partition=long",
+        f"--output='{tmp_path}/a b/ctx_32-ctx_128-%j.log'",
     ):
         assert f"\n#SBATCH {line}\n" in script
     assert f"\nrun_dir='{tmp_path}/runs/a b'\n" in script and "stop_after=ctx_128" in script
