@@ -16,6 +16,7 @@ from parallel.engine import Engine
 from parallel.job import job_id
 from parallel.layout import Layout
 from parallel.mesh import Mesh, device, start_distributed
+from parallel.op_table import agree_on_ops, op_table
 from parallel.place import primitive, section
 from parallel.sequence.shard import Row
 from parallel.watch import RankWatch
@@ -50,7 +51,9 @@ from sbtrain.plan.pipeline import pipeline_table
 from sbtrain.report.page import write_report
 from sbtrain.report.tables import summary_table
 from sbtrain.train.evaluate import Evaluations, HeldOut
+from sbtrain.train.health import keep_clocks
 from sbtrain.train.loop import train
+from sbtrain.train.rollback import Rollback, newest_checkpoint
 from sbtrain.train.watch import Watch
 
 
@@ -91,7 +94,7 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLoc
         with section("opening of the sinks", patient=True):
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
-        watch = stack.enter_context(open_watch(recipe, ledger))
+        watch = stack.enter_context(open_watch(recipe, ledger, lock))
         for name in stages_here(recipe, ledger):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
@@ -122,7 +125,7 @@ def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
     )
 
 
-def open_watch(recipe: Recipe, ledger: Ledger) -> Watch:
+def open_watch(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Watch:
     """What looks out for signals, broken numbers, slow ranks and short resources between the steps of all stages."""
     return Watch(
         save_every_steps=recipe.checkpoint.every_steps,
@@ -130,7 +133,7 @@ def open_watch(recipe: Recipe, ledger: Ledger) -> Watch:
         rules=recipe.watch,
         run_dir=run_folder(recipe),
         checkpoint_bytes=checkpoint_bytes(recipe),
-        keep_clocks=partial(ledger.record_clocks, write=dist.get_rank() == 0),
+        keep_clocks=partial(keep_clocks, ledger, lock),
     )
 
 
@@ -204,7 +207,7 @@ def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
     with section("preparation", patient=True):
         evaluations = together(lambda: inspect(recipe, here))
         together(lambda: check_beginning(recipe, recovered.ledger))
-    _agree_on_ops()
+    agree_on_ops()
     if dist.get_rank() == 0:
         print("\n".join(ops.lines()), flush=True)
     describe(recipe)
@@ -237,33 +240,6 @@ def check_beginning(recipe: Recipe, ledger: Ledger) -> None:
         check_source(recipe.start.path, model=recipe.model)
     if ledger.unfinished(list(recipe.stages)):
         check_room(run_folder(recipe), checkpoint_bytes(recipe))
-
-
-def op_table() -> dict:
-    """Which implementation of each op this run uses, as its checkpoints keep it."""
-    return {"hash": ops.table_hash(), "ops": ops.table()}
-
-
-def _agree_on_ops() -> None:
-    """All ranks must run the same backends of the same ops, or their numerics would drift apart. Collective."""
-    ours = together(op_table)
-    tables = [None] * dist.get_world_size()
-    with primitive("op tables"):
-        dist.all_gather_object(tables, ours)
-    ours = tables[0]["ops"]
-    for rank, other in enumerate(tables):
-        if other["hash"] != tables[0]["hash"]:
-            odd = next((op for op, entry in other["ops"].items() if _runs(entry) != _runs(ours.get(op, {}))), None)
-            what = f": {odd} is {other['ops'][odd]} there and {ours.get(odd)} here" if odd else " (other files)"
-            raise ValueError(
-                f"rank {rank} has another op table than rank 0{what}; run `python -m ops` on both machines and make "
-                "their packages and files equal"
-            )
-
-
-def _runs(entry: dict) -> dict:
-    """What an op's entry says of the code that runs; reasons name the device, which ranks need not share."""
-    return {key: value for key, value in entry.items() if key not in ("reason", "refused")}
 
 
 def open_run_sinks(recipe: Recipe, step: int) -> Sinks:
@@ -366,8 +342,12 @@ def train_stage(
         loader = stage_loader(recipe, state.stage, stage, dp_rank=mesh.dp_rank, dp=mesh.dp)
         if state.loader is not None:
             loader.load_state_dict(state.loader)
+    restore = partial(newest_checkpoint, state.stage, engine, store)
+    rollback = Rollback(restore, watch=watch, loader=loader, meter=meter, sinks=sinks)
     with closing(loader):
-        return train(engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch)
+        return train(
+            engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch, rollback=rollback
+        )
 
 
 def stage_loader(recipe: Recipe, name: str, stage: Stage, *, dp_rank: int, dp: int) -> Loader:

@@ -68,13 +68,14 @@ class Loader:
 
         rows: of the global batch. The same on every rank.
         """
-        first, per_row = self.num_samples - self.samples_per_step, self._stage.micro_batch
-        named = [first + row * per_row + place for row in rows for place in range(per_row)]
-        return {
-            "first_sample": first,
-            "num_samples": self.samples_per_step,
-            "suspects": [self._origin_of_sample(sample) for sample in named],
-        }
+        step, per_row = self.last_samples(1), self._stage.micro_batch
+        named = [step["first_sample"] + row * per_row + place for row in rows for place in range(per_row)]
+        return {**step, "suspects": [self._origin_of_sample(sample) for sample in named]}
+
+    def last_samples(self, num_steps: int) -> dict:
+        """Which samples of the stage the newest steps had, over all ranks."""
+        num_samples = num_steps * self.samples_per_step
+        return {"first_sample": self.num_samples - num_samples, "num_samples": num_samples}
 
     def state_dict(self) -> dict:
         """Everything that resuming needs, the same on every rank and in every layout."""

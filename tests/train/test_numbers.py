@@ -75,7 +75,7 @@ def test_skipped_steps_are_listed_and_those_done_again_replaced(tmp_path, capsys
     said = judged(begun(tmp_path), [3.0, math.inf, 3.0, math.nan], origin=origin)
     assert [one.get("skipped", False) for one in said] == [False, True, False, True]
     assert "step 2 of stage a: loss inf, gradient norm 1.0: skipped, no. 1 of the run" in capsys.readouterr().out
-    judged(begun(tmp_path), [math.nan], first=4)
+    judged(begun(tmp_path, RunState(stage="a", step=3)), [math.nan], first=4)
     entries = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
     assert [(entry["step"], entry["loss"], entry.get("first_sample")) for entry in entries] == [
         (2, "inf", 8),
@@ -87,6 +87,6 @@ def test_too_many_in_the_window_stop_the_run(tmp_path):
     rules = dict(max_skipped_steps=2, window_steps=20)
     sparse = [math.nan if step % 10 == 0 else 3.0 for step in range(60)]
     assert judged(begun(tmp_path, **rules), sparse)[-1]["skipped_steps"] == 6
-    with pytest.raises(ArithmeticError, match=r"step 4 of stage a: loss nan.*3 of the last 20 steps.*schedule\.lr"):
+    with pytest.raises(ValueError, match=r"step 4 of stage a: loss nan.*3 of the last 20 steps.*schedule\.lr"):
         judged(begun(tmp_path, **rules), [math.nan, math.nan, 3.0, math.nan])
     assert len((tmp_path / FILE).read_text().splitlines()) == 3
