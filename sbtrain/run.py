@@ -219,10 +219,14 @@ def inspect(recipe: Recipe, here: list[str]) -> Evaluations:
     """What this rank can check by itself: the run directory, the ops, the data of stages, the export."""
     check_owner(recipe)
     ops.use(recipe.ops)
+    unsealed: dict[str, None] = {}
     for name in here:
         stage = recipe.stages[name]
         with closing(stage_loader(recipe, name, stage, dp_rank=0, dp=stage.layout.dp(dist.get_world_size()))) as loader:
             loader.next_step()
+            unsealed.update(dict.fromkeys(loader.unsealed()))
+    if unsealed and dist.get_rank() == 0:
+        print(f"note: no checksums for {', '.join(unsealed)}; rerun prepare_data to add them", flush=True)
     check_folder("export_dir", recipe.export_dir)
     return Evaluations(run_folder(recipe), HeldOut(recipe))
 
@@ -322,8 +326,8 @@ def first_weights(recipe: Recipe, name: str, stage: Stage, mesh: Mesh) -> FirstW
 
     def read(num_tokens: int) -> list[Row]:
         few = replace(stage, global_batch_tokens=-(-num_tokens // stage.row_tokens) * stage.row_tokens)
-        with closing(stage_loader(recipe, name, few, dp_rank=0, dp=1)) as loader:
-            return loader.next_step()
+        with closing(together(lambda: stage_loader(recipe, name, few, dp_rank=0, dp=1))) as loader:
+            return together(loader.next_step)
 
     return FirstWeights(recipe, mesh, seq_len=stage.seq_len, read_rows=read if recipe.data.sources else None)
 
@@ -339,7 +343,7 @@ def train_stage(
         peak_tflops=recipe.cluster.peak_tflops,
     )
     with section("loader", patient=True):
-        loader = stage_loader(recipe, state.stage, stage, dp_rank=mesh.dp_rank, dp=mesh.dp)
+        loader = together(lambda: stage_loader(recipe, state.stage, stage, dp_rank=mesh.dp_rank, dp=mesh.dp))
         if state.loader is not None:
             loader.load_state_dict(state.loader)
     restore = partial(newest_checkpoint, state.stage, engine, store)

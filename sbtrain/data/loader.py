@@ -54,7 +54,8 @@ class Loader:
     def next_step(self) -> list[Row]:
         """This rank's rows of the next step, each of micro_batch * seq_len tokens.
 
-        Raises ValueError, here in the caller, where a file turns out to be corrupt.
+        Raises ValueError, here in the caller, where a file turns out to be corrupt: every byte of it is compared with
+        its checksum before it gets into a row.
         """
         ahead = self._ahead or self._thread.submit(self._read, self.num_samples)
         self._ahead = None
@@ -92,8 +93,14 @@ class Loader:
         self._ahead = None
 
     def close(self) -> None:
-        """Stop the thread. The loader cannot be used afterwards."""
+        """Stop the thread and close the files. The loader cannot be used afterwards."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        for stream in self._streams:
+            stream.corpus.close()
+
+    def unsealed(self) -> list[str]:
+        """Corpora without checksums, in which changed tokens would not be noticed."""
+        return [stream.corpus.prefix for stream in self._streams if not stream.corpus.is_sealed]
 
     def _read(self, first: int) -> list[Row]:
         """This rank's rows of the step whose first sample is `first`."""
