@@ -13,7 +13,7 @@ from sbtrain.data.loader import Loader
 from sbtrain.train import numbers
 
 ROLLBACK = ("watch.on_spike=rollback", "watch.window_steps=20", "watch.measure_every_steps=1")
-STAGES = ("stages.ctx_32.tokens=1280", "evaluation.tokens=0", "checkpoint.every_steps=3")
+STAGES = ("stages.ctx_32.tokens=1280", "evaluation.tokens=0")
 TWO_STAGES, ONE_STAGE = (*STAGES, "stop_after=ctx_64"), (*STAGES, "stop_after=ctx_32")
 
 
@@ -113,13 +113,15 @@ def test_after_too_many_the_run_stops_and_so_does_the_next_start(gone_back, run_
         assert json.loads((root / "stops/ledger.json").read_text())["step"] == 6
 
 
-def test_without_a_checkpoint_the_run_goes_on(gone_back, run_ranks):
-    """One rank, whose layout is another, and no checkpoint before the end of the stage."""
-    root, _ = gone_back
-    one_rank = ("checkpoint.every_steps=0", "stages.ctx_64.layout.pp=1", "stages.ctx_128.layout.sp=1")
-    recipe = tiny_recipe(root, "alone", *ONE_STAGE, *ROLLBACK, *one_rank)
+@pytest.mark.parametrize("every_steps", [0, 3])
+def test_one_rank_goes_back_as_two_do_and_without_a_checkpoint_not_at_all(gone_back, run_ranks, every_steps):
+    root, steps = gone_back
+    one_rank = (f"checkpoint.every_steps={every_steps}", "stages.ctx_64.layout.pp=1", "stages.ctx_128.layout.sp=1")
+    recipe = tiny_recipe(root, f"alone_{every_steps}", *ONE_STAGE, *ROLLBACK, *one_rank)
     assert run_ranks(1)(run_spiking, recipe, [32]) == [Exit.DONE]
-    assert [step[0] for step in curve(root / "alone")] == list(range(1, 11))
-    assert not (root / "alone/rollbacks.jsonl").exists()
-    spikes = [record["step"] for record in records(root / "alone") if (record["loss_score"] or 0) > 6]
-    assert spikes == [8]
+    mine, found = curve(root / recipe.run_dir), records(root / recipe.run_dir)
+    assert [step[0] for step in mine] == list(range(1, 11))
+    assert [record["step"] for record in found if (record["loss_score"] or 0) > 6] == ([] if every_steps else [8])
+    assert (root / recipe.run_dir / "rollbacks.jsonl").exists() == bool(every_steps)
+    if every_steps:
+        assert [step[3] for step in mine] == pytest.approx([step[3] for step in steps[:10]], rel=1e-4)
