@@ -91,6 +91,7 @@ def paces(rank: int) -> tuple[float, float, bool]:
     """Rank 1 works 2 s longer and is waited for by both kinds of calls: own seconds, whole seconds, torch as before."""
     before = dict(vars(dist.ProcessGroup)), dict(vars(dist.Work))
     x = torch.ones(4)
+    dist.barrier()
     start = time.perf_counter()
     with Pace(CPU) as pace:
         for _ in range(2):
@@ -106,9 +107,9 @@ def paces(rank: int) -> tuple[float, float, bool]:
 def test_pace_counts_own_time_alone(run_ranks):
     (fast, fast_whole, fast_same), (slow, slow_whole, slow_same) = run_ranks(2)(paces)
     assert fast_same and slow_same
-    assert fast_whole > 2.3 and slow_whole > 2.3
+    assert fast_whole > 2.0 and slow_whole > 2.3
     assert fast >= 0.4 and slow >= 2.4
-    assert fast <= fast_whole - 1.5 and fast <= slow - 1.5  # what else the machine does counts as their own time
+    assert fast <= fast_whole - 1.2 and fast <= slow - 1.2  # what else the machine does counts as their own time
 
 
 def test_measuring_and_saving_in_every_step_changes_nothing(tmp_path, run_ranks):

@@ -119,3 +119,19 @@ def test_rollbacks_of_long_ago_do_not_count(tmp_path):
     with pytest.raises(ValueError, match=r"step 45 of stage a: .* after 2 rollbacks in the last 20.*on_spike=tell"):
         numbers.check_rollbacks(RunState(stage="a", step=45))
     numbers.check_rollbacks(RunState(stage="a", step=61))
+
+
+def skip_where_nothing_can_be_written(rank: int, folder: str) -> str:
+    """What a skipped step raises on this rank."""
+    numbers = begun(folder)
+    try:
+        numbers.check(RunState(stage="a", step=1), loss=math.nan, grad_norm=1.0, origin=None)
+    except ValueError as error:
+        return str(error)
+
+
+def test_what_rank_0_cannot_write_ends_all_ranks(tmp_path, run_ranks):
+    """They would wait for it otherwise."""
+    (tmp_path / "run").write_text("a file where the folder should be")
+    first, second = run_ranks(2)(skip_where_nothing_can_be_written, tmp_path / "run")
+    assert first == second and f"{FILE}: cannot write" in first
