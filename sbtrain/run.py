@@ -94,7 +94,7 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLoc
         with section("opening of the sinks", patient=True):
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
-        watch = stack.enter_context(open_watch(recipe, ledger, lock))
+        watch = stack.enter_context(open_watch(recipe, ledger, store))
         for name in stages_here(recipe, ledger):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
@@ -125,7 +125,7 @@ def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
     )
 
 
-def open_watch(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Watch:
+def open_watch(recipe: Recipe, ledger: Ledger, store: Store) -> Watch:
     """What looks out for signals, broken numbers, slow ranks and short resources between the steps of all stages."""
     return Watch(
         save_every_steps=recipe.checkpoint.every_steps,
@@ -133,7 +133,7 @@ def open_watch(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Watch:
         rules=recipe.watch,
         run_dir=run_folder(recipe),
         checkpoint_bytes=checkpoint_bytes(recipe),
-        keep_clocks=partial(keep_clocks, ledger, lock),
+        keep_clocks=partial(keep_clocks, ledger, store.check_lock),
     )
 
 

@@ -24,7 +24,6 @@ from parallel.mesh import Mesh
 from parallel.pace import Pace
 from parallel.place import primitive
 from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.checkpoint.lock import RunLock
 from sbtrain.config.schema import WatchConfig
 
 KEPT, LEAST = 8, 6
@@ -228,16 +227,17 @@ class Health:
             return math.nan
 
 
-def keep_clocks(ledger: Ledger, lock: RunLock, skews_s: dict[str, float]) -> None:
+def keep_clocks(ledger: Ledger, check_lock: Callable[[], None], skews_s: dict[str, float]) -> None:
     """Keep in the ledger how far each host's clock is from their median. Collective.
 
-    Raises ValueError where another job has taken the run directory over; a disk that is full stops no run for this.
+    check_lock(): raises ValueError where another job has taken the run directory over; so does this then, on all
+    ranks. A disk that is full stops no run for this.
     """
 
     def keep() -> None:
         first = dist.get_rank() == 0
         if first:
-            lock.check()
+            check_lock()
         with suppress(OSError):
             ledger.record_clocks(skews_s, write=first)
 

@@ -129,17 +129,17 @@ def test_measuring_and_saving_in_every_step_changes_nothing(tmp_path, run_ranks)
 def test_a_full_disk_does_not_keep_clocks_and_stops_nothing(tmp_path, monkeypatch):
     """But who has lost the run directory to another job may not write there."""
     start_distributed()
-    ledger, lock = Ledger(tmp_path), SimpleNamespace(check=lambda: None)
-    keep_clocks(ledger, lock, {"a": 0.5})
+    ledger = Ledger(tmp_path)
+    keep_clocks(ledger, lambda: None, {"a": 0.5})
     assert json.loads(ledger.path.read_text())["clock_skew_s"] == {"a": 0.5}
     monkeypatch.setattr("sbtrain.checkpoint.ledger.write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    keep_clocks(ledger, lock, {"a": 0.7})
+    keep_clocks(ledger, lambda: None, {"a": 0.7})
 
     def taken() -> None:
         raise ValueError("taken over")
 
     with pytest.raises(ValueError, match="taken over"):
-        keep_clocks(ledger, SimpleNamespace(check=taken), {"a": 0.9})
+        keep_clocks(ledger, taken, {"a": 0.9})
     assert json.loads(ledger.path.read_text())["clock_skew_s"] == {"a": 0.5}
 
 
