@@ -11,6 +11,8 @@ python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengt
                                 passes=forward,both dtype=bf16 model=7b steps=20 warmup=3 error_tokens=8192
                                 time_limit_s=120 seed=0 out=DIR]
                                 [tune=true kernels=outputs tune_limit_s=300: write the fastest tiles instead]
+python launch/bench.py watch    [every=0,10,1 model=7b layers=8 pattern=LS seq_len=8192 micro_batch=1 rows=1 steps=20
+                                rounds=5 recompute=none precision=bf16 out=DIR]
 
 Several GPUs: `torchrun --nproc_per_node 4 launch/bench.py train peers=engine sp=1,4,4:zeco,4:ulysses`, `... prefill
 sp=1,4` and `... links`. With sp=1 every GPU has its own row or prompt of seq_len tokens, with sp=4 its part of one of
@@ -28,12 +30,14 @@ from sbtrain.bench.ops import OpsOptions, bench_ops
 from sbtrain.bench.options import parse
 from sbtrain.bench.prefill import PrefillOptions, bench_prefill
 from sbtrain.bench.train import TrainOptions, bench_train
+from sbtrain.bench.watch import WatchOptions, bench_watch
 
 BENCHMARKS = {
     "train": (TrainOptions, bench_train),
     "prefill": (PrefillOptions, bench_prefill),
     "links": (LinkOptions, bench_links),
     "ops": (OpsOptions, bench_ops),
+    "watch": (WatchOptions, bench_watch),
 }
 """Subcommand -> its keys, and what runs it: run(options, command) -> exit code."""
 

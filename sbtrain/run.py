@@ -16,6 +16,7 @@ from parallel.engine import Engine
 from parallel.job import job_id
 from parallel.layout import Layout
 from parallel.mesh import Mesh, device, start_distributed
+from parallel.op_table import agree_on_ops, op_table
 from parallel.place import primitive, section
 from parallel.sequence.shard import Row
 from parallel.watch import RankWatch
@@ -50,7 +51,9 @@ from sbtrain.plan.pipeline import pipeline_table
 from sbtrain.report.page import write_report
 from sbtrain.report.tables import summary_table
 from sbtrain.train.evaluate import Evaluations, HeldOut
+from sbtrain.train.health import keep_clocks
 from sbtrain.train.loop import train
+from sbtrain.train.rollback import Rollback, newest_checkpoint
 from sbtrain.train.watch import Watch
 
 
@@ -91,7 +94,7 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLoc
         with section("opening of the sinks", patient=True):
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
-        watch = stack.enter_context(open_watch(recipe, ledger))
+        watch = stack.enter_context(open_watch(recipe, ledger, store))
         for name in stages_here(recipe, ledger):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
@@ -122,7 +125,7 @@ def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
     )
 
 
-def open_watch(recipe: Recipe, ledger: Ledger) -> Watch:
+def open_watch(recipe: Recipe, ledger: Ledger, store: Store) -> Watch:
     """What looks out for signals, broken numbers, slow ranks and short resources between the steps of all stages."""
     return Watch(
         save_every_steps=recipe.checkpoint.every_steps,
@@ -130,7 +133,7 @@ def open_watch(recipe: Recipe, ledger: Ledger) -> Watch:
         rules=recipe.watch,
         run_dir=run_folder(recipe),
         checkpoint_bytes=checkpoint_bytes(recipe),
-        keep_clocks=partial(ledger.record_clocks, write=dist.get_rank() == 0),
+        keep_clocks=partial(keep_clocks, ledger, store.check_lock),
     )
 
 
@@ -204,7 +207,7 @@ def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
     with section("preparation", patient=True):
         evaluations = together(lambda: inspect(recipe, here))
         together(lambda: check_beginning(recipe, recovered.ledger))
-    _agree_on_ops()
+    agree_on_ops()
     if dist.get_rank() == 0:
         print("\n".join(ops.lines()), flush=True)
     describe(recipe)
@@ -216,10 +219,14 @@ def inspect(recipe: Recipe, here: list[str]) -> Evaluations:
     """What this rank can check by itself: the run directory, the ops, the data of stages, the export."""
     check_owner(recipe)
     ops.use(recipe.ops)
+    unsealed: dict[str, None] = {}
     for name in here:
         stage = recipe.stages[name]
         with closing(stage_loader(recipe, name, stage, dp_rank=0, dp=stage.layout.dp(dist.get_world_size()))) as loader:
             loader.next_step()
+            unsealed.update(dict.fromkeys(loader.unsealed()))
+    if unsealed and dist.get_rank() == 0:
+        print(f"note: no checksums for {', '.join(unsealed)}; rerun prepare_data to add them", flush=True)
     check_folder("export_dir", recipe.export_dir)
     return Evaluations(run_folder(recipe), HeldOut(recipe))
 
@@ -237,33 +244,6 @@ def check_beginning(recipe: Recipe, ledger: Ledger) -> None:
         check_source(recipe.start.path, model=recipe.model)
     if ledger.unfinished(list(recipe.stages)):
         check_room(run_folder(recipe), checkpoint_bytes(recipe))
-
-
-def op_table() -> dict:
-    """Which implementation of each op this run uses, as its checkpoints keep it."""
-    return {"hash": ops.table_hash(), "ops": ops.table()}
-
-
-def _agree_on_ops() -> None:
-    """All ranks must run the same backends of the same ops, or their numerics would drift apart. Collective."""
-    ours = together(op_table)
-    tables = [None] * dist.get_world_size()
-    with primitive("op tables"):
-        dist.all_gather_object(tables, ours)
-    ours = tables[0]["ops"]
-    for rank, other in enumerate(tables):
-        if other["hash"] != tables[0]["hash"]:
-            odd = next((op for op, entry in other["ops"].items() if _runs(entry) != _runs(ours.get(op, {}))), None)
-            what = f": {odd} is {other['ops'][odd]} there and {ours.get(odd)} here" if odd else " (other files)"
-            raise ValueError(
-                f"rank {rank} has another op table than rank 0{what}; run `python -m ops` on both machines and make "
-                "their packages and files equal"
-            )
-
-
-def _runs(entry: dict) -> dict:
-    """What an op's entry says of the code that runs; reasons name the device, which ranks need not share."""
-    return {key: value for key, value in entry.items() if key not in ("reason", "refused")}
 
 
 def open_run_sinks(recipe: Recipe, step: int) -> Sinks:
@@ -346,8 +326,8 @@ def first_weights(recipe: Recipe, name: str, stage: Stage, mesh: Mesh) -> FirstW
 
     def read(num_tokens: int) -> list[Row]:
         few = replace(stage, global_batch_tokens=-(-num_tokens // stage.row_tokens) * stage.row_tokens)
-        with closing(stage_loader(recipe, name, few, dp_rank=0, dp=1)) as loader:
-            return loader.next_step()
+        with closing(together(lambda: stage_loader(recipe, name, few, dp_rank=0, dp=1))) as loader:
+            return together(loader.next_step)
 
     return FirstWeights(recipe, mesh, seq_len=stage.seq_len, read_rows=read if recipe.data.sources else None)
 
@@ -363,11 +343,15 @@ def train_stage(
         peak_tflops=recipe.cluster.peak_tflops,
     )
     with section("loader", patient=True):
-        loader = stage_loader(recipe, state.stage, stage, dp_rank=mesh.dp_rank, dp=mesh.dp)
+        loader = together(lambda: stage_loader(recipe, state.stage, stage, dp_rank=mesh.dp_rank, dp=mesh.dp))
         if state.loader is not None:
             loader.load_state_dict(state.loader)
+    restore = partial(newest_checkpoint, state.stage, engine, store)
+    rollback = Rollback(restore, watch=watch, loader=loader, meter=meter, sinks=sinks)
     with closing(loader):
-        return train(engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch)
+        return train(
+            engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch, rollback=rollback
+        )
 
 
 def stage_loader(recipe: Recipe, name: str, stage: Stage, *, dp_rank: int, dp: int) -> Loader:

@@ -54,7 +54,7 @@ def write_inputs(root: Path) -> Path:
     for name, num_documents in (("one", 40), ("two", 30), ("held", 10)):
         lengths = random.integers(1, 60, num_documents)
         documents = [[*random.integers(1, 100, length), 0] for length in lengths]
-        write_corpus(root / name, documents, tokenizer_sha256=digest)
+        write_corpus(root / name, documents, tokenizer_sha256=digest, sealed=True)
     (root / "tiny.yaml").write_text(RECIPE.format(root=root))
     return root / "tiny.yaml"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 import transformers
 
 from command_line import ONE_STAGE, ROOT, truncate
+from sbtrain.checkpoint.starts import STOP, next_start
 from sbtrain.train.watch import Watch
 
 
@@ -162,6 +164,15 @@ def test_source_weights_of_another_shape(site):
     )
 
 
+def _unseal(prefix: Path) -> None:
+    """A corpus from before there were checksums, whose ids no vocabulary has."""
+    path = prefix.with_suffix(".json")
+    about = json.loads(path.read_text())
+    del about["checksums"]
+    path.write_text(json.dumps(about))
+    _corrupt_ids(prefix.with_suffix(".bin"))
+
+
 def _corrupt_ids(path: Path) -> None:
     with open(path, "r+b") as file:  # in place: a run may have it mapped
         file.write(b"\xff\xff" * (path.stat().st_size // 2))
@@ -176,8 +187,10 @@ SPOILED_DATA: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "description": (lambda r: (r / "two.json").write_text("{}"), ["two.json lacks num_tokens", "rerun prepare_data"]),
     "of two runs": (lambda r: shutil.copy(r / "one.json", r / "two.json"), ["two.idx has", "not of one run"]),
     "held-out": (lambda r: truncate(r / "held.bin"), ["held.bin is truncated", "copy it again"]),
-    "held-out ids": (lambda r: _corrupt_ids(r / "held.bin"), ["held.bin is corrupt", "65535", "rerun prepare_data"]),
-    "ids": (lambda r: _corrupt_ids(r / "one.bin"), ["one.bin is corrupt", "65535", "rerun prepare_data"]),
+    "held-out ids": (lambda r: _corrupt_ids(r / "held.bin"), ["held.bin is corrupt", "checksum", "rerun prepare_data"]),
+    "ids": (lambda r: _corrupt_ids(r / "one.bin"), ["one.bin is corrupt", "checksum", "rerun prepare_data"]),
+    "unsealed ids": (lambda r: _unseal(r / "one"), ["one.bin is corrupt", "65535", "rerun prepare_data"]),
+    "checksums": (lambda r: truncate(r / "one.crc"), ["one.crc is corrupt", "copy it again"]),
     "tokenizer": (lambda r: (r / "tokenizer/tokenizer.json").unlink(), ["tokenizer.json is missing", "data.tokenizer"]),
     "tokenizer file": (lambda r: truncate(r / "tokenizer/tokenizer.json"), ["tokenizer.json is not a readable"]),
 }
@@ -217,6 +230,17 @@ def test_data_that_turns_out_corrupt_while_training(site, monkeypatch):
     code, line = site.train(*ONE_STAGE)
     assert code == 2 and line.count("\n") == 1
     assert "one.bin is corrupt" in line and "rerun prepare_data" in line
+
+
+def test_too_many_skipped_steps_are_no_reason_to_start_again(site, monkeypatch):
+    check = Watch.check
+    monkeypatch.setattr(Watch, "check", lambda self, state, **given: check(self, state, **{**given, "loss": math.nan}))
+    code, line = site.train(*ONE_STAGE, "watch.max_skipped_steps=2")
+    assert code == 2 and line.count("\n") == 1
+    assert "error: step 3 of stage ctx_32: loss nan" in line and "watch.max_skipped_steps=2" in line
+    assert json.loads((site.run_dir / "exit.json").read_text())["code"] == 2
+    start = {"job": "1", "restart": 0, "nodes": "n", "signal": ""}
+    assert next_start(site.run_dir, start, code=2, told_to_stop=False, idle_starts=3)[0] == STOP
 
 
 def test_conversion_of_a_dry_run_writes_nothing(site):

@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from sbtrain import run
+from parallel.op_table import agree_on_ops, op_table
 
 
 def ranks(monkeypatch, *others):
@@ -17,21 +17,21 @@ def ranks(monkeypatch, *others):
 
 
 def test_equal_tables_pass_and_another_ops_choice_is_named(monkeypatch):
-    ours = run.op_table()
+    ours = op_table()
     ranks(monkeypatch, ours)
-    run._agree_on_ops()
+    agree_on_ops()
     gla = {"backend": "cuda", "reason": "NVIDIA H200"}
     ranks(monkeypatch, ours, {"hash": "other", "ops": {**ours["ops"], "gla": gla}})
     with pytest.raises(ValueError, match="rank 2 has another op table .*: gla is .*H200.* there and .*reference"):
-        run._agree_on_ops()
+        agree_on_ops()
     elsewhere = {op: {**entry, "reason": "another device's name"} for op, entry in ours["ops"].items()}
     ranks(monkeypatch, {"hash": "other", "ops": elsewhere})
     with pytest.raises(ValueError, match=r"rank 1 has another op table .* \(other files\); run `python -m ops`"):
-        run._agree_on_ops()
+        agree_on_ops()
 
 
 def agree_where_one_rank_cannot(rank: int) -> str:
-    """What _agree_on_ops raises on this rank when the second one's environment asks for what it does not have."""
+    """What agree_on_ops raises on this rank when the second one's environment asks for what it does not have."""
     from ops import registry
     from ops.device import EnvFacts
 
@@ -39,7 +39,7 @@ def agree_where_one_rank_cannot(rank: int) -> str:
     registry.collect = lambda: EnvFacts("2.0", overrides={"OPS_BACKEND_ROPE": "cuda"} if rank == 1 else {})
     registry.use()
     try:
-        run._agree_on_ops()
+        agree_on_ops()
     except ValueError as error:
         return str(error)
     finally:

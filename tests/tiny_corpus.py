@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,8 +42,13 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_corpus(prefix: Path, documents: Sequence[Sequence[int]], *, tokenizer_sha256: str = "none") -> str:
-    """Write PREFIX.bin/.idx/.json byte by byte as megatron's format defines them. Returns the prefix."""
+def write_corpus(
+    prefix: Path, documents: Sequence[Sequence[int]], *, tokenizer_sha256: str = "none", sealed: bool = False
+) -> str:
+    """Write PREFIX.bin/.idx/.json byte by byte as megatron's format defines them. Returns the prefix.
+
+    sealed: with checksums, in PREFIX.crc.
+    """
     lengths = np.array([len(document) for document in documents], dtype=np.int32)
     tokens = np.concatenate([np.array(document, dtype=np.uint16) for document in documents])
     pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64) * 2
@@ -58,6 +64,12 @@ def write_corpus(prefix: Path, documents: Sequence[Sequence[int]], *, tokenizer_
         "eos_id": EOS,
         "tokenizer_sha256": tokenizer_sha256,
     }
+    if sealed:
+        raw = tokens.tobytes()
+        sums = b"".join(np.uint32(zlib.crc32(raw[n : n + 65536])).tobytes() for n in range(0, len(raw), 65536))
+        Path(f"{prefix}.crc").write_bytes(sums)
+        index = Path(f"{prefix}.idx").read_bytes()
+        about["checksums"] = {"block_bytes": 65536, "crc": f"{zlib.crc32(sums):08x}", "idx": f"{zlib.crc32(index):08x}"}
     Path(f"{prefix}.json").write_text(json.dumps(about))
     return str(prefix)
 

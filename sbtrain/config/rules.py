@@ -21,15 +21,13 @@ from sbtrain.config.moe_rules import check_moe, experts_problem, ranks_problem
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
 from sbtrain.config.spiking_rules import check_spiking
-from sbtrain.config.watch_rules import check_watch
+from sbtrain.config.watch_rules import check_runtime, check_watch
 
 TRAINABLE_MIXERS = ("F", "S", "L")
 TRAINABLE_PAIRS = ("(LS)", "(LF)")
 OBJECTIVES = (Objective.ce,)
 LARGEST_WORLD = 65536
 """Where the search for a world size that fits ends."""
-LONGEST_TIMEOUT_S = 1_000_000
-"""Days; torch cannot count much further."""
 
 
 def check(recipe: Recipe) -> None:
@@ -42,6 +40,7 @@ def check(recipe: Recipe) -> None:
     check_optim(recipe)
     check_counts(recipe)
     check_watch(recipe.watch)
+    check_runtime(recipe.runtime)
     check_sources(recipe)
     check_ops(recipe)
     if not recipe.stages:
@@ -246,11 +245,6 @@ def check_counts(recipe: Recipe) -> None:
         raise ValueError(
             f"checkpoint.keep_every_steps={kept} is no multiple of checkpoint.every_steps={every}, so some would never "
             f"be saved; give {every * -(-kept // every)} or 0"
-        )
-    if not 1 <= recipe.runtime.timeout_s < LONGEST_TIMEOUT_S:
-        raise ValueError(
-            f"runtime.timeout_s={recipe.runtime.timeout_s} is no timeout; give at least 1 and less than "
-            f"{LONGEST_TIMEOUT_S} seconds"
         )
     modes = ("offline", "online", "disabled")
     if recipe.log.wandb_mode not in modes:

@@ -242,6 +242,13 @@ class RuntimeConfig:
         return max(3 * self.timeout_s, LEAST_PATIENCE_S)
 
 
+class OnSpike(Enum):
+    """What a run does where its loss spikes. rollback goes back to the newest checkpoint, past the data since then."""
+
+    tell = "tell"
+    rollback = "rollback"
+
+
 @dataclass(frozen=True)
 class WatchConfig:
     """What a run looks out for while it trains.
@@ -249,7 +256,10 @@ class WatchConfig:
     max_skipped_steps: a step whose loss or gradient is not finite changes nothing and is skipped; so many may be among
         the last window_steps, one more stops the run.
     window_steps: steps that a loss is compared with, and that skipped ones are counted in.
-    spike_score: a loss so many standard deviations above the median of those steps is reported; 0 never.
+    spike_score: a loss so many standard deviations above the median of those steps is a spike; 0 never.
+    on_spike: tell reports it; rollback also goes back to the newest checkpoint, and on with the samples after the
+        spike's.
+    max_rollbacks: so many may be among the last window_steps; the next spike stops the run.
     measure_every_steps: steps between measurements of the ranks' compute time, memory, disk and clocks; 0 never.
     slow_ratio: a rank that computes for so many times as long as its like is reported as slow.
     memory_share: part of a GPU's memory in use above which a run is near its limit.
@@ -259,6 +269,8 @@ class WatchConfig:
     max_skipped_steps: int = 5
     window_steps: int = 100
     spike_score: float = 6.0
+    on_spike: OnSpike = OnSpike.tell
+    max_rollbacks: int = 3
     measure_every_steps: int = 10
     slow_ratio: float = 1.3
     memory_share: float = 0.95

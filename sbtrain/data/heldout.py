@@ -25,6 +25,7 @@ def heldout_rows(prefix: str, *, seq_len: int, tokens: int, tokenizer: Tokenizer
     stream = Stream(corpus, order=in_order(corpus))
     num_rows = min(max(1, tokens // seq_len), -(-corpus.num_tokens // seq_len))
     samples = [stream.sample(index, seq_len=seq_len) for index in range(num_rows)]
+    corpus.close()
     samples[-1] = _end_with_corpus(samples[-1], corpus, num_real=corpus.num_tokens - (num_rows - 1) * seq_len)
     rows = [make_row([sample]) for sample in samples]
     if tokenizer is None:

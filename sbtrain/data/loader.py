@@ -54,7 +54,8 @@ class Loader:
     def next_step(self) -> list[Row]:
         """This rank's rows of the next step, each of micro_batch * seq_len tokens.
 
-        Raises ValueError, here in the caller, where a file turns out to be corrupt.
+        Raises ValueError, here in the caller, where a file turns out to be corrupt: every byte of it is compared with
+        its checksum before it gets into a row.
         """
         ahead = self._ahead or self._thread.submit(self._read, self.num_samples)
         self._ahead = None
@@ -68,13 +69,14 @@ class Loader:
 
         rows: of the global batch. The same on every rank.
         """
-        first, per_row = self.num_samples - self.samples_per_step, self._stage.micro_batch
-        named = [first + row * per_row + place for row in rows for place in range(per_row)]
-        return {
-            "first_sample": first,
-            "num_samples": self.samples_per_step,
-            "suspects": [self._origin_of_sample(sample) for sample in named],
-        }
+        step, per_row = self.last_samples(1), self._stage.micro_batch
+        named = [step["first_sample"] + row * per_row + place for row in rows for place in range(per_row)]
+        return {**step, "suspects": [self._origin_of_sample(sample) for sample in named]}
+
+    def last_samples(self, num_steps: int) -> dict:
+        """Which samples of the stage the newest steps had, over all ranks."""
+        num_samples = num_steps * self.samples_per_step
+        return {"first_sample": self.num_samples - num_samples, "num_samples": num_samples}
 
     def state_dict(self) -> dict:
         """Everything that resuming needs, the same on every rank and in every layout."""
@@ -91,8 +93,14 @@ class Loader:
         self._ahead = None
 
     def close(self) -> None:
-        """Stop the thread. The loader cannot be used afterwards."""
+        """Stop the thread and close the files. The loader cannot be used afterwards."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        for stream in self._streams:
+            stream.corpus.close()
+
+    def unsealed(self) -> list[str]:
+        """Corpora without checksums, in which changed tokens would not be noticed."""
+        return [stream.corpus.prefix for stream in self._streams if not stream.corpus.is_sealed]
 
     def _read(self, first: int) -> list[Row]:
         """This rank's rows of the step whose first sample is `first`."""

@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sbtrain.data import tokenizer as tokenizers
+from sbtrain.data.blocks import Sums, write_sums
 from sbtrain.data.inputs import Slice, find_slices, read_slice
 
 _BATCH_DOCUMENTS = 512
@@ -92,7 +93,10 @@ def prepare(
     ]
     fingerprint = hashlib.sha256("".join(task.part.name for task in tasks).encode()).hexdigest()[:16]
     outputs = _outputs(prefix, settings)
-    if not _finished(outputs, fingerprint):
+    if _finished(outputs, fingerprint):
+        for output in outputs.values():
+            _add_sums(output)
+    else:
         _refuse_strangers(outputs, folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +137,19 @@ def _finished(outputs: dict[str, Path], fingerprint: str) -> bool:
             raise ValueError(f"{path} is a corpus of other inputs or settings; delete it or choose another out=")
         done += 1
     return done == len(outputs)
+
+
+def _add_sums(output: Path) -> None:
+    """Add checksums to a corpus that was finished before there were any: they hold from now on. Raises OSError."""
+    path = output.with_name(output.name + ".json")
+    about = json.loads(path.read_text())
+    if "checksums" in about:
+        return
+    sums = Sums()
+    with open(f"{output}.bin", "rb") as tokens:
+        while chunk := tokens.read(1 << 20):
+            sums.add(chunk)
+    _write_json(path, {**about, "checksums": write_sums(output, sums)})
 
 
 def _refuse_strangers(outputs: dict[str, Path], folder: Path) -> None:
@@ -244,9 +261,10 @@ def _merge(
         if total["num_documents"] == 0:
             fix = "give more text or another valid_percent=" if settings.valid_percent else "check input="
             raise ValueError(f"{outputs[split]}: no document is left for this corpus; {fix}")
+    sums = {}
     for split, output in outputs.items():
         parts = [Path(f"{task.part}.{split}") for task in tasks]
-        _concatenate(parts, settings.dtype, temporary=folder / f"merged_{split}", output=output)
+        sums[split] = _concatenate(parts, settings.dtype, temporary=folder / f"merged_{split}", output=output)
     for split, output in outputs.items():
         description = {
             "tokenizer_sha256": settings.tokenizer_sha256,
@@ -258,25 +276,32 @@ def _merge(
             "text_key": settings.text_key,
             "sources": _sources(tasks),
             "fingerprint": fingerprint,
+            "checksums": write_sums(output, sums[split]),
             "created_by": f"sbtrain prepare_data, format {_FORMAT}",
         }
         _write_json(output.with_name(output.name + ".json"), description)
 
 
-def _concatenate(parts: Sequence[Path], dtype: type, *, temporary: Path, output: Path) -> None:
-    """Join parts into OUTPUT.bin and .idx: whole files under another name first, renamed at the end."""
+def _concatenate(parts: Sequence[Path], dtype: type, *, temporary: Path, output: Path) -> Sums:
+    """Join parts into OUTPUT.bin and .idx: whole files under another name first, renamed at the end.
+
+    Returns the checksums of what was written to .bin, whatever the disk made of it.
+    """
     from parallel.mcore import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(f"{temporary}.bin", dtype=dtype)
+    builder, sums = IndexedDatasetBuilder(f"{temporary}.bin", dtype=dtype), Sums()
     for part in parts:
         with open(f"{part}.bin", "rb") as tokens:
-            shutil.copyfileobj(tokens, builder.data_file, 1 << 20)
+            while chunk := tokens.read(1 << 20):
+                builder.data_file.write(chunk)
+                sums.add(chunk)
     lengths = np.concatenate([np.fromfile(f"{part}.len", dtype=np.int32) for part in parts])
     builder.sequence_lengths = lengths.tolist()
     builder.document_indices = range(len(lengths) + 1)
     builder.finalize(f"{temporary}.idx")
     for ending in (".bin", ".idx"):
         os.replace(f"{temporary}{ending}", f"{output}{ending}")
+    return sums
 
 
 def _sources(tasks: Sequence[_Task]) -> list[dict]:

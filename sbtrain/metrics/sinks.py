@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from sbtrain.config.schema import LogConfig
@@ -26,6 +27,14 @@ class Sinks:
         """Hand one step's record to every sink."""
         for sink in self._sinks:
             sink.write(record)
+
+    def go_back(self, step: int) -> list[dict]:
+        """Records of `step` and later ones are made again. Returns those that metrics.jsonl had, and has no more.
+
+        wandb keeps the first record of a step that is made twice.
+        """
+        dropped = [sink.go_back(step) for sink in self._sinks if hasattr(sink, "go_back")]
+        return next((records for records in dropped if records is not None), [])
 
     def close(self) -> None:
         """Close every sink."""
@@ -61,29 +70,36 @@ def open_sinks(
     return Sinks(sinks)
 
 
-def open_jsonl(path: str | Path, resume_step: int = 1) -> JsonLines:
+def open_jsonl(path: str | Path, resume_step: int = 1, *, key: str = "step") -> JsonLines:
     """Open metrics.jsonl for appending from `resume_step` on: later steps and a torn last line are dropped first.
 
-    So after a resume no step appears twice. Raises ValueError when the file cannot be written.
+    So after a resume no step appears twice. key: what counts the lines of another file. Raises ValueError when the
+    file cannot be written.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if is_before(line, resume_step)]
-        if kept != lines:
-            staged = path.with_name(path.name + ".tmp")
-            staged.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(staged, path)
+        _drop_lines(path, resume_step, key)
         return JsonLines(path)
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-def is_before(line: str, step: int) -> bool:
+def _drop_lines(path: Path, step: int, key: str = "step") -> list[str]:
+    """Drop the lines of this step and later ones, and torn ones; returns them."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    kept = [line for line in lines if is_before(line, step, key)]
+    if kept != lines:
+        staged = path.with_name(path.name + ".tmp")
+        staged.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(staged, path)
+    return [line for line in lines if not is_before(line, step, key)]
+
+
+def is_before(line: str, step: int, key: str = "step") -> bool:
     """Whether a line of metrics.jsonl is whole and belongs to an earlier step."""
     try:
-        return json.loads(line)["step"] < step
+        return json.loads(line)[key] < step
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -107,6 +123,16 @@ class JsonLines:
             self._file.flush()
         except OSError as error:
             raise unwritable(self._path, error) from error
+
+    def go_back(self, step: int) -> list[dict]:
+        """Drop the records of `step` and later ones from the file; returns them. Raises ValueError where it cannot."""
+        self._file.close()
+        try:
+            dropped = _drop_lines(self._path, step)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+        return [json.loads(line) for line in dropped]
 
     def close(self) -> None:
         """Close the file."""
@@ -155,12 +181,18 @@ class TensorBoard:
             raise ValueError(
                 "log.tensorboard: tensorboard is not installed; pip install tensorboard, or set log.tensorboard=false"
             ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step if resume_step > 1 else None)
+        self._new_writer = partial(SummaryWriter, str(folder))
+        self._writer = self._new_writer(purge_step=resume_step if resume_step > 1 else None)
 
     def write(self, record: dict) -> None:
         """Add every number of the record as a scalar at its step."""
         for key, value in scalars(record).items():
             self._writer.add_scalar(key, value, global_step=record["step"])
+
+    def go_back(self, step: int) -> None:
+        """Steps from this one on are written again, in another event file."""
+        self._writer.close()
+        self._writer = self._new_writer(purge_step=step)
 
     def close(self) -> None:
         """Flush and close the event file."""

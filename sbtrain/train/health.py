@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, median_low
@@ -19,13 +19,21 @@ from statistics import median, median_low
 import torch
 import torch.distributed as dist
 
+from parallel.collectives import together
 from parallel.mesh import Mesh
 from parallel.pace import Pace
 from parallel.place import primitive
+from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.config.schema import WatchConfig
 
-KEPT, LEAST = 5, 3
-"""Measurements whose median counts, and the fewest that say that a rank is slow."""
+KEPT, LEAST = 8, 6
+"""Measurements whose lower quartile is usual for a rank, and the fewest that say that a rank is slow.
+
+A slow rank is slow nearly always. One that is late by chance in a tenth of the steps has a high median now and then,
+and among many ranks some always do.
+"""
+_BACK = 0.5
+"""What was told is over when it is so far back from its limit to what is usual: figures near a limit are told once."""
 _WARM_UP_STEPS = 2
 """Steps after a start in which ranks compile and tune kernels, each in its time."""
 
@@ -52,7 +60,10 @@ class Health:
         checkpoint_bytes: int = 0,
         keep_clocks: Callable[[dict[str, float]], None] | None = None,
     ):
-        """checkpoint_bytes: of the next checkpoint. keep_clocks: told each host's clock, in seconds from the median."""
+        """checkpoint_bytes: of the next checkpoint. keep_clocks: told each host's clock, in seconds from the median.
+
+        keep_clocks is called on all ranks alike.
+        """
         self._rules, self._run_dir = rules, Path(run_dir)
         self._checkpoint_bytes, self._keep_clocks = checkpoint_bytes, keep_clocks
         self._said: set = set()
@@ -61,7 +72,8 @@ class Health:
     def begin(self, mesh: Mesh) -> None:
         """Begin a stage, whose ranks stand for other parts of the model than before. Collective."""
         self._device, self._num_steps = mesh.device, 0
-        self._ratios: list[deque] = [deque(maxlen=KEPT) for _ in range(mesh.world_size)]
+        self._said -= {said for said in self._said if isinstance(said, tuple)}  # ranks of another layout
+        self._seconds: list[deque] = [deque(maxlen=KEPT) for _ in range(mesh.world_size)]
         self._clocks: dict[str, deque] = defaultdict(lambda: deque(maxlen=KEPT))
         ranks = [None] * mesh.world_size
         with primitive("names of hosts"):
@@ -90,19 +102,25 @@ class Health:
         return {**self._judge_pace(ranks), **self._judge_room(ranks), **self._judge_clocks(ranks)}
 
     def _judge_pace(self, ranks: list[Measured]) -> dict:
-        """Compute time over the median of the ranks with the same layers, then the median over measurements."""
-        for rank, kind in enumerate(self._kinds):
-            like = [ranks[other].compute_s for other, theirs in enumerate(self._kinds) if theirs == kind]
-            self._ratios[rank].append(ranks[rank].compute_s / max(median_low(like), 1e-9))
-        ratios = [median(kept) for kept in self._ratios]
+        """Each rank's usual compute time, over the median one of the ranks with the same layers."""
+        usual = []
+        for kept, rank in zip(self._seconds, ranks, strict=True):
+            kept.append(rank.compute_s)
+            usual.append(sorted(kept)[len(kept) // 4])
+        ratios = []
+        for seconds, kind in zip(usual, self._kinds):
+            like = [theirs for theirs, other in zip(usual, self._kinds) if other == kind]
+            ratios.append(seconds / max(median_low(like), 1e-9))
         slowest = max(range(len(ratios)), key=ratios.__getitem__)
+        limit = self._rules.slow_ratio
         for rank, ratio in enumerate(ratios):
-            slow = ratio >= self._rules.slow_ratio and len(self._ratios[rank]) >= LEAST
             self._tell(
                 ("slow", rank),
-                slow,
+                ratio >= limit and len(self._seconds[rank]) >= LEAST,
                 f"slow rank: rank {rank} (host {self._hosts[rank]}) computes {ratio:.2f} times as long as the ranks "
-                f"with the same layers, without collectives (median of {len(self._ratios[rank])} measurements)",
+                f"with the same layers, without collectives (watch.slow_ratio={limit:g}), in most of the last "
+                f"{len(self._seconds[rank])} measurements",
+                is_over=ratio < 1 + _BACK * (limit - 1),
                 over=f"rank {rank} (host {self._hosts[rank]}) is no longer slow: {ratio:.2f} times as long as its like",
             )
         return {
@@ -118,22 +136,31 @@ class Health:
             self._tell(
                 "disk",
                 free < 2 * self._checkpoint_bytes,
-                f"disk: {free / 1e9:.1f} GB are free in {self._run_dir}, and a checkpoint needs "
+                f"disk: {free / 1e9:.1f} GB are free in {self._run_dir}, less than two checkpoints of "
                 f"{self._checkpoint_bytes / 1e9:.1f} GB; free some space, or the run stops when it cannot save",
+                is_over=free >= 3 * self._checkpoint_bytes,
             )
         shares = [rank.memory_share for rank in ranks]
-        if all(math.isfinite(share) for share in shares):
-            fullest = max(range(len(shares)), key=shares.__getitem__)
-            found["memory_share"] = shares[fullest]
-            retries = int(max(rank.num_retries for rank in ranks))
+        if not all(math.isfinite(share) for share in shares):
+            return found
+        fullest = max(range(len(shares)), key=shares.__getitem__)
+        advice = "a smaller micro_batch, more recompute or another layout keeps away from the limit"
+        self._tell(
+            "memory",
+            shares[fullest] >= self._rules.memory_share,
+            f"memory: rank {fullest} (host {self._hosts[fullest]}) has used {shares[fullest]:.1%} of its GPU "
+            f"(watch.memory_share={self._rules.memory_share:g}); {advice}",
+            is_over=False,  # it is the most since the stage began
+        )
+        shortest = max(range(len(ranks)), key=lambda rank: ranks[rank].num_retries)
+        if (retries := int(ranks[shortest].num_retries)) > 0:
             self._tell(
-                "memory",
-                shares[fullest] >= self._rules.memory_share or retries > 0,
-                f"memory: rank {fullest} (host {self._hosts[fullest]}) has used {shares[fullest]:.1%} of its GPU, and "
-                f"a rank had to empty its cache {retries} times; a smaller micro_batch, more recompute or another "
-                "layout keeps away from the limit",
+                "retries",
+                True,
+                f"memory: rank {shortest} (host {self._hosts[shortest]}) was short of memory {retries} times and had "
+                f"to empty its cache, which takes time; {advice}",
             )
-        return found
+        return {**found, "memory_share": shares[fullest]}
 
     def _judge_clocks(self, ranks: list[Measured]) -> dict:
         """Each host's clock against the median: half of the spread of a collective is the error."""
@@ -147,19 +174,32 @@ class Health:
         new = self._tell(
             "clocks",
             spread >= self._rules.clock_skew_s,
-            f"clocks: host {ahead} is {spread:.1f} s ahead of host {behind}; set both by the same time server",
+            f"clocks: host {ahead} is {spread:.1f} s ahead of host {behind} "
+            f"(watch.clock_skew_s={self._rules.clock_skew_s:g}); set both by the same time server",
+            is_over=spread < _BACK * self._rules.clock_skew_s,
         )
         if self._keep_clocks is not None and (new or len(self._clocks[ahead]) == 1):
             self._keep_clocks({host: round(skew, 3) for host, skew in skews.items()})
         return {"clock_skew_s": spread}
 
-    def _tell(self, key, is_so: bool, text: str, *, over: str = "") -> bool:
-        """Print text when it has become so, and over when it is so no longer. Returns whether it has become so."""
+    def _tell(self, key, is_so: bool, text: str, *, is_over: bool = False, over: str = "") -> bool:
+        """Print text when it has become so, and over when it is over. Returns whether it has become so.
+
+        Between the two, what was said holds.
+        """
         before = key in self._said
-        (self._said.add if is_so else self._said.discard)(key)
-        if before != is_so and dist.get_rank() == 0 and (text if is_so else over):
-            print(f"warning: {text}" if is_so else over, flush=True)
+        if is_so and not before:
+            self._say(f"warning: {text}")
+            self._said.add(key)
+        elif before and not is_so and is_over:
+            self._say(over)
+            self._said.discard(key)
         return is_so and not before
+
+    @staticmethod
+    def _say(text: str) -> None:
+        if text and dist.get_rank() == 0:
+            print(text, flush=True)
 
     def _of_all(self, numbers: list[float]) -> list[list[float]]:
         """The numbers of every rank."""
@@ -185,3 +225,20 @@ class Health:
             return float(shutil.disk_usage(self._run_dir).free)
         except OSError:
             return math.nan
+
+
+def keep_clocks(ledger: Ledger, check_lock: Callable[[], None], skews_s: dict[str, float]) -> None:
+    """Keep in the ledger how far each host's clock is from their median. Collective.
+
+    check_lock(): raises ValueError where another job has taken the run directory over; so does this then, on all
+    ranks. A disk that is full stops no run for this.
+    """
+
+    def keep() -> None:
+        first = dist.get_rank() == 0
+        if first:
+            check_lock()
+        with suppress(OSError):
+            ledger.record_clocks(skews_s, write=first)
+
+    together(keep)

@@ -13,6 +13,7 @@ from sbtrain.config.schema import Stage
 from sbtrain.data.loader import Loader
 from sbtrain.metrics.meter import Meter
 from sbtrain.metrics.sinks import Sinks
+from sbtrain.train.rollback import Rollback
 from sbtrain.train.schedule import learning_rate
 from sbtrain.train.watch import Watch
 
@@ -27,6 +28,7 @@ def train(
     meter: Meter,
     sinks: Sinks,
     watch: Watch,
+    rollback: Rollback,
 ) -> tuple[RunState, bool]:
     """Train to the end of the stage's budget. Returns the state, saved, and False if it had to stop early."""
     finished = True
@@ -53,7 +55,9 @@ def train(
                 extra={**engine.metrics, **watch.metrics},
             )
         )
-        if watch.must_stop() and state.stage_tokens < stage.tokens:
+        must_stop = watch.must_stop()
+        state = rollback.settle(state)
+        if must_stop and state.stage_tokens < stage.tokens:
             finished = False
             break
         if watch.save_due(state):

@@ -39,6 +39,8 @@ class Watch:
         self.health = Health(rules, run_dir, checkpoint_bytes=checkpoint_bytes, keep_clocks=keep_clocks)
         self.metrics: dict = {}
         """What metrics.jsonl says of the newest step that was checked."""
+        self.spiked = False
+        """Whether any rank saw a spike to go back from, when all were last asked (must_stop)."""
         self.save_every_steps, self._device = save_every_steps, device
         self._signal: int | None = None
         self._previous: dict = {}
@@ -61,14 +63,13 @@ class Watch:
         return "stopped by another rank" if self._signal is None else signal.Signals(self._signal).name
 
     def must_stop(self) -> bool:
-        """Whether any rank was told to stop. Collective: all ranks get the same answer."""
-        return self._any(self._signal is not None)
-
-    def _any(self, here: bool) -> bool:
-        flag = torch.tensor(int(here), device=self._device)
+        """Whether any rank was told to stop. Collective: all ranks get the same answer, and the same `spiked`."""
+        flags = torch.tensor([self._signal is not None, self.numbers.spiked], dtype=torch.int32, device=self._device)
         with primitive("signals"):
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            return bool(flag)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            stop, spiked = flags.tolist()
+        self.spiked = bool(spiked)
+        return bool(stop)
 
     def save_due(self, state: RunState) -> bool:
         """Whether the interval asks for a checkpoint after this step."""
@@ -88,10 +89,15 @@ class Watch:
     ) -> None:
         """Judge the step that led to state, the same on all ranks; metrics says how. Collective.
 
-        origin: where its batch came from, asked where the step was skipped. Raises ArithmeticError when too many were.
+        origin: where its batch came from, asked where the step was skipped. Raises ValueError when too many were.
         """
         numbers = self.numbers.check(state, loss=loss, grad_norm=grad_norm, origin=origin)
         self.metrics = {**numbers, **self.health.check()}
+
+    def go_back(self, spiked: RunState, restored: RunState, about: dict) -> None:
+        """Go on from an earlier state: see sbtrain.train.numbers. Collective."""
+        self.spiked = False
+        self.numbers.go_back(spiked, restored, about)
 
     def state_dict(self) -> dict:
         """What begin finds in a checkpoint's RunState."""

@@ -10,6 +10,7 @@ from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from sbtrain.config.load import load
 from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig
 from sbtrain.config.rules import check, check_training, check_world, layout_problem, smallest_world
+from sbtrain.config.schema import OnSpike
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,8 @@ REFUSALS = [
     ({"watch.max_skipped_steps": 100}, ["watch.max_skipped_steps=100", "watch.window_steps=100", "less than that"]),
     ({"watch.window_steps": 5}, ["watch.window_steps=5", "20 or more"]),
     ({"watch.spike_score": float("nan")}, ["watch.spike_score=nan"]),
+    ({"watch.max_rollbacks": 0}, ["watch.max_rollbacks=0", "give 1 or more"]),
+    ({"watch.on_spike": OnSpike.rollback, "watch.spike_score": 0.0}, ["watch.on_spike=rollback", "watch.spike_score"]),
     ({"watch.measure_every_steps": -2}, ["watch.measure_every_steps=-2"]),
     ({"watch.slow_ratio": 1.0}, ["watch.slow_ratio=1.0", "1.01 or more"]),
     ({"watch.memory_share": 95.0}, ["watch.memory_share=95.0", "more than 0, up to 1"]),

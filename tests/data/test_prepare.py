@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import pytest
 from sbtrain.data import inputs
 from sbtrain.data import prepare as module
 from sbtrain.data.prepare import prepare
+from sbtrain.data.source import open_corpus
 from tiny_corpus import EOS, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +87,23 @@ def test_every_kind_of_input(tmp_path, folder, kind):
     assert about["num_bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert (about["eos_id"], about["vocab_size"]) == (EOS, 260)
     assert str(tmp_path) not in made.read_text()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["c.bin", "c.idx", "c.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["c.bin", "c.crc", "c.idx", "c.json"]
+
+
+def test_checksums_are_of_what_was_written_and_are_added_to_older_corpora(tmp_path, folder):
+    source, prefix = write_jsonl(tmp_path / "a.jsonl", TEXTS * 9000), tmp_path / "c"
+    (made,) = prepare([source], prefix, tokenizer=folder, progress=False, slice_bytes=2**17)
+    corpus, raw = open_corpus(str(prefix)), (tmp_path / "c.bin").read_bytes()
+    assert corpus.is_sealed and len(raw) > 2 * 65536
+    assert corpus.read(corpus.num_documents - 1, 0, 2).tolist() == expected_documents(TEXTS)[-1][:2]
+    sums, about = (tmp_path / "c.crc").read_bytes(), made.read_text()
+    assert sums == b"".join(zlib.crc32(raw[n : n + 65536]).to_bytes(4, "little") for n in range(0, len(raw), 65536))
+    (tmp_path / "c.crc").unlink()
+    made.write_text(json.dumps({key: value for key, value in json.loads(about).items() if key != "checksums"}))
+    assert not open_corpus(str(prefix)).is_sealed
+    for _ in range(2):
+        prepare([source], prefix, tokenizer=folder, progress=False, slice_bytes=2**17)
+        assert (tmp_path / "c.crc").read_bytes() == sums and json.loads(made.read_text()) == json.loads(about)
 
 
 def test_megatron_reads_it(tmp_path, folder):
@@ -254,7 +272,7 @@ def test_no_space_left_is_one_line_and_keeps_the_parts(tmp_path, folder, monkeyp
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.shutil, "copyfileobj", full)
+    monkeypatch.setattr(module, "write_sums", full)
     with pytest.raises(ValueError, match="no space left for .*c; free some and repeat"):
         prepare([path], tmp_path / "c", tokenizer=folder, slice_bytes=1000, progress=False)
     assert list((tmp_path / "c.parts").glob("*.json"))

@@ -49,6 +49,20 @@ def test_jsonl_resume_leaves_every_step_once(tmp_path):
     assert path.read_text() == ""
 
 
+def test_a_run_that_goes_back_writes_steps_again(tmp_path):
+    log = LogConfig(tensorboard=True)
+    sinks = open_sinks(log, tmp_path, name="n", num_steps=4, num_tokens=2048)
+    for number in (1, 2, 3):
+        sinks.write(step(number))
+    assert [record["step"] for record in sinks.go_back(2)] == [2, 3]
+    sinks.write(step(2, loss=9.0))
+    sinks.close()
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] == 9.0
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert open_sinks(log, tmp_path, name="n", num_steps=4, num_tokens=2048, rank=1).go_back(1) == []
+
+
 def test_jsonl_is_strict_json_and_exact(tmp_path):
     sink = open_jsonl(tmp_path / "metrics.jsonl")
     sink.write(step(1, loss=float("nan"), grad_norm=0.1 + 0.2, load={"max": float("inf")}))

@@ -9,8 +9,8 @@ import pytest
 
 from parallel.mesh import start_distributed
 from sbtrain.checkpoint.state import RunState
-from sbtrain.config.schema import WatchConfig
-from sbtrain.train.numbers import FILE, LEAST_LOSSES, Numbers
+from sbtrain.config.schema import OnSpike, WatchConfig
+from sbtrain.train.numbers import FILE, LEAST_LOSSES, ROLLBACKS, Numbers
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_skipped_steps_are_listed_and_those_done_again_replaced(tmp_path, capsys
     said = judged(begun(tmp_path), [3.0, math.inf, 3.0, math.nan], origin=origin)
     assert [one.get("skipped", False) for one in said] == [False, True, False, True]
     assert "step 2 of stage a: loss inf, gradient norm 1.0: skipped, no. 1 of the run" in capsys.readouterr().out
-    judged(begun(tmp_path), [math.nan], first=4)
+    judged(begun(tmp_path, RunState(stage="a", step=3)), [math.nan], first=4)
     entries = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
     assert [(entry["step"], entry["loss"], entry.get("first_sample")) for entry in entries] == [
         (2, "inf", 8),
@@ -87,6 +87,51 @@ def test_too_many_in_the_window_stop_the_run(tmp_path):
     rules = dict(max_skipped_steps=2, window_steps=20)
     sparse = [math.nan if step % 10 == 0 else 3.0 for step in range(60)]
     assert judged(begun(tmp_path, **rules), sparse)[-1]["skipped_steps"] == 6
-    with pytest.raises(ArithmeticError, match=r"step 4 of stage a: loss nan.*3 of the last 20 steps.*schedule\.lr"):
+    with pytest.raises(ValueError, match=r"step 4 of stage a: loss nan.*3 of the last 20 steps.*schedule\.lr"):
         judged(begun(tmp_path, **rules), [math.nan, math.nan, 3.0, math.nan])
     assert len((tmp_path / FILE).read_text().splitlines()) == 3
+
+
+def test_files_say_nothing_of_steps_that_are_done_again(tmp_path):
+    """A start from step 3 does step 4 again, which may go another way this time."""
+    first = begun(tmp_path, on_spike=OnSpike.rollback)
+    judged(first, [3.0, math.nan, 3.0, math.nan])
+    first.go_back(RunState(stage="a", step=4), RunState(stage="a", step=1), {"records": [1]})
+    assert not (tmp_path / FILE).read_text()  # steps 2 and 4 are gone back from
+    judged(first, [math.nan, 3.0], first=2)
+    kept = RunState(stage="a", step=3, watch=json.loads(json.dumps(first.state_dict())))
+    assert (kept.watch["num_rollbacks"], kept.watch["rollbacks"], kept.watch["num_skipped"]) == (1, [1], 1)
+    first.go_back(RunState(stage="a", step=5), RunState(stage="a", step=1), {"records": [2]})
+    begun(tmp_path, kept)
+    entries = [json.loads(line) for line in (tmp_path / ROLLBACKS).read_text().splitlines()]
+    assert [(entry["rollback"], entry["step"], entry["from_step"], entry["records"]) for entry in entries] == [
+        (1, 1, 4, [1])
+    ]
+    begun(tmp_path)
+    assert not (tmp_path / ROLLBACKS).read_text()
+
+
+def test_rollbacks_of_long_ago_do_not_count(tmp_path):
+    numbers = begun(tmp_path, window_steps=20, max_rollbacks=2)
+    for restored in (10, 10, 40, 40):
+        numbers.check_rollbacks(RunState(stage="a", step=restored + 2))
+        numbers.go_back(RunState(stage="a", step=restored + 2), RunState(stage="a", step=restored), {})
+    with pytest.raises(ValueError, match=r"step 45 of stage a: .* after 2 rollbacks in the last 20.*on_spike=tell"):
+        numbers.check_rollbacks(RunState(stage="a", step=45))
+    numbers.check_rollbacks(RunState(stage="a", step=61))
+
+
+def skip_where_nothing_can_be_written(rank: int, folder: str) -> str:
+    """What a skipped step raises on this rank."""
+    numbers = begun(folder)
+    try:
+        numbers.check(RunState(stage="a", step=1), loss=math.nan, grad_norm=1.0, origin=None)
+    except ValueError as error:
+        return str(error)
+
+
+def test_what_rank_0_cannot_write_ends_all_ranks(tmp_path, run_ranks):
+    """They would wait for it otherwise."""
+    (tmp_path / "run").write_text("a file where the folder should be")
+    first, second = run_ranks(2)(skip_where_nothing_can_be_written, tmp_path / "run")
+    assert first == second and f"{FILE}: cannot write" in first

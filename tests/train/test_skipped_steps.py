@@ -40,7 +40,7 @@ def test_the_run_goes_on_and_says_which_samples_it_skipped(whole):
     assert (root / "whole/report/index.html").exists()
 
 
-@pytest.mark.parametrize("stop", [3, 9])
+@pytest.mark.parametrize("stop", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_resume_behind_a_skipped_step_is_bitwise(whole, run_ranks, stop):
     root, steps = whole
     recipe = tiny_recipe(root, f"stop_{stop}")

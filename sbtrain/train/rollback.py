@@ -1,0 +1,92 @@
+"""Rollback: where the loss has spiked, the run goes back to an earlier state and on with the samples behind the spike.
+
+Weights, optimizer, schedule and step count are those of the earlier state. The data is not: none of the samples since
+then is read again, those of the spike included. PaLM did so about 20 times: the same weights with other data, or the
+same data with other weights, did not spike (Chowdhery et al., "PaLM", 2022, section 5.1). There the first of the
+skipped batches lay some 100 steps before the spike; here it lies as far back as the state that is gone back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from parallel.collectives import together
+from parallel.engine import Engine
+from parallel.place import section
+from sbtrain.checkpoint.manifest import fault
+from sbtrain.checkpoint.state import RunState
+from sbtrain.checkpoint.store import Store, read_state
+from sbtrain.data.loader import Loader
+from sbtrain.metrics.meter import Meter
+from sbtrain.metrics.sinks import Sinks
+from sbtrain.train.watch import Watch
+
+
+class Rollback:
+    """Of one stage, whose loader, meter and logs it knows."""
+
+    def __init__(
+        self, restore: Callable[[], RunState | None], *, watch: Watch, loader: Loader, meter: Meter, sinks: Sinks
+    ):
+        """restore(): put the engine back and return its state, in this stage, or None where there is none to go to.
+
+        Collective; it may raise ValueError, on all ranks alike.
+        """
+        self._restore, self._watch, self._loader, self._meter, self._sinks = restore, watch, loader, meter, sinks
+
+    def settle(self, state: RunState) -> RunState:
+        """The state to go on from: this one, or an earlier one if its step was a spike. Call it after watch.must_stop.
+
+        Collective. Raises ValueError where the run has gone back too often, or what it goes back to is damaged.
+        """
+        if not self._watch.spiked:
+            return state
+        self._watch.numbers.check_rollbacks(state)
+        with section("rollback", patient=True):
+            restored = self._restore()
+        if restored is None:
+            _say("no checkpoint of this run can be gone back to yet; it goes on")
+            return state
+        num_steps = state.step - restored.step
+        samples = self._loader.last_samples(num_steps)
+        records = together(lambda: self._sinks.go_back(restored.step + 1))
+        self._watch.go_back(state, restored, {**samples, "records": records})
+        _say(
+            f"back to step {restored.step} from step {state.step} of stage {state.stage}: rollback no. "
+            f"{self._watch.numbers.num_rollbacks} of the run; the {samples['num_samples']} samples of these "
+            f"{num_steps} steps, from no. {samples['first_sample']} on, are left out"
+        )
+        self._meter.restart_clock()
+        return replace(restored, loader=None)
+
+
+def newest_checkpoint(stage: str, engine: Engine, store: Store) -> RunState | None:
+    """Put the engine back to the newest checkpoint, for a Rollback. Collective.
+
+    stage: the one that is being trained. None, and nothing is changed, where there is no checkpoint or one without an
+    optimizer, from a conversion. Raises ValueError where it is not whole any more.
+    """
+    folder = store.ledger.checkpoint
+    if folder is None or together(lambda: read_state(folder))["parts"] == ["model"]:
+        return None
+    together(lambda: _check(folder))
+    if engine.mesh.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the steps held is in no piece that fits
+    state = store.restore(engine)
+    engine.trained(state.tokens)
+    return state if state.stage == stage else state.entering(stage)
+
+
+def _check(folder) -> None:
+    problem = fault(folder, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+    if problem:
+        raise ValueError(f"{folder}: {problem}; start the same command again, it goes on from the checkpoint before")
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"warning: {text}", flush=True)

@@ -1,0 +1,93 @@
+"""An engine that goes back to a checkpoint while it is in use trains on bit by bit as it did from there."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from expert_checkpoint_case import state_of
+from layout_case import build_engine, overlapped, packed_rows, small_model
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+from sbtrain.checkpoint.ledger import Ledger
+from sbtrain.checkpoint.state import RunState
+from sbtrain.checkpoint.store import Store
+from sbtrain.config.model_schema import MoEConfig, RouterScore
+from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
+from sbtrain.train.rollback import newest_checkpoint
+
+MOE = MoEConfig(
+    num_experts=8, top_k=2, expert_ffn_size=24, score=RouterScore.sigmoid, bias_update_rate=0.01, aux_loss_coeff=0.05
+)
+EXPERTS = small_model(pattern="L S F:m L:m", moe=MOE)
+HOT = ExpertsConfig(max_copies=2, copy_above=1.2, release_below=0.8)
+STEPS = [packed_rows(4, 48, 120, seed=seed) for seed in (1, 2, 3, 4)]
+
+
+def go_back(rank: int, layout: Layout, model, experts, is_overlapped: bool, folder: str) -> list:
+    """Train two steps, save, and train two more, twice: (losses and norms, state) of both ways."""
+    with ExitStack() as stack:
+        mesh = stack.enter_context(Mesh.build(layout))
+        stack.enter_context(overlapped() if is_overlapped else nullcontext())
+        engine = build_engine(model, mesh, seq_len=48, experts=experts)
+        stack.callback(engine.close)
+        store = Store(Path(folder), Ledger(Path(folder)), keep_last=0, op_table={"hash": "0"})
+        assert newest_checkpoint("a", engine, store) is None
+        train(engine, STEPS[:2])
+        store.save(engine, RunState(stage="a", step=2, stage_tokens=7))
+        first = train(engine, STEPS[2:]), state_of(engine)
+        assert newest_checkpoint("a", engine, store) == RunState(stage="a", step=2, stage_tokens=7)
+        again = train(engine, STEPS[2:]), state_of(engine)
+        assert newest_checkpoint("b", engine, store) == RunState(stage="b", step=2)
+        return [first, again]
+
+
+def train(engine, steps: list) -> list:
+    mesh = engine.mesh
+    return [(engine.forward_backward(rows[mesh.dp_rank :: mesh.dp]).mean, engine.step(lr=1e-2)) for rows in steps]
+
+
+CASES = {
+    "pp2": (2, Layout(pp=2), small_model(), PLAIN, True),
+    "sp2": (2, Layout(sp=2), small_model(), PLAIN, False),
+    "ep2_hot": (2, Layout(ep=2), EXPERTS, HOT, True),
+    "tp2_dp2": (4, Layout(tp=2), small_model(), PLAIN, True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_steps_again_are_the_same(name, tmp_path, run_ranks):
+    num_ranks, *case = CASES[name]
+    for first, again in run_ranks(num_ranks)(go_back, *case, str(tmp_path)):
+        assert first[0] == again[0] and first[1]["steps"] == again[1]["steps"] == {4}
+        for part in ("weights", "optimizer", "buffers"):
+            assert first[1][part].keys() == again[1][part].keys()
+            for key, tensor in first[1][part].items():
+                assert torch.equal(tensor, again[1][part][key]), key
+
+
+def damaged(rank: int, folder: str) -> str:
+    """What a rank says where the checkpoint to go back to is not whole any more."""
+    with ExitStack() as stack:
+        mesh = stack.enter_context(Mesh.build(Layout()))
+        engine = build_engine(small_model(), mesh, seq_len=48)
+        stack.callback(engine.close)
+        store = Store(Path(folder), Ledger(Path(folder)), keep_last=0, op_table={"hash": "0"})
+        store.save(engine, RunState(stage="a", step=2))
+        if rank == 0:
+            path = max((Path(folder) / "checkpoints/step_2").glob("__0_*.distcp"))
+            raw = bytearray(path.read_bytes())
+            raw[len(raw) // 2] ^= 1
+            path.write_bytes(raw)
+        torch.distributed.barrier()
+        with pytest.raises(ValueError) as caught:
+            newest_checkpoint("a", engine, store)
+        return str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path, run_ranks):
+    first, second = run_ranks(2)(damaged, str(tmp_path))
+    assert first == second and "step_2: __0_" in first and "has not the checksum" in first and "start the same" in first

@@ -1,0 +1,127 @@
+"""A run whose loss spikes goes back to the newest checkpoint, past the samples since then, and resumes bit by bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from run_case import curve, run_until, tiny_recipe, write_inputs
+from sbtrain.checkpoint.run_dir import Exit
+from sbtrain.data.loader import Loader
+from sbtrain.train import numbers
+
+ROLLBACK = ("watch.on_spike=rollback", "watch.window_steps=20", "watch.measure_every_steps=1")
+STAGES = ("stages.ctx_32.tokens=1280", "evaluation.tokens=0")
+TWO_STAGES, ONE_STAGE = (*STAGES, "stop_after=ctx_64"), (*STAGES, "stop_after=ctx_32")
+
+
+def run_spiking(rank: int, recipe, spikes: list[int], stop_at_step: int | None = None, *, start_at=None) -> int:
+    """Run the recipe; rank 0 alone sees a loss that spikes where the loader of a stage stands at one of `spikes`.
+
+    spikes: samples consumed by a stage. The first stage's are too few for scores otherwise: 4 losses suffice here.
+    start_at: samples that the loader goes on with instead of what the checkpoint says.
+    """
+    check, load, least = numbers.Numbers.check, Loader.load_state_dict, numbers.LEAST_LOSSES
+    next_step, at = Loader.next_step, {}
+
+    def check_spiking(self, state, *, loss, grad_norm, origin):
+        spiking = rank == 0 and at["samples"] in spikes and state.stage == "ctx_32"
+        return check(self, state, loss=loss + 9 * spiking, grad_norm=grad_norm, origin=origin)
+
+    def note_and_next(self):
+        rows = next_step(self)
+        at["samples"] = self.num_samples
+        return rows
+
+    def load_elsewhere(self, state):
+        load(self, state if start_at is None else {**state, "num_samples": start_at})
+
+    numbers.Numbers.check, numbers.LEAST_LOSSES = check_spiking, 4
+    Loader.next_step, Loader.load_state_dict = note_and_next, load_elsewhere
+    try:
+        return run_until(rank, recipe, stop_at_step)
+    finally:
+        numbers.Numbers.check, numbers.LEAST_LOSSES = check, least
+        Loader.next_step, Loader.load_state_dict = next_step, load
+
+
+def rollbacks(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "rollbacks.jsonl").read_text().splitlines()]
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def gone_back(tmp_path_factory, run_ranks):
+    """Ten steps of 4 samples, checkpoints at 3, 6, 9; the step that consumes samples 28 to 31, the 8th, spikes."""
+    root = tmp_path_factory.mktemp("rollback")
+    write_inputs(root)
+    assert run_ranks(2)(run_spiking, tiny_recipe(root, "whole", *TWO_STAGES, *ROLLBACK), [32]) == [Exit.DONE] * 2
+    return root, curve(root / "whole")
+
+
+def test_it_is_the_run_from_there_with_other_samples(gone_back, run_ranks):
+    root, steps = gone_back
+    recipe = tiny_recipe(root, "by_hand", *ONE_STAGE, "watch.window_steps=20")
+    assert run_ranks(2)(run_spiking, recipe, [], 6) == [Exit.REQUEUE] * 2
+    assert curve(root / "by_hand") == steps[:6]
+    assert run_ranks(2)(run_spiking, recipe, [], start_at=32) == [Exit.DONE] * 2
+    assert curve(root / "by_hand") == steps[:10]
+    assert [step[0] for step in steps] == list(range(1, 15))
+
+
+def test_what_it_says(gone_back):
+    root, steps = gone_back
+    found = records(root / "whole")
+    assert [record.get("rollbacks", 0) for record in found] == [0] * 6 + [1] * 8
+    assert [record["step"] for record in found if "rolled_back_from_step" in record] == [7]
+    (said,) = rollbacks(root / "whole")
+    assert [said[key] for key in ("rollback", "step", "from_step", "stage")] == [1, 6, 8, "ctx_32"]
+    assert (said["first_sample"], said["num_samples"]) == (24, 8)
+    assert [record["step"] for record in said["records"]] == [7, 8]
+    assert said["records"][1]["loss_score"] > 6 and said["records"][1]["tokens"] == steps[7][1]
+
+
+@pytest.mark.parametrize("stop", [8, 10])
+def test_interrupted_at_or_after_it_is_the_same_run(gone_back, run_ranks, stop):
+    """At 8 the signal comes with the spike: nothing is saved, and the next start meets the spike again."""
+    root, steps = gone_back
+    recipe = tiny_recipe(root, f"stop_{stop}", *ONE_STAGE, *ROLLBACK)
+    assert run_ranks(2)(run_spiking, recipe, [32], stop) == [Exit.REQUEUE if stop == 8 else Exit.DONE] * 2
+    assert json.loads((root / f"stop_{stop}/ledger.json").read_text())["step"] == (6 if stop == 8 else 10)
+    assert run_ranks(2)(run_spiking, tiny_recipe(root, f"stop_{stop}", *TWO_STAGES, *ROLLBACK), [32]) == [Exit.DONE] * 2
+    assert curve(root / f"stop_{stop}") == steps
+    ours, theirs = rollbacks(root / f"stop_{stop}"), rollbacks(root / "whole")
+    for said in (*ours, *theirs):
+        said["records"] = [(record["step"], record["loss"], record["loss_score"]) for record in said["records"]]
+    assert ours == theirs
+
+
+def test_after_too_many_the_run_stops_and_so_does_the_next_start(gone_back, run_ranks):
+    root, _ = gone_back
+    recipe = tiny_recipe(root, "stops", *ONE_STAGE, *ROLLBACK, "watch.max_rollbacks=2")
+    every = list(range(32, 80, 4))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"step 7 of stage ctx_32: .*after 2 rollbacks .*watch\.max_rollbacks"):
+            run_ranks(2)(run_spiking, recipe, every)
+        said = rollbacks(root / "stops")
+        assert [(one["step"], one["from_step"], one["first_sample"]) for one in said] == [(6, 8, 24), (6, 7, 32)]
+        assert json.loads((root / "stops/ledger.json").read_text())["step"] == 6
+
+
+@pytest.mark.parametrize("every_steps", [0, 3])
+def test_one_rank_goes_back_as_two_do_and_without_a_checkpoint_not_at_all(gone_back, run_ranks, every_steps):
+    root, steps = gone_back
+    one_rank = (f"checkpoint.every_steps={every_steps}", "stages.ctx_64.layout.pp=1", "stages.ctx_128.layout.sp=1")
+    recipe = tiny_recipe(root, f"alone_{every_steps}", *ONE_STAGE, *ROLLBACK, *one_rank)
+    assert run_ranks(1)(run_spiking, recipe, [32]) == [Exit.DONE]
+    mine, found = curve(root / recipe.run_dir), records(root / recipe.run_dir)
+    assert [step[0] for step in mine] == list(range(1, 11))
+    assert [record["step"] for record in found if (record["loss_score"] or 0) > 6] == ([] if every_steps else [8])
+    assert (root / recipe.run_dir / "rollbacks.jsonl").exists() == bool(every_steps)
+    if every_steps:
+        assert [step[3] for step in mine] == pytest.approx([step[3] for step in steps[:10]], rel=1e-4)
