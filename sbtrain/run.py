@@ -85,13 +85,14 @@ def hold(recipe: Recipe) -> AbstractContextManager[RunLock]:
 
 def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLock) -> tuple[Exit, str]:
     """The stages, from wherever the last start stopped."""
-    store = open_store(recipe, ledger, lock)
+    store = open_store(recipe, ledger, lock, asynchronous=recipe.checkpoint.asynchronous)
     first = dist.get_rank() == 0
     with ExitStack() as stack:
+        stack.callback(store.close)
         with section("opening of the sinks", patient=True):
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
-        watch = stack.enter_context(open_watch(recipe, ledger))
+        watch = stack.enter_context(open_watch(recipe, ledger, store))
         for name in stages_here(recipe, ledger):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
@@ -109,7 +110,7 @@ def stages_here(recipe: Recipe, ledger: Ledger) -> list[str]:
     return ledger.unfinished(names[: last + 1])
 
 
-def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
+def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock, *, asynchronous: bool = False) -> Store:
     """The checkpoints of the run."""
     kept = recipe.checkpoint
     return Store(
@@ -119,10 +120,11 @@ def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
         keep_every_steps=kept.keep_every_steps,
         op_table=op_table(),
         check_lock=lock.check,
+        asynchronous=asynchronous,
     )
 
 
-def open_watch(recipe: Recipe, ledger: Ledger) -> Watch:
+def open_watch(recipe: Recipe, ledger: Ledger, store: Store) -> Watch:
     """What looks out for signals, broken numbers, slow ranks and short resources between the steps of all stages."""
     return Watch(
         save_every_steps=recipe.checkpoint.every_steps,
@@ -131,6 +133,8 @@ def open_watch(recipe: Recipe, ledger: Ledger) -> Watch:
         run_dir=run_folder(recipe),
         checkpoint_bytes=checkpoint_bytes(recipe),
         keep_clocks=partial(ledger.record_clocks, write=dist.get_rank() == 0),
+        snapshot_every_steps=recipe.checkpoint.snapshot_every_steps,
+        writing=store.flash,
     )
 
 

@@ -228,6 +228,7 @@ def check_counts(recipe: Recipe) -> None:
     least = {
         "seed": (recipe.seed, 0),
         "checkpoint.every_steps": (recipe.checkpoint.every_steps, 0),
+        "checkpoint.snapshot_every_steps": (recipe.checkpoint.snapshot_every_steps, 0),
         "checkpoint.keep_last": (recipe.checkpoint.keep_last, 0),
         "checkpoint.keep_every_steps": (recipe.checkpoint.keep_every_steps, 0),
         "log.every_steps": (recipe.log.every_steps, 1),
