@@ -36,7 +36,7 @@ NUM_SLOTS = 2
 _NUM_FILES = 2
 """Of a rank, as megatron writes them."""
 _MOST_TRIES = 2
-_LOOK_S = 0.01
+_LOOK_S = 0.02
 DIED = "its writer process ended"
 
 
@@ -89,7 +89,7 @@ class Flash:
     _metrics: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self._writer = WriterProcess(self._memory.descriptor)
+        self._writer = self._writer or WriterProcess(self._memory.descriptor)
 
     def take(self, engine: Engine, state: RunState, *, persist: bool) -> None:
         """Copy the engine's state to host memory; persist: and write it to the disk from there. Collective.
