@@ -11,6 +11,8 @@ python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengt
                                 passes=forward,both dtype=bf16 model=7b steps=20 warmup=3 error_tokens=8192
                                 time_limit_s=120 seed=0 out=DIR]
                                 [tune=true kernels=outputs tune_limit_s=300: write the fastest tiles instead]
+python launch/bench.py checkpoint [model=7b layers=0 dp=8 snapshots=5 writes=1 peers=sync,async,persistent
+                                folder=DIR out=DIR]
 
 Several GPUs: `torchrun --nproc_per_node 4 launch/bench.py train peers=engine sp=1,4,4:zeco,4:ulysses`, `... prefill
 sp=1,4` and `... links`. With sp=1 every GPU has its own row or prompt of seq_len tokens, with sp=4 its part of one of
@@ -23,6 +25,7 @@ import sys
 
 import _allocator  # noqa: F401
 import _path  # noqa: F401
+from sbtrain.bench.checkpoint import CheckpointOptions, bench_checkpoint
 from sbtrain.bench.links import LinkOptions, bench_links
 from sbtrain.bench.ops import OpsOptions, bench_ops
 from sbtrain.bench.options import parse
@@ -34,6 +37,7 @@ BENCHMARKS = {
     "prefill": (PrefillOptions, bench_prefill),
     "links": (LinkOptions, bench_links),
     "ops": (OpsOptions, bench_ops),
+    "checkpoint": (CheckpointOptions, bench_checkpoint),
 }
 """Subcommand -> its keys, and what runs it: run(options, command) -> exit code."""
 

@@ -39,6 +39,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, Checkpoin
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402, F401
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica  # noqa: E402, F401
 from megatron.core.dist_checkpointing.strategies import torch as _tensor_files  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # noqa: E402, F401
 from megatron.core.dist_checkpointing.strategies.common import (  # noqa: E402
     TorchCommonLoadStrategy,
     TorchCommonSaveStrategy,

@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import os
 import tempfile
-import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class SharedMemory:
     def reserve(self, num_bytes: int, *, pin: bool) -> None:
         """Have num_bytes or more, every page of it in place, so that no copy waits for the kernel.
 
-        Raises OSError where the memory cannot be had, RuntimeError where the driver does not pin it.
+        Raises OSError where the memory cannot be had, ValueError where the driver does not pin it.
         """
         if num_bytes <= self.size:
             return
@@ -56,7 +56,10 @@ class SharedMemory:
         if pin:
             code = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), num_bytes, 0)
             if int(code) != 0:
-                raise RuntimeError(f"the driver does not pin {num_bytes / 1e9:.1f} GB of host memory (error {code})")
+                raise ValueError(
+                    f"the driver does not pin {num_bytes / 1e9:.1f} GB of host memory ({code}); set "
+                    "checkpoint.asynchronous=false"
+                )
             self._pinned = True
 
     def close(self) -> None:
@@ -72,19 +75,21 @@ class SharedMemory:
         self.bytes, self._pinned = None, False
 
 
-def copy_into(memory: Tensor, sources: list[Tensor], starts: list[int]) -> float:
-    """Copy each tensor to its first byte in memory; seconds until all of it is there.
+def copy_into(memory: Tensor, sources: Iterable[Tensor], starts: list[int]) -> int:
+    """Copy each tensor to its first byte in memory; bytes, all of which are there when this returns.
 
-    Large copies one behind the other on the stream that computes the sources, and one wait at the end.
+    Large copies one behind the other on the stream that computes the sources, and one wait at the end. The device is
+    at work on the first ones while the last ones are looked up.
     """
-    began = time.perf_counter()
+    num_bytes, on_device = 0, False
     with torch.no_grad():
         for source, start in zip(sources, starts, strict=True):
-            target = memory[start : start + source.numel() * source.element_size()].view(source.dtype)
-            target.copy_(source, non_blocking=True)
-    if sources and sources[0].is_cuda:
+            size = source.numel() * source.element_size()
+            memory[start : start + size].view(source.dtype).copy_(source, non_blocking=True)
+            num_bytes, on_device = num_bytes + size, on_device or source.is_cuda
+    if on_device:
         torch.cuda.current_stream().synchronize()
-    return time.perf_counter() - began
+    return num_bytes
 
 
 def place(sizes: list[int]) -> tuple[list[int], int]:

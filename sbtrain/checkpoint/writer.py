@@ -100,10 +100,10 @@ class Done:
 
 
 class _Checked(io.RawIOBase):
-    """A file that is written from its beginning to its end, and its checksum."""
+    """A file that is written from its beginning to its end, its checksum, and why it could not be."""
 
     def __init__(self, file):
-        self._file, self.checksum = file, Checksum()
+        self._file, self.checksum, self.error = file, Checksum(), None
 
     def writable(self) -> bool:
         return True
@@ -111,8 +111,12 @@ class _Checked(io.RawIOBase):
     def write(self, content) -> int:
         view = memoryview(content).cast("B")
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.error = error  # torch.save makes something else of it
+            raise
         self.checksum.add(view)
         return len(view)
 
@@ -177,9 +181,12 @@ def _write_file(message: Write, name: str, items: list[Item], contents: mmap.mma
     path, results, transforms = message.folder / name, [], _StorageWriterTransforms()
     with open(path, "wb", buffering=0) as file:
         stream = _Checked(file)
-        for each in items:
-            content = _content(each, message.start, contents)
-            results.append(_write_item(transforms, stream, content, each.item, name, SerializationFormat.TORCH_SAVE))
+        try:
+            for each in items:
+                content, form = _content(each, message.start, contents), SerializationFormat.TORCH_SAVE
+                results.append(_write_item(transforms, stream, content, each.item, name, form))
+        except Exception as error:
+            raise stream.error or error from None
         os.fsync(file.fileno())
     return results, {"bytes": stream.checksum.num_bytes, "crc32": stream.checksum.text}
 
