@@ -14,9 +14,9 @@ from pathlib import Path
 import ops
 from parallel.layout import Layout
 from parallel.sequence.table import pair_problem
+from sbtrain.config.checkpoint_rules import check_checkpoint
 from sbtrain.config.export_shape import is_export
 from sbtrain.config.hf_shape import read_config
-from sbtrain.config.checkpoint_rules import check_checkpoint
 from sbtrain.config.mixer_rules import check_mixers, cut_problem
 from sbtrain.config.moe_rules import check_moe, experts_problem, ranks_problem
 from sbtrain.config.pattern import parse_pattern
