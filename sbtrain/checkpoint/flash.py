@@ -84,7 +84,7 @@ class Flash:
     _writer: WriterProcess | None = None
     _plan: _Plan | None = None
     _pending: list[_Pending] = field(default_factory=list)
-    _newest: tuple[int, int] | None = None
+    _newest: tuple[RunState, int] | None = None
     _token: int = 0
     _metrics: dict = field(default_factory=dict)
 
@@ -104,9 +104,11 @@ class Flash:
             if self._plan is None or self._plan.engine is not engine:
                 self.settle()
                 self._make_plan(engine)
-            if self._newest is None or self._newest[0] != state.step:
-                self._newest = (state.step, self._free_slot())
-                self._copy(self._newest[1])
+            if self._newest is None or self._newest[0] != state:
+                slot = self._free_slot()
+                self._newest = None  # it may have been in that slot
+                self._copy(slot)
+                self._newest = (state, slot)
             if persist:
                 small = {"state.json": self.content(state), "common.pt": _bytes_of(engine.common_state())}
                 self._token += 1
@@ -116,9 +118,9 @@ class Flash:
 
     def flags(self) -> list[int]:
         """What this rank adds to the exchange of a step: whether it is still writing, whether that failed."""
-        answers, alive = self._writer.answers()
         if not self._pending:
             return [0, 0]
+        answers, alive = self._writer.answers()
         head = self._pending[0]
         for answer in answers:
             if answer.token == head.token:
@@ -153,10 +155,8 @@ class Flash:
 
     def close(self) -> None:
         """End the writer and give the memory back. What is still being written is no checkpoint."""
-        if self._pending:
-            self._writer.kill()
-        else:
-            self._writer.close()
+        if self._writer is not None:
+            self._writer.kill() if self._pending else self._writer.close()
         self._plan = self._newest = None
         self._memory.close()
 
@@ -255,14 +255,14 @@ class Flash:
                 self._replace_writer(head)
             return
         self._writer.kill()
-        self._writer = WriterProcess(self._memory.descriptor)
+        self._writer = None
         self._pending.clear()
-        self._plan = None
+        self.forget()
         with primitive("end of the writers"):
             dist.barrier()
         partial = self._partial(head)
         if dist.get_rank() == 0:
-            self._writer.send(Delete([partial]))  # it may be what fills the disk
+            delete(partial)  # it may be what fills the disk
         reasons = "; ".join(f"rank {rank}: {problem}" for rank, problem in found.items())
         raise ValueError(
             f"{partial}: {reasons}; the previous checkpoint is intact, free some space and start the same command again"
@@ -294,6 +294,7 @@ class Flash:
         metadata, total_bytes = _index([each.item for each in items], slot_bytes)
         files = Files(_split(items), max(NUM_SLOTS * slot_bytes, self._memory.size))
         self._reserve(files.memory_bytes)
+        self._writer = self._writer or WriterProcess(self._memory.descriptor)
         self._writer.send(files)
         together(self._clear_away)
         self._plan = _Plan(engine, pieces, starts, slot_bytes, total_bytes, files, metadata)

@@ -150,6 +150,7 @@ class Store:
         folder = self.ledger.checkpoint
         if folder is None:
             return None
+        self.settle()
         content = read_state(folder)
         if content["parts"] == ["model"]:
             sharded = {"model": sharded_weights(engine.models, engine.mesh)}

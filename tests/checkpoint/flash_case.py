@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallel.mesh import start_distributed
+from parallel.mesh import device, start_distributed
 from parallel.pieces import Piece, boxes_of
 from sbtrain.checkpoint.flash import Flash
 from sbtrain.checkpoint.ledger import Ledger
@@ -48,7 +48,7 @@ class Held:
         for name in SHAPES:
             flat = whole(name, step).flatten()
             count = flat.numel()
-            part = flat[count * rank // num_ranks : count * (rank + 1) // num_ranks]
+            part = flat[count * rank // num_ranks : count * (rank + 1) // num_ranks].to(device())
             self.tensors.setdefault(name, part.clone()).copy_(part)
 
     def own_state(self) -> tuple:
@@ -73,7 +73,7 @@ class Flying:
     def park(self, parked: list) -> None:
         """Close the store; its writer may serve another one, if it has nothing left to do."""
         flash = self.store.flash
-        if flash._pending or not flash._writer.answers()[1] or flash._memory.descriptor < 0:
+        if flash._pending or flash._writer is None or not flash._writer.answers()[1]:
             self.store.close()
         else:
             parked.append((flash._memory, flash._writer))

@@ -18,6 +18,8 @@ from flash_case import Flying, check_content, is_gone, lose_a_writer
 from sbtrain.checkpoint import flash, writing
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.manifest import fault
+from sbtrain.checkpoint.memory import SharedMemory, copy_into
+from sbtrain.checkpoint.memory import place as place_all
 from sbtrain.checkpoint.store import read_state
 
 HERE = Path(__file__).resolve().parent
@@ -115,16 +117,14 @@ def test_signals_to_the_process_group_do_not_reach_the_writer(flying, moment):
     check_content(flying.folder / "checkpoints/step_2", 2)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_writer_that_dies_is_replaced(run_ranks, tmp_path, num_ranks):
-    for there in run_ranks(num_ranks, timeout_s=300)(lose_a_writer, str(tmp_path)):
+def test_a_writer_that_dies_is_replaced(run_ranks, tmp_path):
+    for there in run_ranks(2, timeout_s=300)(lose_a_writer, str(tmp_path)):
         assert there == ["step_1", "step_2"]
     assert Ledger(tmp_path).step == 2 and fault(tmp_path / "checkpoints/step_2") is None
     check_content(tmp_path / "checkpoints/step_2", 2)
 
 
 def _check_intact(flying: Flying, ledger: bytes) -> None:
-    flying.store.close()  # after which the part that was written is deleted
     assert flying.ledger.path.read_bytes() == ledger and flying.there() == ["step_1"]
     check_content(flying.folder / "checkpoints/step_1", 1)
 
@@ -221,16 +221,38 @@ def test_a_training_process_that_is_killed_takes_its_writer_with_it(tmp_path, pa
     again.park(parked)
 
 
-def test_tensors_on_the_cpu_are_copied_as_they_are():
-    from sbtrain.checkpoint.memory import SharedMemory, copy_into, place
-
+def _check_copies(place: str) -> SharedMemory:
     memory = SharedMemory()
     sources = [torch.rand(1000), torch.rand(7).bfloat16(), torch.randint(256, (5,), dtype=torch.uint8)]
-    starts, num_bytes = place([source.numel() * source.element_size() for source in sources])
+    sources = [source.to(place) for source in sources]
+    starts, num_bytes = place_all([source.numel() * source.element_size() for source in sources])
     assert starts == [0, 4096, 8192] and num_bytes == 12288
-    memory.reserve(num_bytes, pin=False)
-    copy_into(memory.bytes, sources, starts)
+    memory.reserve(num_bytes, pin=place == "cuda")
+    assert copy_into(memory.bytes, sources, starts) == 4019
     for source, start in zip(sources, starts):
         there = memory.bytes[start : start + source.numel() * source.element_size()].view(source.dtype)
-        assert torch.equal(there, source)
+        assert torch.equal(there, source.cpu())
+    return memory
+
+
+def test_tensors_on_the_cpu_are_copied_as_they_are():
+    _check_copies("cpu").close()
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_are_copied_to_pinned_memory():
+    memory = _check_copies("cuda")
+    assert memory.bytes.is_pinned()
+    memory.close()
+
+
+def test_memory_grows_and_keeps_its_descriptor():
+    memory = SharedMemory()
+    descriptor = memory.descriptor
+    memory.reserve(4096, pin=False)
+    memory.reserve(100, pin=False)
+    assert memory.size == 4096
+    memory.reserve(1 << 20, pin=False)
+    assert memory.size == os.fstat(descriptor).st_size == 1 << 20
+    memory.close()
     memory.close()
