@@ -11,7 +11,7 @@ python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengt
                                 passes=forward,both dtype=bf16 model=7b steps=20 warmup=3 error_tokens=8192
                                 time_limit_s=120 seed=0 out=DIR]
                                 [tune=true kernels=outputs tune_limit_s=300: write the fastest tiles instead]
-python launch/bench.py checkpoint [model=7b layers=0 dp=8 snapshots=5 writes=1 peers=sync,async,persistent
+python launch/bench.py checkpoint [model=7b layers=0 dp=8 snapshots=5 writes=1 peers=sync,async
                                 folder=DIR out=DIR]
 
 Several GPUs: `torchrun --nproc_per_node 4 launch/bench.py train peers=engine sp=1,4,4:zeco,4:ulysses`, `... prefill

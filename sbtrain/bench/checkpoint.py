@@ -56,7 +56,7 @@ class CheckpointOptions:
     bucket_elements: int = 40_000_000
     snapshots: int = 5
     writes: int = 1
-    peers: tuple[str, ...] = PEERS
+    peers: tuple[str, ...] = ("sync", "async")
     folder: str = "runs/bench/checkpoint"
     out: str = "runs/bench"
 
