@@ -13,6 +13,8 @@ python launch/bench.py ops      [ops=gla,attention backends=cuda,reference lengt
                                 [tune=true kernels=outputs tune_limit_s=300: write the fastest tiles instead]
 python launch/bench.py watch    [every=0,10,1 model=7b layers=8 pattern=LS seq_len=8192 micro_batch=1 rows=1 steps=20
                                 rounds=5 recompute=none precision=bf16 out=DIR]
+python launch/bench.py checkpoint [model=7b layers=0 dp=8 snapshots=5 writes=1 peers=sync,async
+                                folder=DIR out=DIR]
 
 Several GPUs: `torchrun --nproc_per_node 4 launch/bench.py train peers=engine sp=1,4,4:zeco,4:ulysses`, `... prefill
 sp=1,4` and `... links`. With sp=1 every GPU has its own row or prompt of seq_len tokens, with sp=4 its part of one of
@@ -25,6 +27,7 @@ import sys
 
 import _allocator  # noqa: F401
 import _path  # noqa: F401
+from sbtrain.bench.checkpoint import CheckpointOptions, bench_checkpoint
 from sbtrain.bench.links import LinkOptions, bench_links
 from sbtrain.bench.ops import OpsOptions, bench_ops
 from sbtrain.bench.options import parse
@@ -38,6 +41,7 @@ BENCHMARKS = {
     "links": (LinkOptions, bench_links),
     "ops": (OpsOptions, bench_ops),
     "watch": (WatchOptions, bench_watch),
+    "checkpoint": (CheckpointOptions, bench_checkpoint),
 }
 """Subcommand -> its keys, and what runs it: run(options, command) -> exit code."""
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from parallel import mcore
 from parallel.gradients import GradientBuffers
 from parallel.mesh import Mesh
-from parallel.optimizer import build_optimizer, load_state, sharded_state, step
+from parallel.optimizer import build_optimizer, load_state, sharded_state, step, step_count
+from parallel.pieces import Piece, objects_of, pieces_of
 from parallel.place import primitive, section
 from parallel.schedule import LossSum, chunks_of, run_rows
 from parallel.sequence.shard import IGNORE, Row
@@ -149,6 +150,18 @@ class Engine:
         model, metadata = sharded_weights(self.models, self.mesh), _metadata(self.mesh)
         optimizer = sharded_state(self.optimizer, model, metadata=metadata, for_loading=for_loading)
         return {"model": model, "optimizer": optimizer}
+
+    def own_state(self) -> tuple[list[Piece], list[str]]:
+        """This rank's own part of what is to be saved, without a word to the others; good while the engine lives.
+
+        Tensors, and the names of objects, which are None.
+        """
+        weights = sharded_weights(self.models, self.mesh)
+        return pieces_of(weights, self.optimizer, self.models), objects_of(weights)
+
+    def common_state(self) -> dict:
+        """What sharded_state_dict holds beside tensors, the same on all ranks."""
+        return {"optimizer": {"step": step_count(self.optimizer)}}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over what was loaded into the sharded state dict of this engine, or into the weights' part of it."""

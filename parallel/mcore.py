@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import asdict
 
 import torch
 
@@ -34,15 +35,23 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402, F401
     IndexedDataset,
     IndexedDatasetBuilder,
 )
-from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402, F401
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402, F401
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException  # noqa: E402, F401
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402, F401
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica  # noqa: E402, F401
 from megatron.core.dist_checkpointing.strategies import filesystem_async as _tensor_writer  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import torch as _tensor_files  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # noqa: E402, F401
 from megatron.core.dist_checkpointing.strategies.common import (  # noqa: E402
     TorchCommonLoadStrategy,
     TorchCommonSaveStrategy,
 )
-from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding  # noqa: E402, F401
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # noqa: E402
+    _split_by_size_and_type as split_by_size_and_type,  # noqa: F401
+)
+from megatron.core.dist_checkpointing.utils import (  # noqa: E402, F401
+    extract_sharded_tensors_and_factories,
+    replace_prefix_for_sharding,
+)
 from megatron.core.distributed import (  # noqa: E402, F401
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -77,6 +86,8 @@ from megatron.core.transformer.utils import sharded_state_dict_default  # noqa: 
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint, make_viewless_tensor  # noqa: E402, F401
 
 PINNED = "0.16.1"
+CHECKPOINT_FORMAT = asdict(CheckpointingConfig("torch_dist", 1))
+"""What metadata.json of a checkpoint says."""
 
 if megatron.core.__version__ != PINNED:
     raise ImportError(

@@ -57,7 +57,7 @@ def step(optimizer, *, lr: float, clip_grad: float, sound: bool = True) -> float
     if not math.isfinite(grad_norm):
         return grad_norm
     too_long = (grad_norm + 1e-6) / clip_grad if clip_grad > 0 else 1.0
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         if not isinstance(part.optimizer, torch.optim.AdamW):  # apex or TransformerEngine are installed
             if clip_grad > 0:
                 part.clip_grad_norm(clip_grad)
@@ -72,7 +72,7 @@ def step(optimizer, *, lr: float, clip_grad: float, sound: bool = True) -> float
 @torch.no_grad()
 def _spoil(optimizer) -> None:
     """Let this rank's gradients tell the others, through the norm, which they exchange anyway."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         for gradient in part.get_main_grads_for_grad_norm():
             gradient.fill_(math.nan)
 
@@ -89,7 +89,7 @@ def allocate_state(optimizer) -> None:
     megatron's way is a step with zero gradients; at a learning rate of 0 and with the step counts put back to 0 it
     changes nothing.
     """
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         if part.optimizer.state:
             continue
         set_learning_rate(part, 0.0)
@@ -108,8 +108,8 @@ def sharded_state(optimizer, weights: dict, *, metadata: dict, for_loading: bool
     and their groups, which differ between layouts, and between stages with and without experts.
     """
     allocate_state(optimizer)
-    parts = [part.sharded_param_state_fully_reshardable(weights, for_loading, metadata) for part in _parts(optimizer)]
-    return {"step": _step_count(optimizer), "parts": dict(enumerate(parts))}
+    parts = [part.sharded_param_state_fully_reshardable(weights, for_loading, metadata) for part in parts_of(optimizer)]
+    return {"step": step_count(optimizer), "parts": dict(enumerate(parts))}
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def load_state(optimizer, state: dict) -> None:
     """Take over what was loaded into sharded_state."""
     # checkpoints written before there were experts count steps where megatron does
     step_count = state["step"] if "step" in state else state["optimizer"]["param_groups"][0]["step"]
-    for index, part in enumerate(_parts(optimizer)):
+    for index, part in enumerate(parts_of(optimizer)):
         part.load_parameter_state_from_fully_reshardable(state["parts"].get(index, {}))  # a stage without experts
         for moments in part.optimizer.state.values():
             if "step" in moments:  # each has its own: a shared one would advance once per parameter
@@ -127,8 +127,9 @@ def load_state(optimizer, state: dict) -> None:
                 group["step"] = step_count
 
 
-def _step_count(optimizer) -> int:
-    for part in _parts(optimizer):
+def step_count(optimizer) -> int:
+    """Updates so far."""
+    for part in parts_of(optimizer):
         for moments in part.optimizer.state.values():
             if "step" in moments:
                 return int(moments["step"])
@@ -138,7 +139,7 @@ def _step_count(optimizer) -> int:
     return 0
 
 
-def _parts(optimizer) -> list:
+def parts_of(optimizer) -> list:
     """megatron's optimizers of this rank: dense weights, experts. A stage without experts has a stub for them."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]

@@ -20,6 +20,7 @@ from parallel.op_table import agree_on_ops, op_table
 from parallel.place import primitive, section
 from parallel.sequence.shard import Row
 from parallel.watch import RankWatch
+from sbtrain.checkpoint.flash import NUM_SLOTS, check_memory
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.lock import RunLock, held
 from sbtrain.checkpoint.recover import recover, step_folders
@@ -88,9 +89,10 @@ def hold(recipe: Recipe) -> AbstractContextManager[RunLock]:
 
 def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLock) -> tuple[Exit, str]:
     """The stages, from wherever the last start stopped."""
-    store = open_store(recipe, ledger, lock)
+    store = open_store(recipe, ledger, lock, asynchronous=recipe.checkpoint.asynchronous)
     first = dist.get_rank() == 0
     with ExitStack() as stack:
+        stack.callback(store.close)
         with section("opening of the sinks", patient=True):
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
@@ -112,7 +114,7 @@ def stages_here(recipe: Recipe, ledger: Ledger) -> list[str]:
     return ledger.unfinished(names[: last + 1])
 
 
-def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
+def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock, *, asynchronous: bool = False) -> Store:
     """The checkpoints of the run."""
     kept = recipe.checkpoint
     return Store(
@@ -122,6 +124,7 @@ def open_store(recipe: Recipe, ledger: Ledger, lock: RunLock) -> Store:
         keep_every_steps=kept.keep_every_steps,
         op_table=op_table(),
         check_lock=lock.check,
+        asynchronous=asynchronous,
     )
 
 
@@ -134,6 +137,8 @@ def open_watch(recipe: Recipe, ledger: Ledger, store: Store) -> Watch:
         run_dir=run_folder(recipe),
         checkpoint_bytes=checkpoint_bytes(recipe),
         keep_clocks=partial(keep_clocks, ledger, store.check_lock),
+        snapshot_every_steps=recipe.checkpoint.snapshot_every_steps,
+        writing=store.flash,
     )
 
 
@@ -237,13 +242,17 @@ def describe(recipe: Recipe) -> None:
 
 
 def check_beginning(recipe: Recipe, ledger: Ledger) -> None:
-    """Raise ValueError unless what the run goes on from can be read, and the disk holds what it will save."""
+    """Raise ValueError unless what the run goes on from can be read, and disk and memory hold what it will save."""
     if ledger.checkpoint is not None:
         read_state(ledger.checkpoint)
     elif recipe.start.path:
         check_source(recipe.start.path, model=recipe.model)
     if ledger.unfinished(list(recipe.stages)):
         check_room(run_folder(recipe), checkpoint_bytes(recipe))
+        if recipe.checkpoint.asynchronous:
+            num_ranks = min(dist.get_world_size(), recipe.cluster.gpus_per_node)
+            share = checkpoint_bytes(recipe) // dist.get_world_size()
+            check_memory(NUM_SLOTS * num_ranks * share, num_ranks=num_ranks)
 
 
 def open_run_sinks(recipe: Recipe, step: int) -> Sinks:

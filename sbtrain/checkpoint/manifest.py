@@ -29,6 +29,30 @@ _MOST_MANIFEST_BYTES = 64 << 20
 _SUM = re.compile(r"[0-9a-f]{8}")
 
 
+class Checksum:
+    """The same checksum of a file that is being written. num_bytes: so far."""
+
+    def __init__(self):
+        self.num_bytes, self._sums, self._open = 0, [], 0
+
+    def add(self, content: memoryview) -> None:
+        """What is written next."""
+        while len(content):
+            room = _BLOCK_BYTES - self.num_bytes % _BLOCK_BYTES
+            part, content = content[:room], content[room:]
+            self._open = zlib.crc32(part, self._open)
+            self.num_bytes += len(part)
+            if self.num_bytes % _BLOCK_BYTES == 0:
+                self._sums.append(self._open)
+                self._open = 0
+
+    @property
+    def text(self) -> str:
+        """As a manifest has it."""
+        sums = self._sums + ([self._open] if self.num_bytes % _BLOCK_BYTES else [])
+        return _combined(sums)
+
+
 def measure(folder: Path, names: Iterable[str]) -> dict[str, dict]:
     """What the manifest says of these files: `bytes` and `crc32`. They are on the disk when this returns.
 
@@ -57,6 +81,12 @@ def put_away(folder: Path) -> None:
     delete(aside)
     folder.rename(aside)
     delete(aside)
+
+
+def drop(folders: Iterable[Path]) -> None:
+    """Delete checkpoints, and what is left of others (step_N.partial and the like). Raises OSError."""
+    for folder in folders:
+        delete(folder) if "." in folder.name else put_away(folder)
 
 
 def delete(folder: Path) -> None:
@@ -157,12 +187,16 @@ def _measure_file(path: Path, pool: ThreadPoolExecutor, *, sync: bool = False) -
         num_bytes = os.fstat(descriptor).st_size
         starts = range(0, num_bytes, _BLOCK_BYTES)
         sums = pool.map(lambda start: zlib.crc32(_block(descriptor, start)), starts)
-        whole = zlib.crc32(b"".join(each.to_bytes(4, "big") for each in sums))
+        whole = _combined(sums)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
-    return {"bytes": num_bytes, "crc32": f"{whole:08x}"}
+    return {"bytes": num_bytes, "crc32": whole}
+
+
+def _combined(sums: Iterable[int]) -> str:
+    return f"{zlib.crc32(b''.join(each.to_bytes(4, 'big') for each in sums)):08x}"
 
 
 def _block(descriptor: int, start: int) -> bytes:

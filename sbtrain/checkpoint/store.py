@@ -8,7 +8,7 @@ tensors holds the RunState and the op table.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -22,8 +22,9 @@ from parallel.engine import Engine, sharded_weights
 from parallel.mesh import Mesh
 from parallel.place import primitive, section
 from sbtrain.checkpoint.files import read_json, write_json
+from sbtrain.checkpoint.flash import Flash
 from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.checkpoint.manifest import FILES, MANIFEST, delete, measure, put_away, seal
+from sbtrain.checkpoint.manifest import FILES, MANIFEST, delete, drop, measure, seal
 from sbtrain.checkpoint.state import RunState
 
 FORMAT = 1
@@ -43,23 +44,50 @@ class Store:
         op_table: dict,
         keep_every_steps: int = 0,
         check_lock: Callable[[], None] = lambda: None,
+        asynchronous: bool = False,
     ):
         """keep_last: how many step folders stay (0 keeps all). keep_every_steps: its multiples stay besides (0: none).
 
         op_table: the ops in use and their hash, saved along. check_lock(): raises ValueError where rank 0 may not
-        write to the run directory any more.
+        write to the run directory any more. asynchronous: save() goes on as soon as the state is in host memory; close
+        the store after use.
         """
         self.folder, self.ledger = run_dir / "checkpoints", ledger
         self.keep_last, self.keep_every_steps, self.op_table = keep_last, keep_every_steps, op_table
         self.check_lock = check_lock
+        self.flash = Flash(self.folder, self._content, self._sealed, self._check_writable) if asynchronous else None
 
     def save(self, engine: Engine, state: RunState) -> None:
-        """Save under step_N and make it the newest. Collective.
+        """Save under step_N and make it the newest, in the background where the store is asynchronous. Collective.
 
         Raises ValueError when the disk cannot hold it; what was saved before stays as it is.
         """
-        if self.ledger.step != state.step or self.ledger.checkpoint is None:
+        if self.ledger.step == state.step and self.ledger.checkpoint is not None:
+            return
+        if self.flash is not None:
+            self.flash.take(engine, state, persist=True)
+        else:
             self._write(engine.sharded_state_dict(), state)
+
+    def snapshot(self, engine: Engine, state: RunState) -> None:
+        """Keep the state in host memory alone, where the store is asynchronous. Collective."""
+        if self.flash is not None:
+            self.flash.take(engine, state, persist=False)
+
+    def settle(self) -> None:
+        """Wait until all that was saved is on the disk; the engine may be closed then. Collective."""
+        if self.flash is not None:
+            self.flash.settle()
+            self.flash.forget()
+
+    def take_metrics(self) -> dict:
+        """What metrics.jsonl says of the saves since the last call; empty where there was none."""
+        return {} if self.flash is None else self.flash.take_metrics()
+
+    def close(self) -> None:
+        """End the writer process, if there is one. What it has not finished is no checkpoint."""
+        if self.flash is not None:
+            self.flash.close()
 
     def save_weights(self, model, mesh: Mesh, state: RunState) -> None:
         """The same for weights without an optimizer: what a conversion leaves for training to start from.
@@ -80,7 +108,7 @@ class Store:
         self._make_room(sharded, partial, write)
         try:
             mcore.dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False)
-            content = {"format": FORMAT, "parts": list(sharded), "op_table": self.op_table, **state.to_json()}
+            content = self._content(state, list(sharded))
             _first(lambda: write_json(partial / "state.json", content))
             entries = _measure_together(partial)
             _first(lambda: seal(partial, final, entries))
@@ -93,10 +121,28 @@ class Store:
                 f"{partial}: {_reason(error)}; the previous checkpoint is intact, free some space "
                 "and start the same command again"
             ) from error
+        old = self._sealed(state.step)
+        _first(lambda: drop(old))
+
+    def _content(self, state: RunState, parts: Sequence[str] = ("model", "optimizer")) -> dict:
+        """Of state.json."""
+        return {"format": FORMAT, "parts": list(parts), "op_table": self.op_table, **state.to_json()}
+
+    def _sealed(self, step: int) -> list[Path]:
+        """Call the checkpoint of that step the newest; folders that may go then, on rank 0. Collective."""
+        name = f"checkpoints/step_{step}"
         _first(self.check_lock)
-        _first(lambda: self.ledger.record_checkpoint(f"checkpoints/{name}", state.step, write=True))
-        self.ledger.record_checkpoint(f"checkpoints/{name}", state.step, write=False)
-        _first(self._drop_old)
+        _first(lambda: self.ledger.record_checkpoint(name, step, write=True))
+        self.ledger.record_checkpoint(name, step, write=False)
+        return [] if dist.get_rank() else self._old()
+
+    def _check_writable(self, needed_bytes: int) -> None:
+        """Raise ValueError or OSError where rank 0 may not write, or not so much."""
+        self.check_lock()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        problem = _shortage(self.folder, needed_bytes, shutil.disk_usage(self.folder).free)
+        if problem:
+            raise ValueError(problem)
 
     def restore(self, engine: Engine) -> RunState | None:
         """Load the newest checkpoint into the engine, or return None if there is none. Collective.
@@ -106,6 +152,7 @@ class Store:
         folder = self.ledger.checkpoint
         if folder is None:
             return None
+        self.settle()
         content = read_state(folder)
         if content["parts"] == ["model"]:
             sharded = {"model": sharded_weights(engine.models, engine.mesh)}
@@ -138,16 +185,24 @@ class Store:
         if problem[0]:
             raise ValueError(problem[0])
 
-    def _drop_old(self) -> None:
-        for pattern in ("step_*.partial", "step_*.damaged"):
-            for leftover in self.folder.glob(pattern):
-                delete(leftover)
-        numbers = (folder.name.removeprefix("step_") for folder in self.folder.glob("step_*"))
-        # what lies beyond the ledger's checkpoint stays: the run may have been taken back to an earlier one
-        steps = sorted(int(number) for number in numbers if number.isdecimal() and int(number) <= self.ledger.step)
+    def _old(self) -> list[Path]:
+        """Checkpoints that need not be kept, and what is left of others.
+
+        What lies beyond the ledger's checkpoint stays: the run may have been taken back to an earlier one, and ranks
+        may have begun to write a later one.
+        """
+        there: dict[int, list[Path]] = {}
+        leftovers = []
+        for folder in self.folder.glob("step_*"):
+            number, dot, _ = folder.name.removeprefix("step_").partition(".")
+            if number.isdecimal() and int(number) <= self.ledger.step:
+                leftovers += [folder] if dot else []
+                there.setdefault(int(number), []).extend([] if dot else [folder])
+        steps = sorted(step for step, folders in there.items() if folders)
         for step in steps[: -self.keep_last] if self.keep_last else []:
             if not (self.keep_every_steps and step and step % self.keep_every_steps == 0):
-                put_away(self.folder / f"step_{step}")
+                leftovers += there[step]
+        return leftovers
 
 
 def _first(call: Callable[[], None]) -> None:

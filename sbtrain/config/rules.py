@@ -14,6 +14,7 @@ from pathlib import Path
 import ops
 from parallel.layout import Layout
 from parallel.sequence.table import pair_problem
+from sbtrain.config.checkpoint_rules import check_checkpoint
 from sbtrain.config.export_shape import is_export
 from sbtrain.config.hf_shape import read_config
 from sbtrain.config.mixer_rules import check_mixers, cut_problem
@@ -226,9 +227,6 @@ def check_counts(recipe: Recipe) -> None:
     """Counts and intervals outside of the stages."""
     least = {
         "seed": (recipe.seed, 0),
-        "checkpoint.every_steps": (recipe.checkpoint.every_steps, 0),
-        "checkpoint.keep_last": (recipe.checkpoint.keep_last, 0),
-        "checkpoint.keep_every_steps": (recipe.checkpoint.keep_every_steps, 0),
         "log.every_steps": (recipe.log.every_steps, 1),
         "evaluation.tokens": (recipe.evaluation.tokens, 0),
         "evaluation.seq_len": (recipe.evaluation.seq_len, 0),
@@ -240,12 +238,7 @@ def check_counts(recipe: Recipe) -> None:
     for key, (value, smallest) in least.items():
         if value < smallest:
             raise ValueError(f"{key}={value} is too small; give {smallest} or more")
-    every, kept = recipe.checkpoint.every_steps, recipe.checkpoint.keep_every_steps
-    if every and kept % every:
-        raise ValueError(
-            f"checkpoint.keep_every_steps={kept} is no multiple of checkpoint.every_steps={every}, so some would never "
-            f"be saved; give {every * -(-kept // every)} or 0"
-        )
+    check_checkpoint(recipe.checkpoint)
     modes = ("offline", "online", "disabled")
     if recipe.log.wandb_mode not in modes:
         raise ValueError(f"log.wandb_mode={recipe.log.wandb_mode} is not a choice; it is one of: {', '.join(modes)}")

@@ -52,7 +52,7 @@ def train(
                 grad_norm=grad_norm,
                 lr=lr,
                 step_tokens=stage.global_batch_tokens,
-                extra={**engine.metrics, **watch.metrics},
+                extra={**engine.metrics, **watch.metrics, **store.take_metrics()},
             )
         )
         must_stop = watch.must_stop()
@@ -63,5 +63,9 @@ def train(
         if watch.save_due(state):
             store.save(engine, replace(state, loader=loader.state_dict(), watch=watch.state_dict()))
             meter.restart_clock()
+        elif watch.snapshot_due(state):
+            store.snapshot(engine, replace(state, loader=loader.state_dict(), watch=watch.state_dict()))
+            meter.restart_clock()
     store.save(engine, replace(state, loader=loader.state_dict(), watch=watch.state_dict()))
+    store.settle()
     return state, finished

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from parallel.mesh import Mesh
 from parallel.place import primitive
+from sbtrain.checkpoint.flash import Flash
 from sbtrain.checkpoint.state import RunState
 from sbtrain.config.schema import WatchConfig
 from sbtrain.train.health import Health
@@ -32,8 +33,13 @@ class Watch:
         run_dir: str | Path = "",
         checkpoint_bytes: int = 0,
         keep_clocks: Callable[[dict[str, float]], None] | None = None,
+        snapshot_every_steps: int = 0,
+        writing: Flash | None = None,
     ):
-        """rules: the recipe's; run_dir: where skipped steps are listed; the rest: see sbtrain.train.health."""
+        """rules: the recipe's; run_dir: where skipped steps are listed; the rest: see sbtrain.train.health.
+
+        writing: whose flags travel with the signals, so that the ranks know when all have written.
+        """
         rules = rules or WatchConfig()
         self.numbers = Numbers(rules, run_dir)
         self.health = Health(rules, run_dir, checkpoint_bytes=checkpoint_bytes, keep_clocks=keep_clocks)
@@ -42,6 +48,7 @@ class Watch:
         self.spiked = False
         """Whether any rank saw a spike to go back from, when all were last asked (must_stop)."""
         self.save_every_steps, self._device = save_every_steps, device
+        self.snapshot_every_steps, self._writing = snapshot_every_steps, writing
         self._signal: int | None = None
         self._previous: dict = {}
 
@@ -63,17 +70,27 @@ class Watch:
         return "stopped by another rank" if self._signal is None else signal.Signals(self._signal).name
 
     def must_stop(self) -> bool:
-        """Whether any rank was told to stop. Collective: all ranks get the same answer, and the same `spiked`."""
-        flags = torch.tensor([self._signal is not None, self.numbers.spiked], dtype=torch.int32, device=self._device)
+        """Whether any rank was told to stop. Collective: all ranks get the same answer, and the same `spiked`.
+
+        Raises what the writing of checkpoints raises.
+        """
+        ours = [self._signal is not None, self.numbers.spiked, *(self._writing.flags() if self._writing else ())]
+        flags = torch.tensor(ours, dtype=torch.int32, device=self._device)
         with primitive("signals"):
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            stop, spiked = flags.tolist()
+            stop, spiked, *writing = flags.tolist()
         self.spiked = bool(spiked)
+        if self._writing:
+            self._writing.heard(writing)
         return bool(stop)
 
     def save_due(self, state: RunState) -> bool:
         """Whether the interval asks for a checkpoint after this step."""
         return self.save_every_steps > 0 and state.step % self.save_every_steps == 0
+
+    def snapshot_due(self, state: RunState) -> bool:
+        """Whether the interval asks for a snapshot in memory after this step."""
+        return self.snapshot_every_steps > 0 and state.step % self.snapshot_every_steps == 0
 
     def begin(self, state: RunState, mesh: Mesh) -> None:
         """Go on from the state that a stage begins with or was restored to. Collective."""

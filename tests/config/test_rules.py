@@ -58,6 +58,11 @@ REFUSALS = [
     ({"seed": -1}, ["seed=-1"]),
     ({"log.every_steps": 0}, ["log.every_steps=0"]),
     ({"checkpoint.every_steps": 3, "checkpoint.keep_every_steps": 10}, ["keep_every_steps=10", "give 12 or 0"]),
+    ({"checkpoint.snapshot_every_steps": -1}, ["checkpoint.snapshot_every_steps=-1"]),
+    (
+        {"checkpoint.snapshot_every_steps": 2, "checkpoint.asynchronous": False},
+        ["checkpoint.snapshot_every_steps=2", "checkpoint.asynchronous=true"],
+    ),
     ({"log.wandb_mode": "on"}, ["log.wandb_mode=on", "offline, online, disabled"]),
     ({"cluster.num_gpus": 0}, ["cluster.num_gpus=0"]),
     ({"runtime.timeout_s": 0.0}, ["runtime.timeout_s=0.0", "at least 1"]),
