@@ -20,7 +20,7 @@ from parallel.op_table import agree_on_ops, op_table
 from parallel.place import primitive, section
 from parallel.sequence.shard import Row
 from parallel.watch import RankWatch
-from sbtrain.checkpoint.flash import NUM_SLOTS, check_memory
+from sbtrain.checkpoint.flash import check_host
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.lock import RunLock, held
 from sbtrain.checkpoint.recover import recover, step_folders
@@ -249,10 +249,7 @@ def check_beginning(recipe: Recipe, ledger: Ledger) -> None:
         check_source(recipe.start.path, model=recipe.model)
     if ledger.unfinished(list(recipe.stages)):
         check_room(run_folder(recipe), checkpoint_bytes(recipe))
-        if recipe.checkpoint.asynchronous:
-            num_ranks = min(dist.get_world_size(), recipe.cluster.gpus_per_node)
-            share = checkpoint_bytes(recipe) // dist.get_world_size()
-            check_memory(NUM_SLOTS * num_ranks * share, num_ranks=num_ranks)
+        check_host(recipe, checkpoint_bytes(recipe))
 
 
 def open_run_sinks(recipe: Recipe, step: int) -> Sinks:

@@ -31,6 +31,7 @@ from sbtrain.checkpoint.memory import SharedMemory, copy_into, free_bytes, place
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.writer import Delete, Done, Files, Item, Seal, Write
 from sbtrain.checkpoint.writing import WriterProcess
+from sbtrain.config.schema import Recipe
 
 NUM_SLOTS = 2
 _NUM_FILES = 2
@@ -322,6 +323,13 @@ class Flash:
     def _add(self, name: str, value: float) -> None:
         if value:
             self._metrics[name] = self._metrics.get(name, 0) + value
+
+
+def check_host(recipe: Recipe, num_bytes: int) -> None:
+    """check_memory, for a checkpoint of so many bytes, as far as a recipe tells: cluster.gpus_per_node ranks a host."""
+    if recipe.checkpoint.asynchronous:
+        num_ranks = min(dist.get_world_size(), recipe.cluster.gpus_per_node)
+        check_memory(NUM_SLOTS * num_ranks * num_bytes // dist.get_world_size(), num_ranks=num_ranks)
 
 
 def check_memory(num_bytes: int, *, num_ranks: int) -> None:

@@ -149,10 +149,10 @@ class Store:
 
         Raises ValueError naming the checkpoint when it is damaged or of another format.
         """
+        self.settle()
         folder = self.ledger.checkpoint
         if folder is None:
             return None
-        self.settle()
         content = read_state(folder)
         if content["parts"] == ["model"]:
             sharded = {"model": sharded_weights(engine.models, engine.mesh)}

@@ -229,7 +229,7 @@ def test_an_array_of_seeds(cluster, submit):
 
 def test_the_same_chain_twice(cluster, submit):
     """The second would train in the run directory of the first."""
-    chain = submit()
+    chain = submit("sbatch.begin=now+1hour")
     environment = {**cluster.environment, "PYTHON": sys.executable}
     done = subprocess.run(chain.command, env=environment, capture_output=True, text=True, timeout=START_S)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
