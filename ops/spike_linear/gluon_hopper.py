@@ -142,6 +142,69 @@ def groups_ahead(
 
 
 @gluon.jit
+def chain(
+    total, slots, bars, scale, output, num_outputs, block, slot, phase,
+    NUM: gl.constexpr, BLOCKS: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr, SIZE: gl.constexpr,
+    STAGES: gl.constexpr, WHO: gl.constexpr, HELD: gl.constexpr, sums: gl.constexpr,
+):  # fmt: skip
+    """total with NUM groups from block on: a part is scaled while the next one, of this or the next group, is multiplied.
+    HELD: the weights of a slot are in registers then."""
+    PARTS: gl.constexpr = COUNT * SPLIT
+    left: gl.constexpr = gl.DotOperandLayout(0, sums, 4)
+    zeros = gl.full([64, SIZE], 0, gl.int32, layout=sums)
+    factors = ()
+    for u in gl.static_range(NUM):
+        factors = factors + (row_factors(scale, output, num_outputs, BLOCKS, block + u, COUNT, sums),)
+    for u in gl.static_range(NUM):
+        if u > 0:
+            slot, phase = next_slot(slot, phase, STAGES)
+        mbarrier.wait(bars[0].index(slot), phase)
+        weights, counts = slots[0].index(slot).slice(WHO * COUNT * 64, COUNT * 64, dim=0), slots[1].index(slot)
+        for i in gl.static_range(PARTS):
+            if HELD:
+                if i % SPLIT == 0:
+                    rows = weights.slice(i // SPLIT * 64, 64, dim=0).load(left)
+                tokens = counts.slice(i % SPLIT * SIZE, SIZE, dim=0).permute((1, 0))
+                following = warpgroup_mma(rows, tokens, zeros, use_acc=False, is_async=True)
+            else:
+                following = multiply(weights, counts, zeros, False, i, SIZE, SPLIT)
+            if i > 0:
+                part = warpgroup_mma_wait(1, deps=[running])
+                total = with_part(total, part, factors[u][(i - 1) // SPLIT], i - 1, PARTS)
+            elif u > 0:
+                part = warpgroup_mma_wait(1, deps=[running])
+                mbarrier.arrive(bars[1].index(slot_before(slot, STAGES)), count=1)
+                total = with_part(total, part, factors[u - 1][COUNT - 1], PARTS - 1, PARTS)
+            running = following
+    part = warpgroup_mma_wait(0, deps=[running])
+    mbarrier.arrive(bars[1].index(slot), count=1)
+    total = with_part(total, part, factors[NUM - 1][COUNT - 1], PARTS - 1, PARTS)
+    slot, phase = next_slot(slot, phase, STAGES)
+    return total, slot, phase
+
+
+@gluon.jit
+def groups_chained(
+    slots, bars, scale, output, num_outputs, slot, phase,
+    BLOCKS: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
+    WHO: gl.constexpr, HELD: gl.constexpr, CHAIN: gl.constexpr, sums: gl.constexpr,
+):  # fmt: skip
+    """fp32 sums over all groups, CHAIN of them without a gap."""
+    total = full_sums(0.0, COUNT * SPLIT, SIZE, gl.float32, sums)
+    for block in range(BLOCKS // CHAIN):
+        total, slot, phase = chain(
+            total, slots, bars, scale, output, num_outputs, block * CHAIN, slot, phase,
+            CHAIN, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, HELD, sums,
+        )  # fmt: skip
+    if BLOCKS % CHAIN > 0:
+        total, slot, phase = chain(
+            total, slots, bars, scale, output, num_outputs, BLOCKS // CHAIN * CHAIN, slot, phase,
+            BLOCKS % CHAIN, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, HELD, sums,
+        )  # fmt: skip
+    return total, slot, phase
+
+
+@gluon.jit
 def whole_rows(
     slots, bars, scale, output, num_outputs, slot, phase,
     BLOCKS: gl.constexpr, COUNT: gl.constexpr, SPLIT: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
@@ -253,7 +316,7 @@ def add_digits(
 def consume(
     slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    SIZE: gl.constexpr, WHO: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SIZE: gl.constexpr, WHO: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr, ACROSS: gl.constexpr,
 ):  # fmt: skip
     """Warps WHO of two: their half of the rows of every tile of this program."""
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 32])
@@ -272,6 +335,11 @@ def consume(
             total, slot, phase = whole_rows(
                 slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums
             )
+        elif ACROSS > 0:
+            total, slot, phase = groups_chained(
+                slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO,
+                ACROSS % 2 == 1, ACROSS // 2, sums,
+            )  # fmt: skip
         else:
             total, slot, phase = groups_ahead(
                 slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, COUNT, SPLIT, SIZE, STAGES, WHO, sums
@@ -304,7 +372,7 @@ def consume(
 def products(
     weight_tiles, count_tiles, y, x, weight, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    SIZE: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr,
+    SIZE: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr, ACROSS: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, outputs] (tiles [TOKENS, 64]) of weights [outputs, BLOCKS * DEPTH] int8 and counts [tokens, BLOCKS *
     DEPTH] int8; x, digits and blocks: see triton_kernels. ROWS: 128 or 256 rows a tile. scale [outputs, BLOCKS], or
@@ -323,11 +391,11 @@ def products(
         [
             (consume, (
                 slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
-                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 0, PER_ROW, HAS_BIAS,
+                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 0, PER_ROW, HAS_BIAS, ACROSS,
             )),
             (consume, (
                 slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
-                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 1, PER_ROW, HAS_BIAS,
+                BLOCKS, ROWS, TOKENS, BAND, STAGES, SIZE, 1, PER_ROW, HAS_BIAS, ACROSS,
             )),
             (copy_tiles, copied),
         ],

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ops.launch import Launcher, Prepared
-from ops.spike_linear.launch import Call, Digits
+from ops.spike_linear.launch import NUM_DIGITS, Call, Digits
 
 TRITON = "3.6."
 DEPTH = 128
@@ -45,6 +45,23 @@ def is_hopper(device) -> bool:
     return known and torch.cuda.get_device_capability(device)[0] == 9
 
 
+class HopperDigits(Digits):
+    """Digits by gluon_digits, for blocks of DEPTH channels; it starts while the kernel before it ends."""
+
+    def __init__(self, size: int, entry: Mapping, *, all_digits: bool = False):
+        from ops.spike_linear import gluon_digits
+
+        self.size, self.planes, self.words = size, NUM_DIGITS if all_digits else 1, triton.cdiv(size, 32 * DEPTH)
+        num_warps = min(entry["num_warps"], max(1, triton.next_power_of_2(triton.cdiv(size, entry["NUMBERS"]))))
+        constants = dict(SIZE=size, WORDS=self.words, ALL=all_digits)
+        options = {"launch_pdl": True, **{name: entry[name] for name in entry if not name.isupper()}}
+        options = {**options, "num_warps": num_warps}
+        self.launchers = [
+            Launcher(gluon_digits.lowest_digits, {**constants, "HAS_MEAN": has_mean}, options)
+            for has_mean in (False, True)
+        ]
+
+
 class Few:
     """Up to 16 tokens: weights are streamed once. launchers: all of them."""
 
@@ -54,7 +71,7 @@ class Few:
         from ops.spike_linear import gluon_stream
 
         self.size = size
-        self.digits = Digits(size, DEPTH, entries["digits"], all_digits=True, early=True)
+        self.digits = HopperDigits(size, entries["digits_few"], all_digits=True)
         self.tiles = {8: entries["few"], 16: entries["few_wide"]}
         self._products = {
             (num_tokens, has_bias): Launcher(
@@ -84,7 +101,7 @@ class Many:
     """More tokens: tiles through the tensor memory accelerator, one program on every multiprocessor."""
 
     def __init__(self, size: int, num_scales: int, entries: Mapping[str, Mapping]):
-        self.size, self.digits = size, Digits(size, DEPTH, entries["digits"], early=True)
+        self.size, self.digits = size, HopperDigits(size, entries["digits_many"])
         self.per_row = num_scales == 1
         name = "rows" if self.per_row else "groups"
         self.tile, self.wide_tile = entries[name], entries[f"{name}_wide"]
@@ -102,7 +119,7 @@ class Many:
             _tiles_of(call.weight, [tile["ROWS"], DEPTH]), _tiles_of(count[0], [tile["TOKENS"], DEPTH]),
             _tiles_of(y, [tile["TOKENS"], 64]), call.x, call.weight, call.scale, threshold, digits, blocks,
             call.x if call.bias is None else call.bias, shape[1], shape[0],
-            BLOCKS=self.size // DEPTH, PER_ROW=self.per_row, HAS_BIAS=call.bias is not None,
+            BLOCKS=self.size // DEPTH, ACROSS=tile.get("ACROSS", 0), PER_ROW=self.per_row, HAS_BIAS=call.bias is not None,
             num_warps=4, launch_pdl=True, **{name: tile[name] for name in ("ROWS", "TOKENS", "SIZE", "BAND", "STAGES")},
         )  # fmt: skip
         return y

@@ -81,7 +81,7 @@ def test_hopper_tiles_fit(gluon, name):
         return f"tensordesc<{kind}{list(block)},{gl.NVMMASharedLayout.get_default_for(list(block), dtype)!r}>"
 
     tile = _entries()[name]
-    constants = {**tile, "BLOCKS": 28, "PER_ROW": name.startswith("rows"), "HAS_BIAS": True}
+    constants = {"ACROSS": 0, **tile, "BLOCKS": 28, "PER_ROW": name.startswith("rows"), "HAS_BIAS": True}
     kinds = {
         **KINDS,
         "weight_tiles": tiles("i8", gl.int8, tile["ROWS"], 128),
