@@ -25,6 +25,8 @@ def fitting_steps(encoding: str, least: int, largest: int, num_steps: Optional[i
         raise ValueError(f"encoding={encoding} holds no negative counts, got {least}; use one of {', '.join(SIGNED)}")
     if num_steps is None:
         return _usual_steps(encoding, max(-least, largest))
+    if not isinstance(num_steps, int):
+        raise ValueError(f"num_steps={num_steps} must be a whole number")
     needed, most = _fewest_steps(encoding, least, largest)
     if num_steps < needed:
         raise ValueError(f"num_steps={num_steps} cannot hold a count of {most} in {encoding}; use at least {needed}")

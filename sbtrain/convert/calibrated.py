@@ -31,7 +31,7 @@ from sbtrain.convert.weights import table
 from sbtrain.spiking.quantize import dequantize
 
 FILE = "calibration.json"
-VERSION = 1
+VERSION = 2
 SCALES = ".scales"
 
 
@@ -143,7 +143,7 @@ class Calibrated:
         ours = int8_model(model, self.model.spiking)
         if replace(ours, max_positions=self.model.max_positions) != self.model:
             raise ValueError(f"{self.folder} was calibrated of another model than this; calibrate again")
-        if fingerprint_of(reader, self.model) != self.fingerprint:
+        if fingerprint_of(MergedGates(reader, model), self.model) != self.fingerprint:
             raise ValueError(f"{self.folder} was calibrated of other weights than this checkpoint's; calibrate again")
 
     def get(self, name: str) -> tuple[Tensor, Tensor]:
@@ -199,12 +199,15 @@ class Int8Reader:
         return torch.ones(rows, columns // group if columns % group == 0 else 1, 1)
 
 
-def fingerprint_of(reader: GlobalReader, model: ModelConfig) -> str:
-    """Something of every layer that training changes, and that is quickly read: a checksum of all norms."""
+def fingerprint_of(reader: GlobalReader | MergedGates, model: ModelConfig) -> str:
+    """A checksum of the weights that the INT8 model `model` rounds, and of the norms before them, as `reader` has them.
+
+    The reader has one matrix for each gate: see MergedGates.
+    """
+    norms = (f"decoder.layers.{layer}.input_layernorm.weight" for layer in range(model.num_layers))
     total = 0
-    for layer in range(model.num_layers):
-        norm = reader.get(f"decoder.layers.{layer}.input_layernorm.weight")
-        total = zlib.crc32(norm.float().contiguous().view(torch.uint8).numpy().tobytes(), total)
+    for name in (*norms, *int8_names(model)):
+        total = zlib.crc32(reader.get(name).float().contiguous().flatten().view(torch.uint8).numpy(), total)
     return f"{total:08x}"
 
 

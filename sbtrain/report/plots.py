@@ -59,7 +59,7 @@ def curve(run: RunFiles, key: str, title: str, scale: str) -> Figure:
     if scale == "log" and min(values) > 0 and max(values) / min(values) > 20:
         axes.set_yscale("log")
     elif key != "loss":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * max(values) or 1)  # a flat line would lie on the upper edge
     if key == "lr":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.set_xlim(0, max(record["tokens"] for record in run.records))

@@ -322,7 +322,7 @@ def test_damaged_calibrations(tmp_path):
     for change in (bits, half):
         with pytest.raises(ValueError, match="calibrate again"):
             Calibrated(copy(change)).get(name)
-    for change in (document(version=2), document(model={"pattern": 3}), document(checksums=4), document(model=[])):
+    for change in (document(version=1), document(model={"pattern": 3}), document(checksums=4), document(model=[])):
         with pytest.raises(ValueError, match="none of this version's .*calibrate again"):
             Calibrated(copy(change))
     with pytest.raises(ValueError, match="holds no calibrated weights"):
@@ -335,6 +335,9 @@ def test_calibrations_of_other_models_and_weights(tmp_path):
     about = dict(out=tmp_path / "out", format="w8aspike", calibrated=weights)
     with pytest.raises(ValueError, match="of other weights than this checkpoint's"):
         export(DictReader(global_state(model, seed=1)), model=model, **about)
+    name = weights.names[-1]
+    with pytest.raises(ValueError, match="of other weights than this checkpoint's"):  # norms alone would not tell
+        export(DictReader({**global_state(model), name: 2 * reader.get(name)}), model=model, **about)
     with pytest.raises(ValueError, match="of another model than this"):
         export(reader, model=replace(model, window=8), **about)
     with pytest.raises(ValueError, match="needs calibrated weights"):

@@ -60,6 +60,8 @@ def test_encoding_refuses_what_it_cannot_hold():
         ops.spike_encode(torch.tensor([-1]), encoding="bitwise")
     with pytest.raises(ValueError, match="use at least 4"):
         ops.spike_encode(torch.tensor([8]), encoding="bidirectional", num_steps=3)
+    with pytest.raises(ValueError, match="num_steps=4.5 must be a whole number"):
+        ops.spike_encode(torch.tensor([8]), encoding="bidirectional", num_steps=4.5)
     with pytest.raises(ValueError, match="choose from: binary"):
         ops.spike_encode(torch.tensor([8]), encoding="morse")
 
