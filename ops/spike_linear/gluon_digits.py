@@ -1,10 +1,15 @@
-"""Counts' digits on Hopper in Gluon: a token is read once, into registers, by as few warps as hold it."""
+"""Counts' digits on Hopper in Gluon: a token is read once, into registers, by as few warps as hold it.
+
+Every count is made from there, so that a token costs no more than its bytes read and written; only tokens with counts
+beyond int8 are read again. The kernel starts while the one before it ends, and lets the next one start.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 DEPTH = gl.constexpr(128)
+"""Channels of a block: a group of weights, or a part of one that is a whole row."""
 ROUND = gl.constexpr(12582912.0)  # 1.5 * 2^23: added to a number below 2^22, it leaves no bits behind the point
 
 

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_wait
 
-DEPTH = gl.constexpr(128)
+from ops.spike_linear.gluon_digits import DEPTH
 
 
 @gluon.jit
