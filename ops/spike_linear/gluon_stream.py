@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_wait
 
-DEPTH = gl.constexpr(128)
+from ops.spike_linear.gluon_digits import DEPTH
 
 
 @gluon.jit
@@ -69,23 +69,29 @@ def load_round(
 
 @gluon.jit
 def add_round(
-    total, held, count, inside, digits, most, token, block, stride_digit, BLOCKS: gl.constexpr, AHEAD: gl.constexpr,
-    right: gl.constexpr, num_warps: gl.constexpr,
+    total, held, count, inside, token, block, factor, BLOCKS: gl.constexpr, AHEAD: gl.constexpr, right: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    """total with the products of a round's weights and all digits of the counts."""
+    """total with the products of a round's weights and one digit of the counts, factor times."""
     zeros = (total * 0).to(gl.int32)
     counts = ()
     for i in gl.static_range(AHEAD):
         counts += (load_counts(count, inside, token, block + i * num_warps, BLOCKS, right, num_warps),)
     for i in gl.static_range(AHEAD):
-        total += mma_v2(held[i][0], counts[i], zeros).to(gl.float32) * held[i][1]
+        total += mma_v2(held[i][0], counts[i], zeros).to(gl.float32) * (held[i][1] * factor)
+    return total
+
+
+@gluon.jit
+def add_digits(
+    total, held, count, more, most, token, block, stride_digit, BLOCKS: gl.constexpr, AHEAD: gl.constexpr,
+    right: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """total with the products of a round's weights and all digits but the lowest."""
     power = 256.0
     for place in range(1, most + 1):
-        more = gl.load(digits + token, mask=inside, other=0) > 0
-        for i in gl.static_range(AHEAD):
-            at = block + i * num_warps
-            digit = load_counts(count + place * stride_digit, more, token, at, BLOCKS, right, num_warps)
-            total += mma_v2(held[i][0], digit, zeros).to(gl.float32) * (held[i][1] * power)
+        digit = count + place * stride_digit
+        total = add_round(total, held, digit, more, token, block, power, BLOCKS, AHEAD, right, num_warps)
         power *= 256.0
     return total
 
@@ -106,25 +112,26 @@ def few_tokens(
     ROUND: gl.constexpr = AHEAD * num_warps
     output = gl.program_id(0) * ROWS
     held = load_round(weight, scale, output, 0, num_outputs, BLOCKS, SCALES, ROWS, AHEAD, left, sums, num_warps)
-    gdc_wait()
+    stored: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, num_warps], [0, 1])
+    near = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, stored))
     every = gl.arange(0, TOKENS, layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
-    most = gl.max(gl.load(digits + every, mask=every < num_tokens, other=0), 0)
     token = along(TOKENS, 2, right).to(gl.int64)
     inside = token < num_tokens
+    gdc_wait()
+    level = gl.load(threshold + near, mask=near < num_tokens, other=0.0)
+    own_digits = gl.load(digits + every, mask=every < num_tokens, other=0)
     total = gl.full([num_warps, ROWS, TOKENS], 0.0, gl.float32, layout=sums)
-    total = add_round(
-        total, held, count, inside, digits, most, token, 0, stride_digit, BLOCKS, AHEAD, right, num_warps
-    )  # fmt: skip
+    total = add_round(total, held, count, inside, token, 0, 1.0, BLOCKS, AHEAD, right, num_warps)
+    most = gl.max(own_digits, 0)
+    more = inside & (gl.load(digits + token, mask=inside, other=0) > 0)
+    total = add_digits(total, held, count, more, most, token, 0, stride_digit, BLOCKS, AHEAD, right, num_warps)
     for block in range(ROUND, BLOCKS, ROUND):
         held = load_round(weight, scale, output, block, num_outputs, BLOCKS, SCALES, ROWS, AHEAD, left, sums, num_warps)
-        total = add_round(
-            total, held, count, inside, digits, most, token, block, stride_digit, BLOCKS, AHEAD, right, num_warps
-        )  # fmt: skip
-    stored: gl.constexpr = gl.BlockedLayout([1, 1], [16, 2], [1, num_warps], [0, 1])
+        total = add_round(total, held, count, inside, token, block, 1.0, BLOCKS, AHEAD, right, num_warps)
+        total = add_digits(total, held, count, more, most, token, block, stride_digit, BLOCKS, AHEAD, right, num_warps)
     summed = gl.convert_layout(gl.sum(total, 0), stored)
     row = output + gl.arange(0, ROWS, layout=gl.SliceLayout(1, stored))
-    near = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, stored))
-    summed *= gl.expand_dims(gl.load(threshold + near, mask=near < num_tokens, other=0.0), 0)
+    summed *= gl.expand_dims(level, 0)
     if HAS_BIAS:
         summed += gl.expand_dims(gl.load(bias + row, mask=row < num_outputs, other=0.0).to(gl.float32), 1)
     at = gl.expand_dims(near.to(gl.int64), 0) * num_outputs + gl.expand_dims(row, 1)

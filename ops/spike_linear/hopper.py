@@ -1,4 +1,4 @@
-"""Launches of the Hopper kernels (gluon_hopper.py, gluon_stream.py) for the products that they take.
+"""Launches of the Hopper kernels (gluon_digits.py, gluon_hopper.py, gluon_stream.py) for the products that they take.
 
 Gluon's interface moves between Triton's releases, so they run with the one they were written for.
 """
@@ -13,25 +13,39 @@ import triton
 from torch import Tensor
 
 from ops.launch import Launcher, Prepared
-from ops.spike_linear.launch import Call, Digits
+from ops.spike_linear.launch import NUM_DIGITS, Call, Digits, Kernels
 
 TRITON = "3.6."
 DEPTH = 128
 """Channels of a block and of a group."""
+ROWS = 128
+"""Outputs of a tile of many tokens."""
+DEEP_BLOCKS = 64
+"""A row of more blocks is deep. Measured on an H200 with 28 and with 148."""
 PLAIN_TOKENS = 128
 """Up to so many tokens, few outputs are products in parts: tiles of them all would leave multiprocessors idle."""
-WIDE_GAIN = 1.08
-"""How much faster a wide tile's numbers are computed than another's, on an H200."""
+STREAMED_TOKENS = 8
+"""Up to so many tokens, streaming weights is the fastest for any number of outputs; beyond, up to FILLING_OUTPUTS."""
+FILLING_OUTPUTS = 256
+"""Outputs to a multiprocessor with which plain tiles of few tokens keep it busy without dividing the channels."""
+GROUPS_GAIN, ROWS_GAIN = 1.08, 1.15
+"""How much faster a wide tile's numbers are computed than another's, on an H200: of groups, and of whole rows whose
+weights do not fit the cache. A wide tile reads weights half as often."""
+CACHED_BYTES = 2**25
+"""Weights that stay in the cache while all tokens pass."""
 
 
 def choose(prepared: Prepared, call: Call):
-    """What computes a call's product here, or None: Few or Many."""
+    """What computes a call's product here: Few, Many, or Kernels; None where it is Kernels as for other devices."""
     size, num_scales = call.weight.shape[1], call.scale.shape[1]
     if size % DEPTH or num_scales not in (1, size // DEPTH) or not is_hopper(call.device):
         return None
+    outputs_each = call.num_outputs / _num_multiprocessors(call.device)
+    if STREAMED_TOKENS < call.num_tokens <= Few.most_tokens and outputs_each >= FILLING_OUTPUTS:
+        return prepared(undivided, size, size // num_scales)
     if call.num_tokens <= Few.most_tokens:
         return prepared(Few, size, num_scales)
-    if call.num_tokens <= PLAIN_TOKENS and call.num_outputs < DEPTH * _num_multiprocessors(call.device):
+    if call.num_tokens <= PLAIN_TOKENS and outputs_each < ROWS:
         return None
     if call.x.dtype == torch.float32 or call.num_outputs % 8 or call.weight.data_ptr() % 16:
         return None
@@ -45,6 +59,27 @@ def is_hopper(device) -> bool:
     return known and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def undivided(size: int, group: int, entries: Mapping[str, Mapping]) -> Kernels:
+    """The plain kernels for few tokens and so many outputs that the channels need not be divided among programs."""
+    return Kernels(size, group, {**entries, "product_few": entries["product_undivided"]})
+
+
+class HopperDigits(Digits):
+    """Digits by gluon_digits, for blocks of DEPTH channels."""
+
+    def __init__(self, size: int, entry: Mapping, *, all_digits: bool = False):
+        from ops.spike_linear import gluon_digits
+
+        self.size, self.planes, self.words = size, NUM_DIGITS if all_digits else 1, triton.cdiv(size, 32 * DEPTH)
+        num_warps = min(entry["num_warps"], max(1, triton.next_power_of_2(triton.cdiv(size, entry["NUMBERS"]))))
+        constants = dict(SIZE=size, WORDS=self.words, ALL=all_digits)
+        tile = {**entry, "num_warps": num_warps, "launch_pdl": True}
+        self.launchers = [
+            Launcher(gluon_digits.lowest_digits, {**constants, "HAS_MEAN": has_mean}, tile)
+            for has_mean in (False, True)
+        ]
+
+
 class Few:
     """Up to 16 tokens: weights are streamed once. launchers: all of them."""
 
@@ -54,8 +89,9 @@ class Few:
         from ops.spike_linear import gluon_stream
 
         self.size = size
-        self.digits = Digits(size, DEPTH, entries["digits"], all_digits=True, early=True)
-        self.tiles = {8: entries["few"], 16: entries["few_wide"]}
+        self.digits = HopperDigits(size, entries["digits_early"], all_digits=True)
+        deep = size // DEPTH > DEEP_BLOCKS
+        self.tiles = {8: entries["few_deep" if deep else "few"], 16: entries["few_deep" if deep else "few_wide"]}
         self._products = {
             (num_tokens, has_bias): Launcher(
                 gluon_stream.few_tokens,
@@ -84,8 +120,8 @@ class Many:
     """More tokens: tiles through the tensor memory accelerator, one program on every multiprocessor."""
 
     def __init__(self, size: int, num_scales: int, entries: Mapping[str, Mapping]):
-        self.size, self.digits = size, Digits(size, DEPTH, entries["digits"], early=True)
-        self.per_row = num_scales == 1
+        self.size, self.digits = size, HopperDigits(size, entries["digits_early"])
+        self.per_row, self.deep = num_scales == 1, size // DEPTH > DEEP_BLOCKS
         name = "rows" if self.per_row else "groups"
         self.tile, self.wide_tile = entries[name], entries[f"{name}_wide"]
         self.launchers = self.digits.launchers
@@ -95,29 +131,36 @@ class Many:
         from ops.spike_linear import gluon_hopper
 
         num_programs, shape = _num_multiprocessors(call.device), (call.num_tokens, call.num_outputs)
-        tile = better_tile(self.tile, self.wide_tile, *shape, num_programs)
+        tile = better_tile(self.tile, self.wide_tile, *shape, num_programs, gain=self.gain(call.weight))
         count, threshold, digits, blocks = self.digits(call)
         y = call.empty(*shape, dtype=call.x.dtype)
         gluon_hopper.products[(min(num_tiles(tile, *shape), num_programs),)](
-            _tiles_of(call.weight, [tile["ROWS"], DEPTH]), _tiles_of(count[0], [tile["TOKENS"], DEPTH]),
+            _tiles_of(call.weight, [ROWS, DEPTH]), _tiles_of(count[0], [tile["TOKENS"], DEPTH]),
             _tiles_of(y, [tile["TOKENS"], 64]), call.x, call.weight, call.scale, threshold, digits, blocks,
             call.x if call.bias is None else call.bias, shape[1], shape[0],
-            BLOCKS=self.size // DEPTH, PER_ROW=self.per_row, HAS_BIAS=call.bias is not None,
-            num_warps=4, launch_pdl=True, **{name: tile[name] for name in ("ROWS", "TOKENS", "SIZE", "BAND", "STAGES")},
+            BLOCKS=self.size // DEPTH, **tile, PER_ROW=self.per_row, HAS_BIAS=call.bias is not None,
+            HELD=not (self.deep and tile is self.wide_tile), num_warps=4, launch_pdl=True,
         )  # fmt: skip
         return y
+
+    def gain(self, weight: Tensor) -> float:
+        """How much faster the wide tile's numbers are computed than the other's."""
+        if not self.per_row:
+            return GROUPS_GAIN
+        return ROWS_GAIN if weight.numel() > CACHED_BYTES else 1.0
 
 
 def num_tiles(tile: Mapping, num_tokens: int, num_outputs: int) -> int:
     """Tiles of an output [num_tokens, num_outputs]."""
-    return triton.cdiv(num_outputs, tile["ROWS"]) * triton.cdiv(num_tokens, tile["TOKENS"])
+    return triton.cdiv(num_outputs, ROWS) * triton.cdiv(num_tokens, tile["TOKENS"])
 
 
-def better_tile(tile: Mapping, wide: Mapping, num_tokens: int, num_outputs: int, num_programs: int) -> Mapping:
+def better_tile(
+    tile: Mapping, wide: Mapping, num_tokens: int, num_outputs: int, num_programs: int, *, gain: float
+) -> Mapping:
     """The wide tile where less of the last round's time is lost on it than it gains over the other."""
     rounds, wide_rounds = (triton.cdiv(num_tiles(x, num_tokens, num_outputs), num_programs) for x in (tile, wide))
-    area, wide_area = (x["ROWS"] * x["TOKENS"] for x in (tile, wide))
-    return wide if wide_rounds * wide_area < WIDE_GAIN * rounds * area else tile
+    return wide if wide_rounds * wide["TOKENS"] < gain * rounds * tile["TOKENS"] else tile
 
 
 @cache

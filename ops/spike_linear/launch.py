@@ -101,15 +101,15 @@ class _SpikeLinear(torch.autograd.Function):
 class Digits:
     """The kernel that turns x [tokens, size] into lowest digits, thresholds and what says where there are more.
 
-    depth: channels of a block. all_digits: counts are [5, tokens, size]. early: the next kernel waits for this one by
-    itself. launchers: without and with means of whole tokens.
+    depth: channels of a block. all_digits: counts are [5, tokens, size]. launchers: without and with means of whole
+    tokens.
     """
 
-    def __init__(self, size: int, depth: int, entry: Mapping, *, all_digits: bool = False, early: bool = False):
+    def __init__(self, size: int, depth: int, entry: Mapping, *, all_digits: bool = False):
         block = max(triton.next_power_of_2(size), 32)
         self.size, self.planes, self.words = size, NUM_DIGITS if all_digits else 1, triton.cdiv(size, 32 * depth)
         num_warps = min(entry["num_warps"], max(1, block // entry["NUMBERS"]))
-        constants = dict(SIZE=size, DEPTH=depth, BLOCK=block, WORDS=self.words, ALL=all_digits, EARLY=early)
+        constants = dict(SIZE=size, DEPTH=depth, BLOCK=block, WORDS=self.words, ALL=all_digits)
         self.launchers = [
             Launcher(
                 triton_kernels.lowest_digits, {**constants, "HAS_MEAN": has_mean}, {**entry, "num_warps": num_warps}

@@ -49,18 +49,12 @@ def lowest_digits(
     WORDS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     ALL: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """count int8 [tokens, SIZE], threshold, digits [tokens] and blocks [tokens, WORDS] of x [tokens, SIZE]: a token a
     program. mean [tokens]: of |x|, where x is a part of its tokens. blocks is left as it is where digits is 0.
 
-    ALL: count is [5, tokens, SIZE], all digits of the tokens that have more than one. EARLY: the next kernel may start
-    at once (NVIDIA only).
+    ALL: count is [5, tokens, SIZE], all digits of the tokens that have more than one.
     """
-    if EARLY:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     values = tl.load(x + token * SIZE + channel, mask=channel < SIZE, other=0.0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 from ops import tuning
 from ops.backends.maca import BACKEND
@@ -71,8 +72,12 @@ def gluon():
     return compile
 
 
-@pytest.mark.parametrize("name", ["groups", "groups_wide", "rows", "rows_wide"])
-def test_hopper_tiles_fit(gluon, name):
+PRODUCTS = [("groups", 28, True), ("groups_wide", 28, True), ("groups_wide", 148, False)]
+PRODUCTS += [("rows", 28, True), ("rows_wide", 148, True)]
+
+
+@pytest.mark.parametrize("name, num_blocks, held", PRODUCTS)
+def test_hopper_tiles_fit(gluon, name, num_blocks, held):
     from triton.experimental.gluon import language as gl
 
     from ops.spike_linear import gluon_hopper
@@ -81,38 +86,91 @@ def test_hopper_tiles_fit(gluon, name):
         return f"tensordesc<{kind}{list(block)},{gl.NVMMASharedLayout.get_default_for(list(block), dtype)!r}>"
 
     tile = _entries()[name]
-    constants = {**tile, "BLOCKS": 28, "PER_ROW": name.startswith("rows"), "HAS_BIAS": True}
+    constants = {**tile, "BLOCKS": num_blocks, "PER_ROW": name.startswith("rows"), "HAS_BIAS": True, "HELD": held}
     kinds = {
         **KINDS,
-        "weight_tiles": tiles("i8", gl.int8, tile["ROWS"], 128),
+        "weight_tiles": tiles("i8", gl.int8, 128, 128),
         "count_tiles": tiles("i8", gl.int8, tile["TOKENS"], 128),
         "y": tiles("bf16", gl.bfloat16, tile["TOKENS"], 64),
     }
     assert gluon(gluon_hopper.products, kinds, constants, num_warps=4).metadata.shared <= HOPPER_BYTES
 
 
-@pytest.mark.parametrize("name, num_tokens", [("few", 8), ("few_wide", 16)])
-def test_few_tokens_fit(gluon, name, num_tokens):
+@pytest.mark.parametrize(
+    "name, num_tokens, num_blocks", [("few", 8, 28), ("few_wide", 16, 28), ("few_deep", 8, 148), ("few_deep", 16, 148)]
+)
+def test_few_tokens_fit(gluon, name, num_tokens, num_blocks):
     from ops.spike_linear import gluon_stream
 
-    tile = _entries()[name]
-    constants = dict(BLOCKS=28, SCALES=28, ROWS=tile["ROWS"], AHEAD=tile["AHEAD"], TOKENS=num_tokens, HAS_BIAS=True)
-    kinds = {**KINDS, "y": "*bf16"}
-    compiled = gluon(gluon_stream.few_tokens, kinds, constants, num_warps=tile["num_warps"])
+    tile = dict(_entries()[name])
+    sizes = {size: tile.pop(size) for size in ("ROWS", "AHEAD")}
+    constants = dict(BLOCKS=num_blocks, SCALES=num_blocks, **sizes, TOKENS=num_tokens, HAS_BIAS=True)
+    compiled = gluon(gluon_stream.few_tokens, {**KINDS, "y": "*bf16"}, constants, **tile)
+    assert compiled.metadata.shared <= HOPPER_BYTES
+
+
+@pytest.mark.parametrize("size, num_warps", [(640, 1), (3584, 2), (32768, 16)])
+def test_counting_fits(gluon, size, num_warps):
+    from ops.spike_linear.hopper import HopperDigits
+
+    launcher = HopperDigits(size, _entries()["digits_early"], all_digits=True).launchers[1]
+    assert launcher.options["num_warps"] == num_warps and launcher.options["launch_pdl"]
+    compiled = gluon(launcher.kernel, KINDS, launcher.constants, num_warps=num_warps)
     assert compiled.metadata.shared <= HOPPER_BYTES
 
 
 @pytest.mark.parametrize(
-    "num_tokens, num_outputs, wide",
-    [(200, 3584, False), (4096, 3584, False), (4096, 4608, False), (4096, 37888, True), (8192, 3584, True)],
+    "size, num_scales, num_tokens, num_outputs, wide",
+    [
+        (3584, 28, 200, 3584, False),
+        (3584, 28, 4096, 3584, False),
+        (3584, 28, 4096, 4608, False),
+        (3584, 28, 4096, 37888, True),
+        (3584, 28, 8192, 3584, True),
+        (3584, 1, 8192, 4608, False),
+        (3584, 1, 300, 37888, False),
+        (3584, 1, 4096, 37888, True),
+        (18944, 1, 4096, 3584, True),
+    ],
 )
-def test_tile_by_shape(num_tokens, num_outputs, wide):
+def test_tile_by_shape(size, num_scales, num_tokens, num_outputs, wide):
     """On 132 multiprocessors: the wide tile unless its last round leaves many of them idle."""
-    from ops.spike_linear.hopper import better_tile
+    from ops.spike_linear.hopper import Many, better_tile
 
-    entries = _entries()
-    tile = better_tile(entries["groups"], entries["groups_wide"], num_tokens, num_outputs, 132)
-    assert tile is entries["groups_wide" if wide else "groups"]
+    pytest.importorskip("triton.experimental.gluon")
+    entries, weight = _entries(), torch.empty(num_outputs, size, dtype=torch.int8, device="meta")
+    many = Many(size, num_scales, entries)
+    gain = many.gain(weight)
+    tile = better_tile(many.tile, many.wide_tile, num_tokens, num_outputs, 132, gain=gain)
+    name = "rows" if num_scales == 1 else "groups"
+    assert tile is entries[f"{name}_wide" if wide else name]
+
+
+@pytest.mark.parametrize(
+    "num_tokens, size, num_outputs, num_scales, made",
+    [
+        (8, 3584, 37888, 28, "Few"),
+        (9, 3584, 37888, 28, "undivided"),
+        (16, 18944, 3584, 1, "Few"),
+        (17, 3584, 3584, 28, None),
+        (17, 3584, 37888, 28, "Many"),
+        (129, 3584, 3584, 1, "Many"),
+        (129, 3584, 3580, 1, None),
+        (8, 3584, 3584, 56, None),
+    ],
+)
+def test_kernels_by_shape(monkeypatch, num_tokens, size, num_outputs, num_scales, made):
+    """On Hopper with 132 multiprocessors. None: the kernels for any device."""
+    from ops.spike_linear import hopper
+    from ops.spike_linear.launch import Call
+
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper, "_num_multiprocessors", lambda device: 132)
+    x = torch.empty(num_tokens, size, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(num_outputs, size, dtype=torch.int8, device="meta")
+    call = Call(x, weight, None, 3.0, torch.empty(num_outputs, num_scales, 1, device="meta"), None)
+    found = hopper.choose(lambda make, *sizes: make.__name__, call)
+    assert found == made
 
 
 def _entries():
