@@ -24,6 +24,7 @@ from sbtrain.convert.start import fill
 from sbtrain.model.build import build_model, global_parameters
 from sharding import hf_state
 from tiny_checkpoints import filled, model_of, save_tiny
+from whole_checkpoint import make_whole
 
 STAGE = Stage(seq_len=32, tokens=64, global_batch_tokens=64)
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,7 @@ def _run(run_ranks, tmp_path: Path, family: str, num_ranks: int, layout: Layout)
     step_dir = run / "checkpoints" / "step_5"
     step_dir.mkdir(parents=True)
     run_ranks(num_ranks)(_start_and_save, layout, model, str(teacher), str(step_dir))
+    make_whole(step_dir)
     save(Recipe(name="tiny", run_dir=str(run), model=model, start=Start(str(teacher)), stages={"ctx_32": STAGE}),
          run / "recipe.yaml")  # fmt: skip
     write_json(run / "ledger.json", {"stages_done": [], "checkpoint": "checkpoints/step_5", "step": 5})
@@ -96,7 +98,7 @@ def test_launch_export_writes_a_folder_that_transformers_runs(run_ranks, tmp_pat
         (["run={run}", "out=x", "modle=y"], "'modle=y' is not one of run=, out=, format=, dtype=, step=, model="),
         (["run={run}/none", "out=x"], "is no run directory (no recipe.yaml)"),
         (["run={run}", "out=x", "step=9"], "step_9 does not exist; there are: step_5"),
-        (["run={run}", "out=x"], "is not a finished torch.distributed.checkpoint"),
+        (["run={run}", "out=x"], "has no checkpoint that is whole (step_5: it has no manifest.json"),
     ],
 )
 def test_launch_export_refuses_in_one_line(tmp_path, arguments, message, monkeypatch, capsys):

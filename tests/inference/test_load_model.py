@@ -130,3 +130,4 @@ def write_broken(folder):
     write_run(folder / "run", MODEL)
     shutil.copytree(folder / "run", folder / "new_run")
     (folder / "new_run" / "ledger.json").unlink()
+    shutil.rmtree(folder / "new_run" / "checkpoints")

@@ -24,6 +24,7 @@ from sbtrain.inference.load import Loaded
 from sbtrain.model.build import build_model, global_parameters
 from sbtrain.model.hybrid import HybridModel
 from sharding import global_state, hf_state
+from whole_checkpoint import make_whole
 
 EOS = 256
 STAGE = Stage(seq_len=32, tokens=64, global_batch_tokens=64)
@@ -95,6 +96,7 @@ def write_run(run, config, *, step=5):
     folder = run / "checkpoints" / f"step_{step}"
     folder.mkdir(parents=True)
     dcp.save(global_state(config), checkpoint_id=folder, no_dist=True)
+    make_whole(folder)
     recipe = Recipe(name="tiny", model=config, data=DataConfig(tokenizer=str(tokenizer)), stages={"ctx_32": STAGE})
     save(recipe, run / "recipe.yaml")
     write_json(run / "ledger.json", {"stages_done": [], "checkpoint": f"checkpoints/step_{step}", "step": step})
