@@ -67,15 +67,19 @@ class Numbers:
         if self._rollbacks_path.exists():
             open_jsonl(self._rollbacks_path, self.num_rollbacks + 1, key="rollback").close()
 
-    def check_rollbacks(self, state: RunState) -> None:
-        """Raise ValueError, on all ranks, where the run may not go back once more from this state."""
-        recent = self._recent(self._rollbacks, state)
+    def check_rollbacks(self, spiked: RunState, restored: RunState) -> None:
+        """Raise ValueError, on all ranks, where the run may not go back once more, from spiked to restored.
+
+        Rollbacks count by where they went to: the way from there to the spike may be longer than the window.
+        """
+        recent = self._recent(self._rollbacks, restored)
         if len(recent) >= self._rules.max_rollbacks:
             raise ValueError(
-                f"step {state.step} of stage {state.stage}: the loss has spiked again after {len(recent)} rollbacks in "
-                f"the last {self._rules.window_steps} steps, as many as watch.max_rollbacks allows; "
-                f"{self._rollbacks_path} has their losses and samples, the newest checkpoint is intact; lower the "
-                "stage's schedule.lr, look at the data, or set watch.on_spike=tell, and start again"
+                f"step {spiked.step} of stage {spiked.stage}: the loss has spiked again after {len(recent)} rollbacks "
+                f"to step {restored.step} or less than {self._rules.window_steps} steps before, as many as "
+                f"watch.max_rollbacks allows; {self._rollbacks_path} has their losses and samples, the newest "
+                "checkpoint is intact; lower the stage's schedule.lr, look at the data, or set watch.on_spike=tell, "
+                "and start again"
             )
 
     def go_back(self, spiked: RunState, restored: RunState, about: dict) -> None:
@@ -84,7 +88,7 @@ class Numbers:
         spiked: the state that the run leaves. about: what ROLLBACKS says besides, on rank 0; elsewhere it is not read.
         Raises ValueError where that cannot be written.
         """
-        self._rollbacks = [*self._recent(self._rollbacks, spiked), restored.step]
+        self._rollbacks = [*self._recent(self._rollbacks, restored), restored.step]
         self.num_rollbacks += 1
         self._take_over(restored)
         self._came_from = spiked.step

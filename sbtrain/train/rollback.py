@@ -45,12 +45,12 @@ class Rollback:
         """
         if not self._watch.spiked:
             return state
-        self._watch.numbers.check_rollbacks(state)
         with section("rollback", patient=True):
             restored = self._restore()
         if restored is None:
             _say("no checkpoint of this run can be gone back to yet; it goes on")
             return state
+        self._watch.numbers.check_rollbacks(state, restored)
         num_steps = state.step - restored.step
         samples = self._loader.last_samples(num_steps)
         records = together(lambda: self._sinks.go_back(restored.step + 1))

@@ -111,14 +111,18 @@ def test_files_say_nothing_of_steps_that_are_done_again(tmp_path):
     assert not (tmp_path / ROLLBACKS).read_text()
 
 
-def test_rollbacks_of_long_ago_do_not_count(tmp_path):
+@pytest.mark.parametrize("later", [2, 500])
+def test_rollbacks_count_by_where_they_went_to(tmp_path, later):
+    """Also where a spike comes back long after its checkpoint, for which no window is long enough."""
     numbers = begun(tmp_path, window_steps=20, max_rollbacks=2)
-    for restored in (10, 10, 40, 40):
-        numbers.check_rollbacks(RunState(stage="a", step=restored + 2))
-        numbers.go_back(RunState(stage="a", step=restored + 2), RunState(stage="a", step=restored), {})
-    with pytest.raises(ValueError, match=r"step 45 of stage a: .* after 2 rollbacks in the last 20.*on_spike=tell"):
-        numbers.check_rollbacks(RunState(stage="a", step=45))
-    numbers.check_rollbacks(RunState(stage="a", step=61))
+    for restored in (10, 10, 40, 45):
+        ends = RunState(stage="a", step=restored + later), RunState(stage="a", step=restored)
+        numbers.check_rollbacks(*ends)
+        numbers.go_back(*ends, {})
+    ends = RunState(stage="a", step=50 + later), RunState(stage="a", step=50)
+    with pytest.raises(ValueError, match=rf"step {50 + later} of stage a: .* after 2 rollbacks to step 50"):
+        numbers.check_rollbacks(*ends)
+    numbers.check_rollbacks(RunState(stage="a", step=600), RunState(stage="a", step=65))
 
 
 def skip_where_nothing_can_be_written(rank: int, folder: str) -> str:
