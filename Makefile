@@ -24,7 +24,7 @@ test: lint
 
 # On a machine with slurm-wlm and munge (Debian), not on a cluster: the tests start one of their own.
 test-slurm: env
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m slurm
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m slurm tests/launch
 
 # On a machine with GPUs.
 gpu: env
