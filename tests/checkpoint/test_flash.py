@@ -188,10 +188,12 @@ def test_what_may_not_be_written_is_refused_before_anything_is(flying, monkeypat
     _check_intact(flying, ledger)
 
 
-def test_memory_that_is_not_there_is_refused_in_one_line(flying, monkeypatch):
+def test_memory_that_is_not_there_is_refused_in_one_line(tmp_path, monkeypatch):
+    flying = Flying(tmp_path)
     monkeypatch.setattr(flash, "free_bytes", lambda: 1000)
     with pytest.raises(ValueError) as caught:
         flying.save(1)
+    flying.store.close()
     text = str(caught.value)
     assert "\n" not in text and "checkpoint.asynchronous=true needs 0.0 GB of memory on host" in text
     assert "set checkpoint.asynchronous=false" in text
