@@ -111,6 +111,7 @@ class Flash:
                 self._copy(slot)
                 self._newest = (state, slot)
             if persist:
+                together(lambda: None if dist.get_rank() else self.allowed(self._plan.total_bytes))
                 small = {"state.json": self.content(state), "common.pt": _bytes_of(engine.common_state())}
                 self._token += 1
                 self._pending.append(_Pending(self._token, state.step, self._newest[1], small))
@@ -202,14 +203,8 @@ class Flash:
         self._metrics["checkpoint_gb_per_s"] = num_bytes / max(blocked_s, 1e-9) / 1e9
 
     def _begin(self) -> None:
-        """Have the first one in the queue written. What rank 0 may not do, all ranks hear at the next exchange."""
+        """Have the first one in the queue written."""
         head = self._pending[0]
-        if dist.get_rank() == 0:
-            try:
-                self.allowed(self._plan.total_bytes)
-            except (ValueError, OSError) as error:
-                head.problem = str(error)
-                return
         self._writer.send(Write(head.token, self._partial(head), head.slot * self._plan.slot_bytes))
 
     def _seal(self) -> None:

@@ -170,21 +170,30 @@ def test_a_folder_that_cannot_be_finished_is_no_checkpoint(flying):
     _check_intact(flying, ledger)
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(flying, monkeypatch):
+@pytest.mark.parametrize("problem", ["no space left in x", "run_dir=x was taken over"])
+def test_what_may_not_be_written_is_refused_before_anything_is(flying, monkeypatch, problem):
     flying.save(1)
     flying.store.settle()
     ledger = flying.ledger.path.read_bytes()
-    monkeypatch.setattr("sbtrain.checkpoint.store._shortage", lambda *args: "no space left in x")
-    flying.save(2)
-    with pytest.raises(ValueError, match="no space left in x"):
-        flying.store.settle()
+
+    def taken_over():
+        raise ValueError(problem)
+
+    if "space" in problem:
+        monkeypatch.setattr("sbtrain.checkpoint.store._shortage", lambda *args: problem)
+    else:
+        flying.store.check_lock = taken_over
+    with pytest.raises(ValueError, match=f"^{problem}$"):
+        flying.save(2)
     _check_intact(flying, ledger)
 
 
-def test_memory_that_is_not_there_is_refused_in_one_line(flying, monkeypatch):
+def test_memory_that_is_not_there_is_refused_in_one_line(tmp_path, monkeypatch):
+    flying = Flying(tmp_path)
     monkeypatch.setattr(flash, "free_bytes", lambda: 1000)
     with pytest.raises(ValueError) as caught:
         flying.save(1)
+    flying.store.close()
     text = str(caught.value)
     assert "\n" not in text and "checkpoint.asynchronous=true needs 0.0 GB of memory on host" in text
     assert "set checkpoint.asynchronous=false" in text
