@@ -97,10 +97,15 @@ def _int8_products(model: ModelConfig) -> list[Case]:
             compared=False,
         )
 
-    group = min(INT8_GROUP, hidden & -hidden)
+    heads = model.num_heads * model.head_dim
+    shapes = {
+        "qkv": (hidden, heads + 2 * model.num_kv_heads * model.head_dim),
+        "proj": (heads, hidden),
+        "gate_up": (hidden, 2 * ffn),
+        "down": (ffn, hidden),
+    }
     return [
-        case("qkv", hidden, (model.num_heads + 2 * model.num_kv_heads) * model.head_dim, hidden // group),
-        case("gate_up", hidden, 2 * ffn, hidden // group),
-        case("gate_up, a scale a row", hidden, 2 * ffn, 1),
-        case("down", ffn, hidden, ffn // min(INT8_GROUP, ffn & -ffn)),
+        case(name + suffix, size, num_outputs, 1 if suffix else size // min(INT8_GROUP, size & -size))
+        for name, (size, num_outputs) in shapes.items()
+        for suffix in ("", ", a scale a row")
     ]

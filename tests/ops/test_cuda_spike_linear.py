@@ -61,7 +61,17 @@ def test_numbers_of_tokens(num_tokens, per_row):
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize(
     "size, num_outputs, num_tokens",
-    [(3584, 4608, 4096), (3584, 3584, 1000), (3584, 37888, 513), (18944, 3584, 2049), (18944, 3584, 3)],
+    [
+        (3584, 4608, 4096),
+        (3584, 3584, 1000),
+        (3584, 37888, 513),
+        (3584, 37888, 4096),
+        (18944, 3584, 2049),
+        (18944, 3584, 8192),
+        (18944, 3584, 3),
+        (18944, 3584, 16),
+        (3584, 37888, 16),
+    ],
 )
 def test_shapes_of_7b(size, num_outputs, num_tokens, per_row):
     group = size if per_row else 128
@@ -100,11 +110,43 @@ def test_gradients(num_tokens):
         assert (found - wanted).norm() <= 1e-2 * wanted.norm()
 
 
-def test_captured_in_a_graph():
-    x, weight, scale, bias, _ = layer(300, 512, 264, 128)
+@pytest.mark.parametrize("name", ["groups", "groups_wide", "rows", "rows_wide"])
+@pytest.mark.parametrize("size", [1024, 9216])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_tile_of_many_tokens(name, size, dtype):
+    """Also where the rule by shape takes another; 9216 channels are deep. Every program has several tiles."""
+    from ops import tuning
+    from ops.spike_linear import hopper
+    from ops.spike_linear.launch import Call
+
+    cuda_module("spike_linear")
+    if not hopper.is_hopper(torch.device("cuda")):
+        pytest.skip(f"these tiles are for Hopper and Triton {hopper.TRITON}x")
+    per_row = name.startswith("rows")
+    x, weight, scale, bias, mean = layer(2051, size, 3592, size if per_row else 128, dtype)
+    made = hopper.Many(size, scale.shape[1], tuning.tiles("spike_linear", "cuda"))
+    made.tile = made.wide_tile = made.wide_tile if name.endswith("wide") else made.tile
+    poison()
+    call = Call(x, weight, bias, 3.0, scale, mean.flatten())
+    y = made(call)
+    assert torch.equal(y, made(call)), "differs between runs"
+    expected = exact(x, weight, scale, bias, mean)
+    error = (y.double() - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-3)
+    assert error.max() <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 300])
+def test_captured_in_a_graph(num_tokens):
+    """Twice in a row, on an x that is written just before: kernels start early and must wait."""
+    x, weight, scale, bias, _ = layer(num_tokens, 512, 264, 128)
     y = ops.spike_linear(x, weight, bias, weight_scale=scale)
-    graph = torch.cuda.CUDAGraph()
+    graph, source = torch.cuda.CUDAGraph(), x.clone()
     with torch.cuda.graph(graph):
-        captured = ops.spike_linear(x, weight, bias, weight_scale=scale)
-    graph.replay()
-    assert torch.equal(captured, y)
+        captured = []
+        for _ in range(2):
+            x.copy_(source)
+            captured.append(ops.spike_linear(x, weight, bias, weight_scale=scale))
+            x.zero_()
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(found, y) for found in captured)
