@@ -40,7 +40,7 @@ stages:
   ctx_128:
     {{seq_len: 128, tokens: 512, global_batch_tokens: 128, layout: {{sp: 2}},
      schedule: {{lr: 1e-3, min_lr: 1e-4, decay: wsd}}}}
-checkpoint: {{every_steps: 3, keep_last: 2, asynchronous: false}}
+checkpoint: {{every_steps: 3, keep_last: 2}}
 evaluation: {{tokens: 128, seq_len: 64}}
 cluster: {{num_gpus: 2}}
 """

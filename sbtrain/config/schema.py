@@ -184,7 +184,7 @@ class CheckpointConfig:
     """
 
     every_steps: int = 0
-    asynchronous: bool = True
+    asynchronous: bool = False
     snapshot_every_steps: int = 0
     keep_last: int = 2
     keep_every_steps: int = 0
