@@ -104,7 +104,7 @@ def save_common(strategy, common: dict, checkpoint_dir) -> None:
 def results_queue() -> SimpleQueue:
     """What a save in this process hands its results through.
 
-    megatron's own is a queue in a process of its own, started at the first save and never ended. It serves saves in
-    the background, which we do not use, and a signal that asks the whole job to save kills it: that save then fails.
+    megatron's own is a queue in a process of its own, started at the first save and never ended. It serves its saves in
+    the background, which a benchmark alone uses, and a signal that asks the whole job to save kills it: then that fails.
     """
     return SimpleQueue()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -102,6 +104,7 @@ if not hasattr(_moe_utils, "te_general_gemm"):  # without TransformerEngine ever
     _moe_utils.te_general_gemm = None
 DistributedOptimizer._set_main_param_and_optimizer_states = fixes.set_main_param_and_optimizer_states
 DistributedOptimizer.get_parameter_state_dp_zero = fixes.get_parameter_state_dp_zero
+_queue_of_processes = _tensor_writer._get_write_results_queue
 _tensor_writer._get_write_results_queue = fixes.results_queue
 _tensor_files._get_filesystem_reader = safe_load.open_reader
 _tensor_files.MCoreLoadPlanner.load_bytes = safe_load.load_bytes
@@ -131,3 +134,13 @@ def mark_tensor_parallel(module: torch.nn.Module) -> None:
 def mark_sharded(weight: torch.nn.Parameter, *, dim: int) -> None:
     """Say that the weight is one tp rank's part of a larger one, cut along dim."""
     weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1
+
+
+@contextmanager
+def saves_of_other_processes() -> Iterator[None]:
+    """Context for megatron's asynchronous saves: another process hands their results over, see fixes.results_queue."""
+    _tensor_writer._get_write_results_queue = _queue_of_processes
+    try:
+        yield
+    finally:
+        _tensor_writer._get_write_results_queue = fixes.results_queue

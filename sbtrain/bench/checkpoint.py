@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel import mcore
 from parallel.layout import Layout
@@ -101,10 +102,10 @@ def bench_checkpoint(options: CheckpointOptions, command: str) -> int:
     start_distributed()
     state = _State(count, options)
     ceiling = pinned_copy(state.num_bytes)
-    rows = {"flash": flash(state, options)}
+    rows = {"flash": _told("flash", flash(state, options))}
     for peer in options.peers:
         if peer != "none":
-            rows[peer] = _tried(lambda peer=peer: megatron(state, options, peer))
+            rows[peer] = _told(peer, _tried(lambda peer=peer: megatron(state, options, peer)))
     report = {
         "benchmark": "checkpoint",
         "command": command,
@@ -186,20 +187,30 @@ def megatron(state: _State, options: CheckpointOptions, kind: str) -> dict:
 
 
 def _begin_save(state: _State, folder: Path, queue) -> None:
-    about = dict(validate_access_integrity=False, async_sharded_save=queue is not None)
-    request = mcore.dist_checkpointing.save(state.sharded(), str(folder), **about)
-    if queue is not None:
-        queue.schedule_async_request(request)
+    if queue is None:
+        mcore.dist_checkpointing.save(state.sharded(), str(folder), validate_access_integrity=False)
+        return
+    with mcore.saves_of_other_processes():
+        about = dict(validate_access_integrity=False, async_sharded_save=True)
+        queue.schedule_async_request(mcore.dist_checkpointing.save(state.sharded(), str(folder), **about))
 
 
 def _tried(measure: Callable[[], dict]) -> dict:
     """What it gives, or why a peer cannot be measured here, which is no reason to lose the rest."""
     try:
         return measure()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     finally:
         release_memory(device())
+
+
+def _told(name: str, row: dict) -> dict:
+    """The row; printed at once on rank 0, since the next one may take minutes."""
+    if dist.get_rank() == 0:
+        seconds = "blocked {blocked_s[median]:.3f} s, on disk after {written_s[median]:.1f} s"
+        print(f"{name}: {row['failed'] if 'failed' in row else seconds.format(**row)}", flush=True)
+    return row
 
 
 def _seconds(call: Callable[[], object]) -> float:
