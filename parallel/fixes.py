@@ -105,6 +105,6 @@ def results_queue() -> SimpleQueue:
     """What a save in this process hands its results through.
 
     megatron's own is a queue in a process of its own, started at the first save and never ended. It serves its saves in
-    the background, which a benchmark alone uses, and a signal that asks the whole job to save kills it: then that fails.
+    the background, which a benchmark alone uses, and a signal that tells the whole job to save kills it: then it fails.
     """
     return SimpleQueue()
