@@ -79,7 +79,7 @@ def test_it_comes_and_goes(tmp_path):
 
 def test_a_process_that_was_killed_holds_nothing(tmp_path):
     with other_process(tmp_path) as process:
-        assert in_use(tmp_path) and lock(tmp_path).take()[0] == "in use"
+        assert in_use(tmp_path) and lock(tmp_path).take()[0] == "earlier start"
         process.send_signal(signal.SIGSTOP)
         assert lock(tmp_path).take()[0] == "in use", "suspended is not dead"
         process.kill()
@@ -112,7 +112,7 @@ def test_a_process_of_another_user_that_is_hidden_is_judged_by_its_touches(tmp_p
     monkeypatch.setattr(lock_module, "_started", lambda pid: None)
     assert not in_use(tmp_path)
     monkeypatch.setattr(os, "kill", refused)
-    assert in_use(tmp_path) and lock(tmp_path).take()[0] == "in use"
+    assert in_use(tmp_path) and lock(tmp_path).take()[0] == "earlier start"
     monkeypatch.undo()
     first.release()
 
