@@ -79,7 +79,7 @@ def test_it_comes_and_goes(tmp_path):
 
 def test_a_process_that_was_killed_holds_nothing(tmp_path):
     with other_process(tmp_path) as process:
-        assert in_use(tmp_path) and lock(tmp_path).take()[0] == "earlier start"
+        assert in_use(tmp_path) and lock(tmp_path).take()[0] == "in use"
         process.send_signal(signal.SIGSTOP)
         assert lock(tmp_path).take()[0] == "in use", "suspended is not dead"
         process.kill()
