@@ -303,11 +303,8 @@ class Flash:
             dist.all_gather_object(wanted, (platform.node(), num_bytes - self._memory.size))
         here = [more for host, more in wanted if host == platform.node()]
 
-        def reserve() -> None:
-            check_memory(sum(here), num_ranks=len(here))
-            self._memory.reserve(num_bytes, pin=device().type == "cuda")
-
-        together(reserve)
+        together(lambda: check_memory(sum(here), num_ranks=len(here)))  # all look before anyone takes
+        together(lambda: self._memory.reserve(num_bytes, pin=device().type == "cuda"))
 
     def _clear_away(self) -> None:
         """What an earlier start began to write. Nobody writes now."""

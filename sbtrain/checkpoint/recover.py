@@ -41,12 +41,12 @@ class Recovered:
         if not self.lines:
             return
         print("\n".join(self.lines), flush=True)
-        if self.ledger.checkpoint is not None:
-            self.ledger.record_checkpoint(self.ledger.value["checkpoint"], self.ledger.step, write=True)
         for folder in self.damaged:
             aside = folder.with_name(f"{folder.name}.damaged")
             delete(aside)
             folder.rename(aside)
+        if self.ledger.checkpoint is not None:
+            self.ledger.record_checkpoint(self.ledger.value["checkpoint"], self.ledger.step, write=True)
 
 
 def recover(run_dir: Path, stages: dict[str, int]) -> Recovered:

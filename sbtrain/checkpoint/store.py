@@ -131,10 +131,11 @@ class Store:
     def _sealed(self, step: int) -> list[Path]:
         """Call the checkpoint of that step the newest; folders that may go then, on rank 0. Collective."""
         name = f"checkpoints/step_{step}"
+        before = self.ledger.step if self.ledger.checkpoint is not None else -1
         _first(self.check_lock)
         _first(lambda: self.ledger.record_checkpoint(name, step, write=True))
         self.ledger.record_checkpoint(name, step, write=False)
-        return [] if dist.get_rank() else self._old()
+        return [] if dist.get_rank() else self._old(before)
 
     def _check_writable(self, needed_bytes: int) -> None:
         """Raise ValueError or OSError where rank 0 may not write, or not so much."""
@@ -153,7 +154,7 @@ class Store:
         folder = self.ledger.checkpoint
         if folder is None:
             return None
-        content = read_state(folder)
+        content = together(lambda: read_state(folder))
         if content["parts"] == ["model"]:
             sharded = {"model": sharded_weights(engine.models, engine.mesh)}
         else:
@@ -185,8 +186,10 @@ class Store:
         if problem[0]:
             raise ValueError(problem[0])
 
-    def _old(self) -> list[Path]:
-        """Checkpoints that need not be kept, and what is left of others.
+    def _old(self, before: int) -> list[Path]:
+        """Checkpoints that need not be kept, and what is left of others. before: the step of the newest until now.
+
+        A run that was taken back to an earlier step has left what lies between that and its new checkpoint.
 
         What lies beyond the ledger's checkpoint stays: the run may have been taken back to an earlier one, and ranks
         may have begun to write a later one.
@@ -196,8 +199,9 @@ class Store:
         for folder in self.folder.glob("step_*"):
             number, dot, _ = folder.name.removeprefix("step_").partition(".")
             if number.isdecimal() and int(number) <= self.ledger.step:
-                leftovers += [folder] if dot else []
-                there.setdefault(int(number), []).extend([] if dot else [folder])
+                abandoned = before < int(number) < self.ledger.step
+                leftovers += [folder] if dot or abandoned else []
+                there.setdefault(int(number), []).extend([] if dot or abandoned else [folder])
         steps = sorted(step for step, folders in there.items() if folders)
         for step in steps[: -self.keep_last] if self.keep_last else []:
             if not (self.keep_every_steps and step and step % self.keep_every_steps == 0):

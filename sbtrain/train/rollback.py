@@ -70,6 +70,7 @@ def newest_checkpoint(stage: str, engine: Engine, store: Store) -> RunState | No
     stage: the one that is being trained. None, and nothing is changed, where there is no checkpoint or one without an
     optimizer, from a conversion. Raises ValueError where it is not whole any more.
     """
+    store.settle()  # what is still being written is the newest
     folder = store.ledger.checkpoint
     if folder is None or together(lambda: read_state(folder))["parts"] == ["model"]:
         return None

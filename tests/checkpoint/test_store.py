@@ -249,3 +249,14 @@ def test_another_format_is_refused_by_name(saved, form):
     (folder / "state.json").write_text(json.dumps({**content, "format": form}))
     with pytest.raises(ValueError, match=rf"state\.json: checkpoint format {form!r} is not 1; load it with"):
         read_state(folder)
+
+
+def test_what_a_run_has_left_is_no_checkpoint_to_fall_back_to(saved):
+    """Taken back from step 3 to step 1: with step 4 both steps between are gone, and push out nothing."""
+    for step in (1, 2, 3):
+        saved.save(step)
+    kept = saved.there()
+    back = int(kept[0].removeprefix("step_"))
+    saved.ledger.record_checkpoint(f"checkpoints/step_{back}", back, write=True)
+    saved.save(4)
+    assert saved.there() == [f"step_{back}", "step_4"] and len(kept) > 1
