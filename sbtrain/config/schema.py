@@ -178,7 +178,8 @@ class CheckpointConfig:
     every_steps: steps between saves; 0 saves at stage ends and signals alone.
     asynchronous: training waits only until its state is in host memory; a process writes it from there. Needs room for
         two snapshots of every rank in the memory of its host.
-    snapshot_every_steps: steps between snapshots for the memory alone, with asynchronous; 0 takes none.
+    snapshot_every_steps: steps between snapshots for the memory alone, with asynchronous; nothing reads them yet; 0
+        takes none.
     keep_last: step folders that stay; 0 keeps all.
     keep_every_steps: checkpoints of steps that are a multiple of this stay besides; 0 keeps none.
     """
