@@ -19,7 +19,7 @@ from ops.spike_linear.gluon_sums import group_sums, row_factors, row_sums
 def consume(
     slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr, SIZE: gl.constexpr,
-    WHO: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr, HELD: gl.constexpr,
+    WHO: gl.constexpr, PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Warps WHO of two: their half of the rows of every tile of this program."""
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 32])
@@ -39,7 +39,7 @@ def consume(
             )
         else:
             total, slot, phase = group_sums(
-                slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, PARTS, SIZE, STAGES, WHO, HELD, sums
+                slots, bars, scale, output, num_outputs, slot, phase, BLOCKS, PARTS, SIZE, STAGES, WHO, sums
             )
         tma.store_wait(0)  # of the tile before, from out_slots
         gl.thread_barrier()
@@ -67,7 +67,7 @@ def consume(
 def products(
     weight_tiles, count_tiles, y, x, weight, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
     BLOCKS: gl.constexpr, TOKENS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr, SIZE: gl.constexpr,
-    PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr, HELD: gl.constexpr,
+    PER_ROW: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """y [tokens, outputs] (tiles [TOKENS, 64]) of weights [outputs, BLOCKS * DEPTH] int8 (tiles [ROWS, DEPTH]) and
     counts [tokens, BLOCKS * DEPTH] int8 (tiles [TOKENS, DEPTH]); x, digits and blocks: see triton_kernels. scale
@@ -81,11 +81,11 @@ def products(
         [
             (consume, (
                 slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
-                BLOCKS, TOKENS, BAND, STAGES, SIZE, 0, PER_ROW, HAS_BIAS, HELD,
+                BLOCKS, TOKENS, BAND, STAGES, SIZE, 0, PER_ROW, HAS_BIAS,
             )),
             (consume, (
                 slots, bars, out_slots, x, weight, y, scale, threshold, digits, blocks, bias, num_outputs, num_tokens,
-                BLOCKS, TOKENS, BAND, STAGES, SIZE, 1, PER_ROW, HAS_BIAS, HELD,
+                BLOCKS, TOKENS, BAND, STAGES, SIZE, 1, PER_ROW, HAS_BIAS,
             )),
             (copy_tiles, (
                 weight_tiles, count_tiles, slots, bars, num_outputs, num_tokens, BLOCKS, TOKENS, BAND, STAGES,

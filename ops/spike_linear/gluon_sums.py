@@ -52,10 +52,10 @@ def with_part(total, part, factor, PART: gl.constexpr, PARTS: gl.constexpr):
 def group_sums(
     slots, bars, scale, output, num_outputs, slot, phase,
     BLOCKS: gl.constexpr, PARTS: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, WHO: gl.constexpr,
-    HELD: gl.constexpr, sums: gl.constexpr,
+    sums: gl.constexpr,
 ):  # fmt: skip
     """(fp32 sums of groups with a scale each, next slot, its parity): a part is scaled while the next one of its group
-    is multiplied. HELD: a slot's weights are read once, into registers, and not again by the product of every part."""
+    is multiplied. A slot's weights are read once, into registers, and not again by the product of every part."""
     left: gl.constexpr = gl.DotOperandLayout(0, sums, 4)
     total = full_sums(0.0, PARTS, SIZE, gl.float32, sums)
     zeros = gl.full([64, SIZE], 0, gl.int32, layout=sums)
@@ -63,7 +63,7 @@ def group_sums(
         factor = row_factors(scale, output, num_outputs, BLOCKS, block, sums)
         mbarrier.wait(bars[0].index(slot), phase)
         weights, counts = slots[0].index(slot).slice(WHO * 64, 64, dim=0), slots[1].index(slot)
-        rows = weights.load(left) if HELD else weights
+        rows = weights.load(left)
         running = multiply(rows, counts, zeros, False, 0, SIZE)
         for i in gl.static_range(1, PARTS):
             following = multiply(rows, counts, zeros, False, i, SIZE)
