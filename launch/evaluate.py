@@ -1,7 +1,7 @@
 """Measure a model: bits per byte, passkey retrieval, spikes, tasks of lm-eval. A table for each, and a JSON file.
 
 python launch/evaluate.py model=FOLDER|run=FOLDER [suite=bpb,passkey,spiking,lm_eval] [out=FOLDER] [step=N]
-                          [precision=fp32|bf16]
+                          [precision=fp32|bf16] [int8=true [calibrated=FOLDER]]
     bpb:      [data=PREFIX|FILE,...] [lengths=512,1024,2048] [tokens=16384] [text_key=text]
     passkey:  [lengths=512,1024,2048] [depths=0,25,50,75,100] [samples=4] [seed=0]
     spiking:  [k=2,2.5,3,3.5,4] [spike_down_proj=false] [data=PREFIX|FILE,...] [lengths=1024] [tokens=16384]

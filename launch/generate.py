@@ -2,6 +2,7 @@
 
 python launch/generate.py model=FOLDER|run=FOLDER prompt=TEXT [max_new_tokens=64] [temperature=0] [top_k=0] [top_p=1]
                           [seed=0] [stream=true] [step=N] [precision=fp32|bf16] [chunk_tokens=4096]
+                          [int8=true [calibrated=FOLDER]]
 torchrun --nproc_per_node=N launch/generate.py sp=N ...     reads a long prompt on N GPUs, a shard each
 """
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 
-from sbtrain.config.model_schema import ModelConfig
+from sbtrain.config.model_schema import Gate, ModelConfig
+from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.spiking_schema import EVERYWHERE, PROJECTIONS, layers_in
 
 
@@ -32,6 +33,7 @@ def _check_skipped(model: ModelConfig, projection: str, where: str) -> None:
         advice = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(PROJECTIONS)}"
         raise ValueError(f"{key} is no projection; {advice}")
     if where == EVERYWHERE:
+        _check_reached(model, projection, where)
         return
     try:
         parts = layers_in(where)
@@ -40,6 +42,23 @@ def _check_skipped(model: ModelConfig, projection: str, where: str) -> None:
     last = max(part[-1] for part in parts)
     if last >= model.num_layers:
         raise ValueError(f"{key}='{where}' names layer {last}, {_layers_of(model)}; name those alone")
+    _check_reached(model, projection, where)
+
+
+def _check_reached(model: ModelConfig, projection: str, where: str) -> None:
+    """Not every layer has a gate."""
+    if projection != "gate":
+        return
+    kinds = parse_pattern(model.pattern, model.num_layers) if model.gla.gate is not Gate.tied else ()
+    gated = [layer for layer, kind in enumerate(kinds) if "L" in kind.mixers]
+    if any(model.spiking.skips(projection, layer) for layer in gated):
+        return
+    there = (
+        f"layers {', '.join(map(str, gated))} have one; name some of them, or remove it"
+        if gated
+        else ("no layer of this model has one; remove it")
+    )
+    raise ValueError(f"model.spiking.skip.gate='{where}' leaves out no gate: {there}")
 
 
 def _layers_of(model: ModelConfig) -> str:

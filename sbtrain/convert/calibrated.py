@@ -186,6 +186,10 @@ class Int8Reader:
         """See GlobalReader."""
         return dequantize(*self._calibrated.get(name)) if name in self.int8_names else self._reader.get(name)
 
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """(int8 [F, D], scales [F, D / group, 1]) of a calibrated weight."""
+        return self._calibrated.get(name)
+
     def integers(self, name: str) -> Tensor:
         """int8 [F, D] of a calibrated weight."""
         return self._calibrated.get(name)[0]

@@ -105,6 +105,17 @@ class _Renamed:
             return self._rounded(weight, self._scales(name)[start:stop]) if self._is_rounded(name) else weight
         return self.get(name).narrow(dim, start, stop - start)
 
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """(int8 [F, D], scales fp32 [F, D / group, 1]) of a rounded weight. Raises ValueError where it is none."""
+        weight, scales = self.checkpoint.get(self.name_of(name)).float(), self._scales(name)
+        integers = weight.unflatten(1, (scales.shape[1], -1)).div_(scales).round_().flatten(1)
+        if not ((integers >= -128) & (integers <= 127)).all():
+            raise ValueError(
+                f"{self.checkpoint.folder}: {self.name_of(name)} over its scales leaves int8; fetch or export the "
+                "model again"
+            )
+        return integers.to(torch.int8), scales
+
     def _is_rounded(self, name: str) -> bool:
         where = projection_of(name) if self._int8 else None
         return where is not None and self._spiking.spikes(*where)

@@ -33,7 +33,7 @@ from sbtrain.data.source import open_corpus
 from sbtrain.data.tokenizer import Tokenizer, check_vocabulary
 from sbtrain.inference.corpus import check_data, excerpt, is_text
 from sbtrain.inference.layerwise import HiddenStates
-from sbtrain.inference.load import Source, Where, check_alone, open_source
+from sbtrain.inference.load import Source, Where, calibrated_folder, check_alone, open_source
 from sbtrain.inference.options import build, check_keys, split
 from sbtrain.spiking.gptq import DAMPING, Hessian, gptq
 from sbtrain.spiking.quantize import dequantize, group_scales, output_error, quantize
@@ -87,9 +87,10 @@ def calibrate(arguments: Sequence[str]) -> Path:
     check_keys(given, Where, Calibration)
     where, how = build(Where, given), build(Calibration, given)
     where.check()
+    where.refuse_int8("calibration makes the INT8 weights")
     check_data(how.data)
     source = open_source(where)
-    out = Path(how.out) if how.out else _default_out(where, source)
+    out = Path(how.out) if how.out else calibrated_folder(where, source)
     if out.exists():
         raise ValueError(f"out={out} exists; remove it or give out= another folder")
     model = _model(source, how)
@@ -119,10 +120,6 @@ def calibration_rows(how: Calibration, tokenizer: Tokenizer) -> list[Row]:
             )
         stream = Stream(corpus, order=shuffled(corpus, seed="calibration"))
         return [make_row([stream.sample(i, seq_len=how.seq_len)]) for i in range(how.samples)]
-
-
-def _default_out(where: Where, source: Source) -> Path:
-    return Path(where.run) / "calibrated" / source.origin.name if where.run else source.origin / "calibrated"
 
 
 def _model(source: Source, how: Calibration) -> ModelConfig:

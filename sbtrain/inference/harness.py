@@ -38,6 +38,7 @@ class HarnessOptions:
 
 def check(where: Where, options: HarnessOptions) -> None:
     """Raise ValueError when the harness is not installed, or tasks are missing or not known to it."""
+    where.refuse_int8("suite lm_eval runs the model through transformers")
     _, task_manager = _harness()
     if not options.tasks:
         raise ValueError("suite lm_eval needs tasks=NAME[,NAME...]; `lm-eval ls tasks` lists them")

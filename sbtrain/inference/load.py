@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,12 +18,14 @@ from sbtrain.checkpoint.store import read_state
 from sbtrain.config.hf_shape import FAMILIES, read_config, read_shape
 from sbtrain.config.rules import algorithm_problem
 from sbtrain.config.schema import ModelConfig, Precision, Recipe
+from sbtrain.convert.calibrated import FILE, Calibrated, Int8Reader
 from sbtrain.convert.exported import MODEL_TYPES, fill_exported, read_model
 from sbtrain.convert.folder import FolderReader
 from sbtrain.convert.reader import CheckpointReader, GlobalReader
 from sbtrain.convert.start import fill
 from sbtrain.data import tokenizer as tokenizers
 from sbtrain.data.tokenizer import Tokenizer, check_vocabulary
+from sbtrain.inference.int8 import Int8Weights, check_groups, fill_int8, swap
 from sbtrain.model.build import build_model, global_buffers, global_parameters
 from sbtrain.model.hybrid import HybridModel
 
@@ -35,12 +37,16 @@ class Where:
     model: a Hugging Face folder, of a source family (full attention in every layer) or exported by us.
     run: a run directory. step: one of its checkpoints by number; "" takes the newest.
     precision: fp32 or bf16; "" takes bf16 on a GPU and fp32 on a CPU.
+    int8: projections that spike run on INT8 weights and counts, as integers: those of a W8ASpike folder, or those that
+    launch/calibrate.py has made, in the folder `calibrated` where it was told another one than it takes by itself.
     """
 
     model: str = ""
     run: str = ""
     step: str = ""
     precision: str = ""
+    int8: bool = False
+    calibrated: str = ""
 
     @property
     def folder(self) -> Path:
@@ -56,6 +62,13 @@ class Where:
         known = [kind.value for kind in Precision]
         if self.precision and self.precision not in known:
             raise ValueError(f"precision={self.precision} is not known; choose one of {', '.join(known)}")
+        if self.calibrated and not self.int8:
+            raise ValueError("calibrated= says where int8=true finds its weights; give that too, or drop it")
+
+    def refuse_int8(self, what: str) -> None:
+        """Raise ValueError where int8 is asked for and `what` cannot do it."""
+        if self.int8:
+            raise ValueError(f"int8=true: {what}; drop int8=")
 
 
 @dataclass(frozen=True)
@@ -76,12 +89,13 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to be read one by one. reader: by our global names. tokenizer_dir, origin: folders."""
+    """Weights to be read one by one. reader: by our global names. tokenizer_dir, origin: folders. recipe: of a run."""
 
     config: ModelConfig
     reader: GlobalReader
     tokenizer_dir: Path
     origin: Path
+    recipe: Recipe | None = None
 
 
 def check_alone(mesh: Mesh, what: str) -> None:
@@ -95,23 +109,31 @@ def open_source(where: Where) -> Source:
     where.check()
     if where.run:
         recipe, step_dir, folder = _find_run(where)
-        return Source(recipe.model, CheckpointReader(step_dir), folder, step_dir)
+        return Source(recipe.model, CheckpointReader(step_dir), folder, step_dir, recipe)
     folder = Path(where.model)
     with _in_terms_of_model():
         config, _ = _read_shape(folder)
         return Source(config, FolderReader(folder, config), folder, folder)
 
 
+def calibrated_folder(where: Where, source: Source) -> Path:
+    """Where calibration of these weights puts INT8 weights unless told otherwise."""
+    return Path(where.run) / "calibrated" / source.origin.name if where.run else source.origin / "calibrated"
+
+
 def load_model(where: Where, mesh: Mesh, *, change: Callable[[ModelConfig], ModelConfig] | None = None) -> Loaded:
     """Build the model on the mesh's device and stream its weights into it; the optimizer is not read.
 
-    change: of the configuration before the model is built; it must leave the parameters as they are.
+    change: of the configuration before the model is built; it must leave the parameters as they are. Not with int8.
     mesh: of sp ranks alone; it must stay open as long as the model is used. Collective: ranks time their links where
     layout.sp_algorithm is auto. Raises ValueError, one line naming the key or file and the fix, for folders and files
     that are missing, damaged or do not fit together; what one rank cannot read, all refuse.
     """
     where.check()
     check_alone(mesh, "inference")
+    if where.int8:
+        assert change is None
+        return _on_int8(where, mesh)
     change = change or (lambda config: config)
     return _from_run(where, mesh, change) if where.run else _from_folder(where, mesh, change)
 
@@ -124,6 +146,38 @@ def _from_run(where: Where, mesh: Mesh, change: Callable[[ModelConfig], ModelCon
     if config.spiking.enabled and config.spiking.warm_in_tokens:
         _warm_in(model, together(lambda: read_state(step_dir))["tokens"], mesh, step_dir)
     return together(lambda: _loaded(model, config, mesh, folder, recipe=recipe, origin=step_dir))
+
+
+def _on_int8(where: Where, mesh: Mesh) -> Loaded:
+    source, config, weights = together(lambda: _find_int8(where))
+    model = _build(config, mesh, where)
+    projections = swap(model, sorted(weights.int8_names))
+    with _in_terms_of_model():
+        together(lambda: fill_int8(model, projections, weights))
+    about = dict(recipe=source.recipe, origin=source.origin)
+    return together(lambda: _loaded(model, config, mesh, source.tokenizer_dir, **about))
+
+
+def _find_int8(where: Where) -> tuple[Source, ModelConfig, Int8Weights]:
+    """What the weights are of, the INT8 model, and its weights."""
+    source = open_source(where)
+    if isinstance(source.reader, FolderReader) and source.reader.int8_names:
+        if where.calibrated:
+            raise ValueError(f"calibrated= does not go with {source.origin}, which has INT8 weights itself; drop it")
+        check_groups(source.config, source.origin)
+        return source, source.config, source.reader
+    folder = Path(where.calibrated) if where.calibrated else calibrated_folder(where, source)
+    if not (folder / FILE).is_file():
+        what = " ".join(f"{key}={getattr(where, key)}" for key in ("run", "model", "step") if getattr(where, key))
+        raise ValueError(
+            f"int8=true: {folder} has no calibrated weights; make them with: "
+            f"python launch/calibrate.py {what} data=PREFIX"
+        )
+    calibrated = Calibrated(folder)
+    check_groups(calibrated.model, folder)
+    calibrated.check(source.config, source.reader)
+    config = replace(calibrated.model, max_positions=source.config.max_positions)
+    return source, config, Int8Reader(source.reader, source.config, calibrated)
 
 
 def _find_run(where: Where) -> tuple[Recipe, Path, Path]:

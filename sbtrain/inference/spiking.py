@@ -18,6 +18,7 @@ from tqdm import tqdm
 import ops
 from parallel.mesh import Mesh
 from sbtrain.config.model_schema import ModelConfig
+from sbtrain.inference import bits
 from sbtrain.inference.bits import BitsOptions, Passage, judge, passages
 from sbtrain.inference.load import Loaded, Where, load_model
 from sbtrain.spiking.neuron import Neuron, Replacement, neurons, set_share
@@ -48,6 +49,12 @@ class SpikingOptions(BitsOptions):
             raise ValueError("k= must name positive numbers, spikes per mean activation, for example k=2,3,4")
         if len(set(self.k)) < len(self.k):
             raise ValueError("k= names a number twice; keep one of them")
+
+
+def check(where: Where, options: SpikingOptions) -> None:
+    """Raise ValueError as suite bpb does, and for INT8 weights that are multiplied as integers."""
+    where.refuse_int8("suite spiking measures with and without spikes, integers know no without")
+    bits.check(where, options)
 
 
 def load(where: Where, options: SpikingOptions, mesh: Mesh) -> Loaded:

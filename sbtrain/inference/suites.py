@@ -47,7 +47,7 @@ SUITES = {
         spiking.SpikingOptions,
         spiking.run,
         spiking_tables.table,
-        check=bits.check,
+        check=spiking.check,
         plots=spiking_plots.write_spiking_plots,
         load=spiking.load,
     ),
@@ -84,7 +84,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     for load in dict.fromkeys(suite.load for suite in suites.values() if suite.load):
         _run_loaded({name: suite for name, suite in suites.items() if suite.load is load}, where, options, out)
     for name in (name for name, suite in suites.items() if not suite.load):
-        _finish(name, suites[name].run(where, options[name]), options[name], out, origin=where.folder)
+        _finish(name, suites[name].run(where, options[name]), options[name], out, where, origin=where.folder)
 
 
 def _run_loaded(suites: dict[str, Suite], where: Where, options: dict[str, Any], out: Path) -> None:
@@ -93,16 +93,17 @@ def _run_loaded(suites: dict[str, Suite], where: Where, options: dict[str, Any],
         first, suite = next(iter(suites.items()))
         loaded = suite.load(where, options[first], mesh)
         for name, suite in suites.items():
-            _finish(name, suite.run(loaded, options[name]), options[name], out, origin=loaded.origin)
+            _finish(name, suite.run(loaded, options[name]), options[name], out, where, origin=loaded.origin)
 
 
-def _finish(name: str, report: dict, options: Any, out: Path, *, origin: Path) -> None:
+def _finish(name: str, report: dict, options: Any, out: Path, where: Where, *, origin: Path) -> None:
     """Print and keep the results of one suite."""
     suite = SUITES[name]
     print(f"\n{suite.table(report)}", flush=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / f"{name}.json", {"suite": name, "model": str(origin), **asdict(options), **report})
+        about = {"suite": name, "model": str(origin), "int8": where.int8}
+        write_json(out / f"{name}.json", {**about, **asdict(options), **report})
         plots = suite.plots(report, out) if suite.plots else {}
     except OSError as error:
         reason = error.strerror

@@ -9,6 +9,7 @@ import pytest
 from sbtrain.bench.shapes import TINY
 from sbtrain.config.export_shape import contradiction
 from sbtrain.config.load import load, save
+from sbtrain.config.model_schema import Gate, GLAConfig
 from sbtrain.config.spiking_rules import check_spiking
 from sbtrain.config.spiking_schema import SpikingConfig
 
@@ -44,6 +45,22 @@ def test_tables_that_make_no_sense(changes, words):
         with pytest.raises(ValueError) as caught:
             check_spiking(replace(MODEL, spiking=SpikingConfig(enabled=enabled, **changes)))
         assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "words"),
+    [
+        ({}, "1,3", "model.spiking.skip.gate='1,3' leaves out no gate: layers 0, 2 have one; name some of them, or re"),
+        ({"pattern": "FS"}, "all", "model.spiking.skip.gate='all' leaves out no gate: no layer of this model has one"),
+        ({"gla": GLAConfig(gate=Gate.tied)}, "0", "skip.gate='0' leaves out no gate: no layer of this model has one"),
+    ],
+)
+def test_gates_that_are_not_there(changes, where, words):
+    model = replace(MODEL, **{"pattern": "LS", **changes})
+    with pytest.raises(ValueError) as caught:
+        check_spiking(replace(model, spiking=SpikingConfig(skip={"gate": where})))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    check_spiking(replace(MODEL, pattern="LS", spiking=SpikingConfig(skip={"gate": "0-1"})))
 
 
 def test_what_spikes():
