@@ -15,6 +15,10 @@ python launch/bench.py watch    [every=0,10,1 model=7b layers=8 pattern=LS seq_l
                                 rounds=5 recompute=none precision=bf16 out=DIR]
 python launch/bench.py checkpoint [model=7b layers=0 dp=8 snapshots=5 writes=1 peers=sync,async
                                 folder=DIR out=DIR]
+python launch/bench.py saving   [model=7b layers=8 pattern=LS seq_len=8192 micro_batch=1 rows=1 steps=10 saves=2
+                                recompute=none precision=bf16 folder=DIR out=DIR]
+python launch/bench.py int8     [model=7b layers=28 pattern=LS prompts=8192,32768 weights=plain,floats,int8 decode=32
+                                weight_group=128 spike_down_proj=false chunk_tokens=4096 steps=5 warmup=2 out=DIR]
 
 Several GPUs: `torchrun --nproc_per_node 4 launch/bench.py train peers=engine sp=1,4,4:zeco,4:ulysses`, `... prefill
 sp=1,4` and `... links`. With sp=1 every GPU has its own row or prompt of seq_len tokens, with sp=4 its part of one of
@@ -27,11 +31,14 @@ import sys
 
 import _allocator  # noqa: F401
 import _path  # noqa: F401
+from parallel.mesh import end_distributed
 from sbtrain.bench.checkpoint import CheckpointOptions, bench_checkpoint
+from sbtrain.bench.int8 import Int8Options, bench_int8
 from sbtrain.bench.links import LinkOptions, bench_links
 from sbtrain.bench.ops import OpsOptions, bench_ops
 from sbtrain.bench.options import parse
 from sbtrain.bench.prefill import PrefillOptions, bench_prefill
+from sbtrain.bench.saving import SavingOptions, bench_saving
 from sbtrain.bench.train import TrainOptions, bench_train
 from sbtrain.bench.watch import WatchOptions, bench_watch
 
@@ -42,6 +49,8 @@ BENCHMARKS = {
     "ops": (OpsOptions, bench_ops),
     "watch": (WatchOptions, bench_watch),
     "checkpoint": (CheckpointOptions, bench_checkpoint),
+    "saving": (SavingOptions, bench_saving),
+    "int8": (Int8Options, bench_int8),
 }
 """Subcommand -> its keys, and what runs it: run(options, command) -> exit code."""
 
@@ -55,7 +64,13 @@ def main(arguments: list[str]) -> int:
         options, run = BENCHMARKS[arguments[0]]
         num_ranks = os.environ.get("LOCAL_WORLD_SIZE")
         start = ["torchrun", f"--nproc_per_node={num_ranks}"] if num_ranks else ["python"]
-        return run(parse(options, arguments[1:]), shlex.join([*start, "launch/bench.py", *arguments]))
+        import torch.distributed as dist
+
+        ours = not dist.is_initialized()
+        code = run(parse(options, arguments[1:]), shlex.join([*start, "launch/bench.py", *arguments]))
+        if code == 0 and ours:
+            end_distributed()
+        return code
     except ValueError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)

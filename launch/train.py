@@ -1,7 +1,7 @@
 """torchrun launch/train.py recipe=NAME [key=value ...]: train a recipe through its stages; dry_run=true describes it.
 
-Exit codes: 0 done, 75 saved and asks to be started again, 76 another rank was killed or hangs (one line names it; start
-again), 2 the recipe cannot run here (one line says why).
+Exit codes: 0 done, 75 told to stop and asks to be started again, 76 another rank was killed or hangs (one line names
+it; start again), 2 the recipe cannot run here (one line says why).
 """
 
 import os
@@ -9,20 +9,34 @@ import sys
 
 import _allocator  # noqa: F401
 import _path  # noqa: F401
+from parallel.told import told
+
+if __name__ == "__main__":
+    told.listen()  # what comes next takes seconds, or minutes where many read it over a network
+
 from sbtrain.config.load import load
 
 
-def refuse(error: ValueError, run_dir: str) -> int:
-    """Print a user's mistake once, on the first rank, and replace what exit.json says of an earlier start."""
+def say(error: ValueError) -> None:
+    """Print a user's mistake once, on the first rank."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if os.path.exists(os.path.join(run_dir, "exit.json")):
-            leave(run_dir, 2, str(error))
+
+
+def refuse(error: ValueError, run_dir: str) -> int:
+    """Print a user's mistake, and replace what exit.json says of an earlier start."""
+    say(error)
+    if os.path.exists(os.path.join(run_dir, "exit.json")):
+        leave(run_dir, 2, str(error))
     return 2
 
 
 def leave(run_dir: str, code: int, reason: str) -> None:
-    """Write exit.json on the first rank, unless another job holds the run directory and will write its own."""
+    """Write exit.json on the first rank, unless another job holds the run directory and will write its own.
+
+    No signal changes that any more: it would leave none, or another reason.
+    """
+    told.over()
     from pathlib import Path
 
     from sbtrain.checkpoint.lock import in_use
@@ -50,7 +64,7 @@ def train(args: list[str]) -> int:
             return 0
     except ValueError as error:
         return refuse(error, run_dir_of(args))
-    from sbtrain.checkpoint.lock import EarlierStart
+    from sbtrain.checkpoint.lock import EarlierStart, RunInUse
     from sbtrain.checkpoint.run_dir import Exit, check_owner
     from sbtrain.run import run
 
@@ -60,16 +74,16 @@ def train(args: list[str]) -> int:
         return refuse(error, recipe.run_dir)
     try:
         code, reason = run(recipe)
-    except EarlierStart as error:
-        refuse(error, recipe.run_dir)
-        code, reason = Exit.REQUEUE, str(error)
+    except RunInUse as error:  # how that run ends is for the other job to say
+        say(error)
+        return int(Exit.REQUEUE if isinstance(error, EarlierStart) else Exit.BAD_RECIPE)
     except ValueError as error:
-        code, reason = refuse(error, recipe.run_dir), str(error)
+        say(error)
+        code, reason = Exit.BAD_RECIPE, str(error)
     except BaseException as error:
-        code, reason = 1, f"{type(error).__name__}: {error}"
+        leave(recipe.run_dir, 1, f"{type(error).__name__}: {error}")
         raise
-    finally:
-        leave(recipe.run_dir, code, reason)
+    leave(recipe.run_dir, code, reason)
     return int(code)
 
 

@@ -92,14 +92,14 @@ def from_last(x: Tensor, *, group, name: str) -> Tensor:
 def together(call: Callable[[], Result]) -> Result:
     """call() on every rank; what it raises on one, a file that only this host cannot read say, all ranks raise.
 
-    Collective. Raises ValueError with the first failing rank's line, for ValueError and OSError; other exceptions are
-    bugs and end their rank.
+    Collective. Raises ValueError with the first failing rank's line, for ValueError and OSError, on that rank the very
+    exception; other exceptions are bugs and end their rank.
     """
-    result, problem = None, None
+    result, problem, ours = None, None, None
     try:
         result = call()
     except ValueError as error:
-        problem = str(error)
+        problem, ours = str(error), error
     except OSError as error:
         problem = f"{error.filename or 'a file'}: {error.strerror or error}; make it readable and writable"
     problems = [problem]
@@ -109,5 +109,5 @@ def together(call: Callable[[], Result]) -> Result:
             dist.all_gather_object(problems, problem)
     first = next((text for text in problems if text), None)
     if first:
-        raise ValueError(first)
+        raise ours if ours is not None and first == problem else ValueError(first)
     return result

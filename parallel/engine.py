@@ -7,6 +7,7 @@ rows and gets sums of losses back.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,8 @@ from torch import Tensor
 from parallel import mcore
 from parallel.gradients import GradientBuffers
 from parallel.mesh import Mesh
-from parallel.optimizer import build_optimizer, load_state, sharded_state, step, step_count
-from parallel.pieces import Piece, objects_of, pieces_of
+from parallel.optimizer import build_optimizer, saved_step_count, set_step_count, sharded_state, step, step_count
+from parallel.pieces import Piece, objects_of, pieces_of, put_back
 from parallel.place import primitive, section
 from parallel.schedule import LossSum, chunks_of, run_rows
 from parallel.sequence.shard import IGNORE, Row
@@ -145,31 +146,44 @@ class Engine:
             self.metrics = {**self.expert_steps.end(skipped=self.skipped), **self.spike_steps.end()}
             return grad_norm
 
-    def sharded_state_dict(self, *, for_loading: bool = False) -> dict:
-        """Model and optimizer as megatron's sharded state dict, to be saved or (for_loading) loaded into."""
-        model, metadata = sharded_weights(self.models, self.mesh), _metadata(self.mesh)
-        optimizer = sharded_state(self.optimizer, model, metadata=metadata, for_loading=for_loading)
-        return {"model": model, "optimizer": optimizer}
+    def sharded_state_dict(self) -> dict:
+        """Model and optimizer as megatron's sharded state dict, to be saved."""
+        model = sharded_weights(self.models, self.mesh)
+        return {"model": model, "optimizer": sharded_state(self.optimizer, model, metadata=_metadata(self.mesh))}
 
     def own_state(self) -> tuple[list[Piece], list[str]]:
         """This rank's own part of what is to be saved, without a word to the others; good while the engine lives.
 
-        Tensors, and the names of objects, which are None.
+        Tensors, and the names of objects, which are None. Pieces that are replicas come along, for put_back.
         """
         weights = sharded_weights(self.models, self.mesh)
         return pieces_of(weights, self.optimizer, self.models), objects_of(weights)
+
+    def put_back(self, pieces: list[Piece], tensors: Iterable[Tensor], common: dict) -> None:
+        """Be what own_state's pieces and common_state were once, bit for bit what loading a save of then makes of it.
+
+        tensors: of each piece, 1-D. Every rank has them of the same step. Collective: a rank gets the rest of its
+        weights from those that share them.
+        """
+        put_back(pieces, tensors)
+        self.adopt(saved_step_count(common))
+
+    def adopt(self, step_count: int) -> None:
+        """Go on from what was written into own_state's pieces, behind so many updates. Collective."""
+        set_step_count(self.optimizer, step_count)
+        for chunk in self.chunks:
+            chunk.start_param_sync(force_sync=True)
+        for model in self.models:
+            model.load_state_dict(model.state_dict())  # some parts take over what follows from a buffer
 
     def common_state(self) -> dict:
         """What sharded_state_dict holds beside tensors, the same on all ranks."""
         return {"optimizer": {"step": step_count(self.optimizer)}}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take over what was loaded into the sharded state dict of this engine, or into the weights' part of it."""
-        load_weights(self.models, state["model"])
-        if "optimizer" in state:
-            load_state(self.optimizer, state["optimizer"])
-        else:
-            self.weights_changed()
+    def load_weights(self, state: dict) -> None:
+        """Take over what was loaded into sharded_weights; the optimizer begins with them."""
+        load_weights(self.models, state)
+        self.weights_changed()
 
 
 def _finalize_gradients(chunks, num_tokens=None, **options) -> None:

@@ -1,4 +1,4 @@
-"""What megatron-core 0.16.1 gets wrong in saving and loading the distributed optimizer, and in sending, put right.
+"""What megatron-core 0.16.1 gets wrong in saving the distributed optimizer, and in sending, put right.
 
 `parallel.mcore` puts these methods in the place of megatron's own.
 """
@@ -17,19 +17,6 @@ import torch.distributed as dist
 from parallel.collectives import together
 
 _STATE = ("param", "exp_avg", "exp_avg_sq")
-
-
-def set_main_param_and_optimizer_states(self, model_param, tensors: dict) -> None:
-    """Copy a loaded master weight and Adam moments into their place; `step` is not among what is loaded.
-
-    megatron's own copies None over torch Adam's step tensor, and outside no_grad.
-    """
-    group_index, group_order = self.model_param_group_index_map[model_param]
-    main_param = self.optimizer.param_groups[group_index]["params"][group_order]
-    targets = {"param": main_param, **self.optimizer.state[main_param]}
-    with torch.no_grad():
-        for key, loaded in tensors.items():
-            targets[key].copy_(loaded)
 
 
 def get_parameter_state_dp_zero(self, use_gloo_comm=True, empty_data=False, return_on_all_ranks=False) -> dict:

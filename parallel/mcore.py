@@ -37,7 +37,7 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402, F401
     IndexedDataset,
     IndexedDatasetBuilder,
 )
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException  # noqa: E402, F401
+from megatron.core.dist_checkpointing.core import CheckpointingConfig  # noqa: E402, F401
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402, F401
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica  # noqa: E402, F401
 from megatron.core.dist_checkpointing.strategies import filesystem_async as _tensor_writer  # noqa: E402
@@ -102,7 +102,6 @@ if _ON_CPU:
 
 if not hasattr(_moe_utils, "te_general_gemm"):  # without TransformerEngine every router raises NameError
     _moe_utils.te_general_gemm = None
-DistributedOptimizer._set_main_param_and_optimizer_states = fixes.set_main_param_and_optimizer_states
 DistributedOptimizer.get_parameter_state_dp_zero = fixes.get_parameter_state_dp_zero
 _queue_of_processes = _tensor_writer._get_write_results_queue
 _tensor_writer._get_write_results_queue = fixes.results_queue

@@ -155,6 +155,15 @@ def start_distributed(*, patience_s: float = PATIENCE_S, watched: bool = False, 
         check_one_rank_a_gpu(everyone)
 
 
+def end_distributed() -> None:
+    """Leave torch.distributed at a good end, which all ranks come to; NCCL warns where a process ends without.
+
+    Not behind an error, where NCCL might wait for a rank that is gone.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def check_one_rank_a_gpu(gpus: list[tuple[str, str]]) -> None:
     """Raise ValueError if two ranks hold one GPU, which NCCL cannot serve. gpus: (host, GPU) by rank."""
     for rank, gpu in enumerate(gpus):

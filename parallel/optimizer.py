@@ -101,24 +101,21 @@ def allocate_state(optimizer) -> None:
             group.pop("step", None)  # where apex and TransformerEngine count
 
 
-def sharded_state(optimizer, weights: dict, *, metadata: dict, for_loading: bool = False) -> dict:
+def sharded_state(optimizer, weights: dict, *, metadata: dict) -> dict:
     """Step count, master weights and moments under the names of their weights, which no layout changes.
 
     weights: the model's sharded state dict. megatron's own numbers its optimizers (one for experts, one for the rest)
     and their groups, which differ between layouts, and between stages with and without experts.
     """
     allocate_state(optimizer)
-    parts = [part.sharded_param_state_fully_reshardable(weights, for_loading, metadata) for part in parts_of(optimizer)]
+    parts = [part.sharded_param_state_fully_reshardable(weights, False, metadata) for part in parts_of(optimizer)]
     return {"step": step_count(optimizer), "parts": dict(enumerate(parts))}
 
 
 @torch.no_grad()
-def load_state(optimizer, state: dict) -> None:
-    """Take over what was loaded into sharded_state."""
-    # checkpoints written before there were experts count steps where megatron does
-    step_count = state["step"] if "step" in state else state["optimizer"]["param_groups"][0]["step"]
-    for index, part in enumerate(parts_of(optimizer)):
-        part.load_parameter_state_from_fully_reshardable(state["parts"].get(index, {}))  # a stage without experts
+def set_step_count(optimizer, step_count: int) -> None:
+    """Go on from so many updates."""
+    for part in parts_of(optimizer):
         for moments in part.optimizer.state.values():
             if "step" in moments:  # each has its own: a shared one would advance once per parameter
                 moments["step"] = torch.full_like(moments["step"], step_count)
@@ -137,6 +134,13 @@ def step_count(optimizer) -> int:
             if "step" in group:
                 return int(group["step"])
     return 0
+
+
+def saved_step_count(common: dict) -> int:
+    """Updates so far, as a checkpoint says. Raises KeyError or TypeError for what is no Engine.common_state()."""
+    state = common["optimizer"]
+    # checkpoints written before there were experts count steps where megatron does
+    return int(state["step"] if "step" in state else state["optimizer"]["param_groups"][0]["step"])
 
 
 def parts_of(optimizer) -> list:

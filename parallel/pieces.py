@@ -3,14 +3,16 @@
 ZeRO cuts a buffer of all parameters into equal shares, wherever that falls. What a share holds of one parameter is a
 run of its elements in memory order, and a run is at most 2n - 1 boxes of an n-dimensional tensor. So every rank can
 write its own share, of the weights too, under the names and in the coordinates that no layout changes, and nothing has
-to be sent to another rank first.
+to be sent to another rank first. What a rank has a replica of, which another one writes, is among its pieces too, so
+that it can be put back without that rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,16 +35,32 @@ class Box:
 
 @dataclass(frozen=True)
 class Piece:
-    """name, shape: of the global tensor. read(): this rank's part as it is now, 1-D and contiguous, not a copy."""
+    """name, shape: of the global tensor. read(): this rank's part as it is now, 1-D and contiguous, not a copy.
+
+    is_saved: whether this rank writes it, and not another one that has the same. write(x): put back what read() gave
+    once, 1-D; None where that is read().copy_(x).
+    """
 
     name: str
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     read: Callable[[], Tensor]
+    is_saved: bool = True
+    write: Callable[[Tensor], None] | None = None
+
+
+@torch.no_grad()
+def put_back(pieces: list[Piece], tensors: Iterable[Tensor]) -> None:
+    """Make the pieces what these tensors say, 1-D and of the pieces' dtypes, which may be on the host."""
+    for piece, tensor in zip(pieces, tensors, strict=True):
+        if piece.write is not None:
+            piece.write(tensor)
+        else:
+            piece.read().copy_(tensor, non_blocking=True)
 
 
 def pieces_of(weights: dict, optimizer, models: list) -> list[Piece]:
-    """What this rank writes of the weights and of the optimizer's state; the ranks' pieces together are everything.
+    """This rank's part of the weights and of the optimizer's state; what the ranks save of it is everything, once.
 
     weights: the models' sharded state dict. The list is good for as long as models and optimizer live: read() looks up
     what may have been put in place of a tensor.
@@ -56,10 +74,11 @@ def pieces_of(weights: dict, optimizer, models: list) -> list[Piece]:
         tensor = sharded.data
         if tensor in known:
             part, start, end = shares.get(tensor, (None, 0, 0))
-            if start < end and not any(sharded.replica_id[:-1]):  # the last number counts the ranks that share
-                found += _of_parameter(sharded, part, start, end)
-        elif mcore.is_main_replica(sharded.replica_id):
-            found += _whole(sharded, buffers.get(tensor))
+            if start < end:
+                main = not any(sharded.replica_id[:-1])  # the last number counts the ranks that share
+                found += _of_parameter(sharded, part, start, end, main)
+        else:
+            found += _whole(sharded, buffers.get(tensor), mcore.is_main_replica(sharded.replica_id))
     return found
 
 
@@ -121,7 +140,7 @@ def _own(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer in module._buffers.items() if buffer is not None)
 
 
-def _of_parameter(sharded, part, start: int, end: int) -> Iterator[Piece]:
+def _of_parameter(sharded, part, start: int, end: int, main: bool) -> Iterator[Piece]:
     """The weight and its optimizer state in one share."""
     parameter = sharded.data
     if not parameter.is_contiguous():
@@ -136,27 +155,35 @@ def _of_parameter(sharded, part, start: int, end: int) -> Iterator[Piece]:
             continue
         here = _placed(tensor, boxes_of(tuple(tensor.local_shape), low - first, high - first))
         cut = slice(low - start, high - start)
-        yield Piece(tensor.key, tuple(tensor.global_shape), here, lambda cut=cut: weight()[cut])
+        yield Piece(tensor.key, tuple(tensor.global_shape), here, lambda cut=cut: weight()[cut], main)
         for key in STATE:
 
             def read(key=key, cut=cut) -> Tensor:
                 return part._get_main_param_and_optimizer_states(parameter)[key].detach().view(-1)[cut]
 
-            yield Piece(f"optimizer.state.{key}.{tensor.key}", tuple(tensor.global_shape), here, read)
+            yield Piece(f"optimizer.state.{key}.{tensor.key}", tuple(tensor.global_shape), here, read, main)
 
 
-def _whole(sharded, place: tuple[torch.nn.Module, str] | None) -> Iterator[Piece]:
+def _whole(sharded, place: tuple[torch.nn.Module, str] | None, main: bool) -> Iterator[Piece]:
     """A tensor without optimizer state, of which one rank writes all. place: where it is, if it is a buffer."""
 
-    def now() -> Tensor:
-        tensor = sharded.data if place is None else place[0]._buffers[place[1]]
-        return tensor.detach().contiguous().view(-1)
+    def tensor() -> Tensor:
+        return (sharded.data if place is None else place[0]._buffers[place[1]]).detach()
 
-    for tensor, first, last in _tensors(sharded):
-        here = _placed(tensor, boxes_of(tuple(tensor.local_shape), 0, last - first))
+    def read(cut: slice) -> Tensor:
+        return tensor().contiguous().view(-1)[cut]
+
+    def write(cut: slice, source: Tensor) -> None:
+        now = tensor()
+        flat = now.flatten()  # a copy, unless it is contiguous
+        flat[cut] = source.to(flat.device)
+        now.copy_(flat.view(now.shape))
+
+    for part, first, last in _tensors(sharded):
+        here = _placed(part, boxes_of(tuple(part.local_shape), 0, last - first))
         if here:
-            cut = slice(first, last)
-            yield Piece(tensor.key, tuple(tensor.global_shape), here, lambda cut=cut: now()[cut])
+            calls = partial(read, slice(first, last)), partial(write, slice(first, last))
+            yield Piece(part.key, tuple(part.global_shape), here, calls[0], main, calls[1])
 
 
 def _tensors(sharded) -> Iterator[tuple]:

@@ -123,5 +123,10 @@ def load_bytes(planner, read_item, value: io.BytesIO) -> None:
 
 
 def load_common(strategy, checkpoint_dir: str | os.PathLike) -> dict:
+    """read_common, as megatron calls it."""
+    return read_common(checkpoint_dir)
+
+
+def read_common(checkpoint_dir: str | os.PathLike) -> dict:
     """common.pt, what all ranks share: plain values and tensors only, whatever torch's defaults or variables say."""
     return torch.load(Path(checkpoint_dir) / "common.pt", map_location="cpu", weights_only=True)

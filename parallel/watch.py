@@ -30,6 +30,8 @@ from parallel.mesh import device
 from parallel.place import Kind, Trail, here
 from parallel.post import FAILED, VERDICT, Post
 from parallel.stacks import write_stacks
+from parallel.told import EXIT_CODE as STOPPED_CODE
+from parallel.told import told
 from parallel.verdict import AGAIN, Limits, Sight, decide
 
 EXIT_CODE, FAILED_CODE = 76, 1
@@ -67,7 +69,7 @@ class RankWatch:
         self._sight, self._seen = Sight(), None
         self._stayed_since = self._frozen_since = time.monotonic()
         self._broken_since: float | None = None
-        self._error, self._gave_up = "", False
+        self._error, self._gave_up, self._told = "", False, ""
 
     def __enter__(self) -> RankWatch:
         if not (dist.get_world_size() > 1 and "MASTER_PORT" in os.environ):
@@ -90,11 +92,13 @@ class RankWatch:
         self._hosts, self._who = [host for host, _ in names], [f"host {host}, process {pid}" for host, pid in names]
         self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
         self._thread.start()
+        told.spread(self._note)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if self._post is None:
             return
+        told.spread(None)
         if error is not None and lost_a_peer(error):
             self._error, self._gave_up = str(error).splitlines()[0], gave_up_waiting(error)
             self._broken_since = time.monotonic()
@@ -109,6 +113,12 @@ class RankWatch:
         if error is not None and self.rank == 0 and self._stays_on_rank_0:
             self._post.wait_until_left(limit_s=2 * self._grace_s)
         self._post = here.trail = here.on_patience_end = None
+        if self._told and error is None:  # too late to tell the others, who are leaving too
+            told.end(self._told)
+
+    def _note(self, reason: str) -> None:
+        """This rank was told to stop where nothing is to be saved: the thread ends all."""
+        self._told = reason
 
     def _run(self) -> None:
         looked = time.monotonic()
@@ -124,6 +134,8 @@ class RankWatch:
             if verdict:
                 line = verdict["text"]
                 self._end(verdict["code"], line if verdict["rank"] == self.rank else None, why=line)
+            if self._told:
+                self._decide(STOPPED_CODE, self._told)
             failure, lost = self._failure(), self._lost_store() or self._missing()
             if failure or lost:
                 self._decide(FAILED_CODE if failure else EXIT_CODE, failure or lost)
@@ -238,7 +250,8 @@ class RankWatch:
     def _end(self, code: int, line: str | None, *, why: str) -> None:
         """End the process with the code, saying line first; None: another rank says it. why: that rank's line."""
         if line:
-            os.write(2, f"error: {line}\n".encode())  # sys.stderr's lock may be held by a thread that hangs
+            kind = "stopped" if code == STOPPED_CODE else "error"
+            os.write(2, f"{kind}: {line}\n".encode())  # sys.stderr's lock may be held by a thread that hangs
         keeper = threading.Thread(target=self._keep, args=(code, line, why), daemon=True)
         keeper.start()
         keeper.join(_RECORD_S)
@@ -254,7 +267,7 @@ class RankWatch:
         """Write what outlives the process, which a file system may never finish."""
         if line:
             self._record(code, line)
-        if self._stacks is not None and Path(self._stacks).parent.is_dir():
+        if self._stacks is not None and code != STOPPED_CODE and Path(self._stacks).parent.is_dir():
             with contextlib.suppress(OSError):
                 write_stacks(Path(self._stacks) / self._started / f"rank_{self.rank}.txt", why)
 

@@ -3,58 +3,41 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 import ops
 from parallel.collectives import together
-from parallel.engine import Engine
 from parallel.job import job_id
 from parallel.layout import Layout
-from parallel.mesh import Mesh, device, start_distributed
+from parallel.mesh import Mesh, device, end_distributed
 from parallel.op_table import agree_on_ops, op_table
 from parallel.place import primitive, section
-from parallel.sequence.shard import Row
-from parallel.watch import RankWatch
-from sbtrain.checkpoint.flash import check_host
+from parallel.told import told
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.lock import RunLock, held
+from sbtrain.checkpoint.memory import check_host
+from sbtrain.checkpoint.partials import Partials
 from sbtrain.checkpoint.recover import recover, step_folders
-from sbtrain.checkpoint.run_dir import (
-    Exit,
-    check_folder,
-    check_owner,
-    describe_run,
-    record_exit,
-    record_start,
-    run_folder,
-)
+from sbtrain.checkpoint.run_dir import Exit, check_folder, check_owner, describe_run, run_folder, watched
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store, check_room, read_state
 from sbtrain.config.rules import check_training, world_problem
-from sbtrain.config.schema import Recipe, Stage
-from sbtrain.convert.calibrate import teacher_of
+from sbtrain.config.schema import Recipe
 from sbtrain.convert.export import export_checkpoint, warm_in_note
-from sbtrain.convert.first import FirstWeights, fill_model
 from sbtrain.convert.start import check_source
-from sbtrain.data.loader import Loader, build_loader
-from sbtrain.metrics.meter import Meter
 from sbtrain.metrics.sinks import Sinks, open_sinks
 from sbtrain.model.build import build_chunks
-from sbtrain.model.flops import training_flops_per_token
 from sbtrain.plan.auto_layout import fit_world
 from sbtrain.plan.memory import checkpoint_bytes
-from sbtrain.plan.pipeline import pipeline_table
 from sbtrain.report.page import write_report
 from sbtrain.report.tables import summary_table
+from sbtrain.stage import first_weights, run_stage, stage_loader
 from sbtrain.train.evaluate import Evaluations, HeldOut
 from sbtrain.train.health import keep_clocks
-from sbtrain.train.loop import train
-from sbtrain.train.rollback import Rollback, newest_checkpoint
 from sbtrain.train.watch import Watch
 
 
@@ -64,27 +47,26 @@ def run(recipe: Recipe) -> tuple[Exit, str]:
     Raises ValueError, before anything is written, for a recipe that cannot run here. Where a rank is killed or hangs,
     the process ends with Exit.RANK_LOST and a line that names the rank.
     """
+    lock, ours = RunLock(run_folder(recipe), job=job_id()), not dist.is_initialized()
     with ExitStack() as stack:
-        with watched(recipe):
-            lock = stack.enter_context(hold(recipe))
+        with watched(recipe, lock):
+            stack.enter_context(hold(recipe, lock))
             recipe, ledger, evaluations = prepare(recipe)
             code, reason = carry(recipe, ledger, evaluations, lock)
-        if code is Exit.DONE and dist.get_rank() == 0 and not ledger.unfinished(list(recipe.stages)):
+            first = dist.get_rank() == 0
+            if code is not Exit.DONE:
+                told.over()  # another signal is no other reason
+        if code is Exit.DONE and ours:
+            end_distributed()
+        if code is Exit.DONE and first and not ledger.unfinished(list(recipe.stages)):
             finish(recipe, ledger)  # takes as long as it takes: the others have left
     return code, reason
 
 
-def watched(recipe: Recipe) -> RankWatch:
-    """What ends this rank, and says why in exit.json, when another one is lost. Starts torch.distributed."""
-    start_distributed(patience_s=recipe.runtime.patience_s, watched=True, deterministic=recipe.runtime.deterministic)
-    folder = run_folder(recipe)
-    return RankWatch(timeout_s=recipe.runtime.timeout_s, record=partial(record_exit, folder), stacks=folder / "stacks")
-
-
-def hold(recipe: Recipe) -> AbstractContextManager[RunLock]:
+def hold(recipe: Recipe, lock: RunLock) -> AbstractContextManager[RunLock]:
     """Context in which no other job works in the run directory. Raises ValueError if it cannot be this recipe's."""
     together(lambda: check_owner(recipe))
-    return held(run_folder(recipe), job=job_id())
+    return held(lock)
 
 
 def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLock) -> tuple[Exit, str]:
@@ -92,11 +74,11 @@ def carry(recipe: Recipe, ledger: Ledger, evaluations: Evaluations, lock: RunLoc
     store = open_store(recipe, ledger, lock, asynchronous=recipe.checkpoint.asynchronous)
     first = dist.get_rank() == 0
     with ExitStack() as stack:
+        watch = stack.enter_context(open_watch(recipe, ledger, store))  # last to leave: a signal ends no close
         stack.callback(store.close)
         with section("opening of the sinks", patient=True):
             sinks = open_run_sinks(recipe, ledger.step)
         stack.callback(close_sinks, sinks)
-        watch = stack.enter_context(open_watch(recipe, ledger, store))
         for name in stages_here(recipe, ledger):
             if watch.must_stop() or not run_stage(recipe, name, store, evaluations, sinks, watch):
                 return Exit.REQUEUE, watch.reason
@@ -142,27 +124,6 @@ def open_watch(recipe: Recipe, ledger: Ledger, store: Store) -> Watch:
     )
 
 
-def run_stage(recipe: Recipe, name: str, store: Store, evaluations: Evaluations, sinks: Sinks, watch: Watch) -> bool:
-    """One stage on its own layout: build, restore or start, train, judge. Returns False if it had to stop early."""
-    stage = recipe.stages[name]
-    with ExitStack() as stack:
-        mesh = stack.enter_context(Mesh.build(stage.layout, patience_s=recipe.runtime.patience_s))
-        judge_teacher(recipe, mesh, evaluations, watch)
-        first = None
-        if store.ledger.checkpoint is None:
-            first = first_weights(recipe, name, stage, mesh)
-            first.prepare()
-        engine = stack.enter_context(closing(build_engine(recipe, stage, mesh)))
-        state = begin_stage(name, engine, store, evaluations, watch, first)
-        if watch.must_stop():
-            return False
-        record_algorithms(recipe, state, engine)
-        state, finished = train_stage(recipe, state, engine, store, sinks, watch)
-        if finished and evaluations.due(name):
-            finished = evaluations.add(name, engine.models, mesh, tokens=state.tokens, must_stop=watch.must_stop)
-    return finished
-
-
 def convert(recipe: Recipe) -> Path:
     """Write the recipe's first weights as checkpoint step_0 of its run directory, for training to start from.
 
@@ -171,9 +132,9 @@ def convert(recipe: Recipe) -> Path:
     source cannot be read.
     """
     name, stage = next(iter(recipe.stages.items()))
-    with ExitStack() as stack:
-        stack.enter_context(watched(recipe))
-        lock = stack.enter_context(hold(recipe))
+    lock, ours = RunLock(run_folder(recipe), job=job_id()), not dist.is_initialized()
+    with ExitStack() as left, watched(recipe, lock), ExitStack() as stack:
+        left.enter_context(hold(recipe, lock))
         ledger = together(lambda: unbegun(recipe))
         layout = Layout() if world_problem(stage, dist.get_world_size()) else stage.layout
         mesh = stack.enter_context(Mesh.build(layout, patience_s=recipe.runtime.patience_s))
@@ -184,6 +145,8 @@ def convert(recipe: Recipe) -> Path:
         describe(recipe)
         first.check(chunks)
         open_store(recipe, ledger, lock).save_weights(chunks, mesh, RunState(stage=name))
+    if ours:
+        end_distributed()
     return ledger.checkpoint
 
 
@@ -211,6 +174,8 @@ def prepare(recipe: Recipe) -> tuple[Recipe, Ledger, Evaluations]:
     check_training(recipe)
     with section("preparation", patient=True):
         evaluations = together(lambda: inspect(recipe, here))
+        partials = Partials(run_folder(recipe) / "checkpoints")
+        together(lambda: None if dist.get_rank() else partials.clear())  # they may be what fills the disk
         together(lambda: check_beginning(recipe, recovered.ledger))
     agree_on_ops()
     if dist.get_rank() == 0:
@@ -272,119 +237,6 @@ def close_sinks(sinks: Sinks) -> None:
     """Rank 0 alone writes what is left, perhaps over a network."""
     with section("closing of the sinks", patient=True):
         sinks.close()
-
-
-def build_engine(recipe: Recipe, stage: Stage, mesh: Mesh) -> Engine:
-    """The recipe's model on the stage's layout, its weights still to be set."""
-    with section("model"):
-        chunks = build_chunks(
-            recipe.model,
-            mesh,
-            precision=recipe.precision,
-            recompute=stage.recompute,
-            experts=stage.experts,
-            seq_len=stage.seq_len,
-            row_tokens=stage.row_tokens,
-        )
-        if mesh.rank == 0:
-            for symbol, choice in chunks[0].sp_choices.items():
-                print(f"layout.sp_algorithm.{symbol}=auto: {choice}", flush=True)
-            if stage.layout.pp > 1:
-                print(pipeline_table(recipe.model, stage, dp=mesh.dp), flush=True)
-        return Engine(chunks, mesh, adam=asdict(recipe.optim))
-
-
-def record_algorithms(recipe: Recipe, state: RunState, engine: Engine) -> None:
-    """Keep in env.json how each mixer reaches over the shards from this start on, and who chose it. Collective."""
-    layout, model = engine.mesh.layout, engine.models[0]
-    mixers = {symbol for kind in model.kinds for symbol in kind.mixers} if layout.sp > 1 else set()
-    named = {symbol: f"{getattr(layout.sp_algorithm, symbol).name} (the recipe's)" for symbol in sorted(mixers)}
-    algorithms = {**named, **model.sp_choices}
-    start = {"stage": state.stage, "step": state.step, "sp": layout.sp, "sp_algorithm": algorithms}
-    together(lambda: record_start(recipe.run_dir, start) if dist.get_rank() == 0 else None)
-
-
-def begin_stage(
-    name: str, engine: Engine, store: Store, evaluations: Evaluations, watch: Watch, first: FirstWeights | None
-) -> RunState:
-    """Restore the newest checkpoint, or start from the recipe's first weights (and judge them)."""
-    state = store.restore(engine)
-    if state is None:
-        first.fill(engine.models)
-        engine.weights_changed()
-        first.check(engine.models)
-        state = RunState(stage=name)
-    engine.trained(state.tokens)
-    if state.step == 0 and evaluations.due("start"):
-        evaluations.add("start", engine.models, engine.mesh, tokens=0, must_stop=watch.must_stop)
-    if state.stage == name:
-        return state
-    if state.step > 0 and not store.ledger.is_done(state.stage):
-        raise ValueError(
-            f"{store.ledger.checkpoint} is of stage {state.stage}, which is not done, and the next one is {name}; "
-            "put the stages back in their order or point ledger.json at a checkpoint of that stage"
-        )
-    return state.entering(name)
-
-
-def first_weights(recipe: Recipe, name: str, stage: Stage, mesh: Mesh) -> FirstWeights:
-    """The first weights of a run that begins with this stage."""
-
-    def read(num_tokens: int) -> list[Row]:
-        few = replace(stage, global_batch_tokens=-(-num_tokens // stage.row_tokens) * stage.row_tokens)
-        with closing(together(lambda: stage_loader(recipe, name, few, dp_rank=0, dp=1))) as loader:
-            return together(loader.next_step)
-
-    return FirstWeights(recipe, mesh, seq_len=stage.seq_len, read_rows=read if recipe.data.sources else None)
-
-
-def train_stage(
-    recipe: Recipe, state: RunState, engine: Engine, store: Store, sinks: Sinks, watch: Watch
-) -> tuple[RunState, bool]:
-    """Train the state's stage. Returns the state, saved, and whether its budget is spent."""
-    stage, mesh = recipe.stages[state.stage], engine.mesh
-    meter = Meter(
-        world_size=mesh.world_size,
-        flops_per_token=training_flops_per_token(recipe.model, stage.seq_len),
-        peak_tflops=recipe.cluster.peak_tflops,
-    )
-    with section("loader", patient=True):
-        loader = together(lambda: stage_loader(recipe, state.stage, stage, dp_rank=mesh.dp_rank, dp=mesh.dp))
-        if state.loader is not None:
-            loader.load_state_dict(state.loader)
-    restore = partial(newest_checkpoint, state.stage, engine, store)
-    rollback = Rollback(restore, watch=watch, loader=loader, meter=meter, sinks=sinks)
-    with closing(loader):
-        return train(
-            engine, loader, state, stage, store=store, meter=meter, sinks=sinks, watch=watch, rollback=rollback
-        )
-
-
-def stage_loader(recipe: Recipe, name: str, stage: Stage, *, dp_rank: int, dp: int) -> Loader:
-    """The rows of a stage from its beginning. Close it after use."""
-    return build_loader(
-        recipe.data,
-        stage,
-        seed=recipe.seed,
-        stage_name=name,
-        dp_rank=dp_rank,
-        dp_size=dp,
-        vocab_size=recipe.model.vocab_size,
-    )
-
-
-def judge_teacher(recipe: Recipe, mesh: Mesh, evaluations: Evaluations, watch: Watch) -> None:
-    """Judge the unconverted source once, if the recipe asks for it."""
-    if not (recipe.evaluation.teacher and recipe.start.path and evaluations.due("teacher")):
-        return
-    seq_len = recipe.evaluation.seq_len or max(each.seq_len for each in recipe.stages.values())
-    teacher = teacher_of(recipe.model, mesh.layout, seq_len=seq_len)
-    chunks = build_chunks(teacher, mesh, precision=recipe.precision, seq_len=seq_len)
-    fill_model(recipe, chunks, mesh)
-    evaluations.add("teacher", chunks, mesh, tokens=0, must_stop=watch.must_stop)
-    del chunks
-    if mesh.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def finish(recipe: Recipe, ledger: Ledger) -> None:

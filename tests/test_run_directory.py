@@ -100,6 +100,15 @@ def test_no_space_left_for_a_conversion(stopped, monkeypatch):
     assert not (stopped.root / "other").exists()
 
 
+def test_what_a_killed_start_began_to_write_is_no_reason_to_refuse_the_next_one(stopped, monkeypatch):
+    """It may be what fills the disk; it goes before anybody asks for room."""
+    part = stopped.run_dir / "checkpoints/step_9.partial"
+    part.mkdir()
+    (part / "__0_0.distcp").write_bytes(bytes(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 0 if part.exists() else 10**12))
+    assert stopped.train(*ONE_STAGE)[0] == 0 and Ledger(stopped.run_dir).step == 6
+
+
 def test_space_that_runs_out_during_the_run(stopped, monkeypatch):
     """The next checkpoint is refused; the run stands where it stood and goes on when there is space."""
     before, check = stopped.files(), Watch.check

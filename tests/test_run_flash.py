@@ -28,3 +28,6 @@ def test_a_run_that_saves_in_the_background_goes_on_exactly(run_ranks, tmp_path)
     found = [record for record in records if "checkpoint_blocked_s" in record]
     assert found and all(record["checkpoint_bytes"] > 0 for record in found)
     assert any("checkpoint_first_s" in record for record in found)
+    ends = [record for record in records if record["step"] in (6, 10)]
+    assert ends[-1] == records[-1], "the last save of all is in the last record"
+    assert all(record["checkpoint_wait_s"] > 0 and record["checkpoint_blocked_s"] > 0 for record in ends)

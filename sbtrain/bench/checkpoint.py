@@ -141,28 +141,28 @@ def pinned_copy(num_bytes: int) -> float:
     size = min(num_bytes, _SHORTEST)
     source = torch.randint(256, (size,), dtype=torch.uint8, device=place)
     target = torch.empty(size, dtype=torch.uint8, pin_memory=place.type == "cuda")
-    seconds = [_seconds(lambda: target.copy_(source, non_blocking=True)) for _ in range(6)][1:]
+    seconds = [seconds_of(lambda: target.copy_(source, non_blocking=True)) for _ in range(6)][1:]
     return size / spread(seconds)["median"]
 
 
 def flash(state: _State, options: CheckpointOptions) -> dict:
     """Ours: seconds of the first snapshot, of later ones, and until a save is a checkpoint. Collective."""
-    folder = _emptied(options)
+    folder = emptied(options.folder)
     with closing(Store(folder, Ledger(folder), keep_last=1, op_table={}, asynchronous=True)) as store:
-        first_s = _seconds(lambda: store.snapshot(state, RunState(stage="bench", step=1)))
+        first_s = seconds_of(lambda: store.snapshot(state, RunState(stage="bench", step=1)))
         store.save(state, RunState(stage="bench", step=1))
         store.flash.settle()  # by then the writer process has started
         steps = range(2, 2 + options.snapshots)
         blocked = [
-            _seconds(lambda step=step: store.snapshot(state, RunState(stage="bench", step=step))) for step in steps
+            seconds_of(lambda step=step: store.snapshot(state, RunState(stage="bench", step=step))) for step in steps
         ]
         written, saves = [], []
         for step in range(steps.stop, steps.stop + options.writes):
             began = time.perf_counter()
-            saves.append(_seconds(lambda step=step: store.save(state, RunState(stage="bench", step=step))))
+            saves.append(seconds_of(lambda step=step: store.save(state, RunState(stage="bench", step=step))))
             store.flash.settle()
             written.append(time.perf_counter() - began)
-    _emptied(options)
+    emptied(options.folder)
     return {"first_s": first_s, "blocked_s": spread(blocked + saves), "written_s": spread(written)}
 
 
@@ -171,18 +171,18 @@ def megatron(state: _State, options: CheckpointOptions, kind: str) -> dict:
     queue = None if kind == "sync" else mcore.AsyncCallsQueue(persistent=kind == "persistent")
     blocked, written = [], []
     for _ in range(options.writes + 1):
-        folder = _emptied(options) / "step_1.partial"
+        folder = emptied(options.folder) / "step_1.partial"
         if dist.get_rank() == 0:
             folder.mkdir(parents=True)
         dist.barrier()
         began = time.perf_counter()
-        blocked.append(_seconds(lambda folder=folder: _begin_save(state, folder, queue)))
+        blocked.append(seconds_of(lambda folder=folder: _begin_save(state, folder, queue)))
         if queue is not None:
             queue.maybe_finalize_async_calls(blocking=True)
         written.append(time.perf_counter() - began)
     if queue is not None:
         queue.close()
-    _emptied(options)
+    emptied(options.folder)
     return {"first_s": blocked[0], "blocked_s": spread(blocked[1:]), "written_s": spread(written[1:])}
 
 
@@ -213,7 +213,7 @@ def _told(name: str, row: dict) -> dict:
     return row
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     """Wall time of call() and of what it leaves on the device, of the slowest rank. Collective."""
     synchronize(device())
     dist.barrier()
@@ -225,9 +225,9 @@ def _seconds(call: Callable[[], object]) -> float:
     return float(slowest)
 
 
-def _emptied(options: CheckpointOptions) -> Path:
+def emptied(name: str) -> Path:
     """The folder, with nothing in it. Collective."""
-    folder = Path(options.folder)
+    folder = Path(name)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,15 +8,23 @@ from pathlib import Path
 
 
 def write_json(path: Path, value) -> None:
-    """Replace path with value as JSON, so that a reader sees the old content or the new one, also after a crash."""
+    """Replace path with value as JSON, so that a reader sees the old content or the new one, also after a crash.
+
+    Raises OSError, which names the file.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write to a full disk names no file
+            error.filename = str(path)
+        raise
 
 
 def read_json(path: Path):

@@ -7,7 +7,6 @@ When all writers are done, which the ranks learn from numbers that they exchange
 
 from __future__ import annotations
 
-import io
 import platform
 import time
 from collections.abc import Callable
@@ -16,26 +15,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel import mcore
 from parallel.collectives import together
 from parallel.engine import Engine
 from parallel.mesh import device
-from parallel.pieces import Box, Piece
 from parallel.place import primitive, section
 from sbtrain.checkpoint.manifest import delete
-from sbtrain.checkpoint.memory import SharedMemory, copy_into, free_bytes, place
+from sbtrain.checkpoint.memory import NUM_SLOTS, SharedMemory, check_memory
+from sbtrain.checkpoint.partials import Partials
+from sbtrain.checkpoint.share import Share, bytes_of
 from sbtrain.checkpoint.state import RunState
-from sbtrain.checkpoint.writer import Delete, Done, Files, Item, Seal, Write
+from sbtrain.checkpoint.writer import Delete, Done, Files, Seal, Write
 from sbtrain.checkpoint.writing import WriterProcess
-from sbtrain.config.schema import Recipe
 
-NUM_SLOTS = 2
-_NUM_FILES = 2
-"""Of a rank, as megatron writes them."""
 _MOST_TRIES = 2
 _LOOK_S = 0.02
 DIED = "its writer process ended"
@@ -57,36 +50,36 @@ class _Pending:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How this rank's share lies in a slot and in its files; good for one engine. metadata: on rank 0."""
+class _Snapshot:
+    """What a slot holds."""
 
-    engine: Engine
-    pieces: list[Piece]
-    starts: list[int]
-    slot_bytes: int
-    total_bytes: int
-    files: Files
-    metadata: Metadata | None = None
+    state: RunState
+    slot: int
+    common: dict
 
 
 @dataclass
 class Flash:
     """Of one rank. sealed(step): what all ranks do when a checkpoint is whole; folders to delete then, on rank 0.
 
-    folder: checkpoints/ of the run. content(state): of state.json. allowed(): raises ValueError on rank 0 where nothing
-    may be written to the run directory any more, or the disk has no room for so many bytes.
+    folder: checkpoints/ of the run. content(state): of state.json. On rank 0 both raise ValueError: check_lock() where
+    nothing may be written to the run directory any more, check_room(n) where the disk has none for n bytes.
     """
 
     folder: Path
+    partials: Partials
     content: Callable[[RunState], dict]
     sealed: Callable[[int], list[Path]]
-    allowed: Callable[[int], None]
+    check_lock: Callable[[], None]
+    check_room: Callable[[int], None]
     _memory: SharedMemory = field(default_factory=SharedMemory)
     _writer: WriterProcess | None = None
-    _plan: _Plan | None = None
+    _share: Share | None = None
+    _files: Files | None = None
     _pending: list[_Pending] = field(default_factory=list)
-    _newest: tuple[RunState, int] | None = None
+    _newest: _Snapshot | None = None
     _token: int = 0
+    _deletes: set[int] = field(default_factory=set)
     _metrics: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -102,31 +95,44 @@ class Flash:
             self._add("checkpoint_snapshots_skipped", int(not persist))
             return
         with section("snapshot", patient=True):
-            if self._plan is None or self._plan.engine is not engine:
+            if self._share is None or self._share.engine is not engine:
                 self.settle()
-                self._make_plan(engine)
-            if self._newest is None or self._newest[0] != state:
+                self._prepare(engine)
+            if self._newest is None or self._newest.state.step != state.step:
                 slot = self._free_slot()
                 self._newest = None  # it may have been in that slot
                 self._copy(slot)
-                self._newest = (state, slot)
+                self._newest = _Snapshot(state, slot, engine.common_state())
             if persist:
-                together(lambda: None if dist.get_rank() else self.allowed(self._plan.total_bytes))
-                small = {"state.json": self.content(state), "common.pt": _bytes_of(engine.common_state())}
-                self._token += 1
-                self._pending.append(_Pending(self._token, state.step, self._newest[1], small))
+                _on_first(self.check_lock)
+                small = {"state.json": self.content(state), "common.pt": bytes_of(self._newest.common)}
+                self._pending.append(_Pending(self._next_token(), state.step, self._newest.slot, small))
                 if len(self._pending) == 1:
                     self._begin()
+
+    def restore(self, engine: Engine, *, after: int, before: int) -> RunState | None:
+        """Put the engine back to its newest snapshot, if that is of a step between these two; its state. Collective.
+
+        None, and nothing is changed, where there is none of that kind, on any rank. What is being written goes on.
+        """
+        mine = self._newest if self._share is not None and self._share.engine is engine else None
+        steps = [None] * dist.get_world_size()
+        with primitive("steps of the snapshots"):
+            dist.all_gather_object(steps, mine and mine.state.step)
+        if mine is None or set(steps) != {mine.state.step} or not after < mine.state.step < before:
+            return None
+        self._share.put_back(self._memory.bytes, mine.slot, mine.common)
+        return mine.state
+
+    def is_writing(self, step: int) -> bool:
+        """Whether that step's checkpoint is on its way to the disk."""
+        return any(each.step == step for each in self._pending)
 
     def flags(self) -> list[int]:
         """What this rank adds to the exchange of a step: whether it is still writing, whether that failed."""
         if not self._pending:
             return [0, 0]
-        answers, alive = self._writer.answers()
-        head = self._pending[0]
-        for answer in answers:
-            if answer.token == head.token:
-                head.written, head.problem = (None, answer.problem) if answer.problem else (answer, None)
+        head, alive = self._pending[0], self._listen()
         if not alive and head.problem is None and self._waits(head):
             head.problem = DIED
         return [int(self._waits(head)), int(head.problem is not None)]
@@ -148,7 +154,7 @@ class Flash:
 
     def forget(self) -> None:
         """Let go of the engine that was saved last, after settle."""
-        self._plan = self._newest = None
+        self._share = self._newest = None
 
     def take_metrics(self) -> dict:
         """What happened since the last call, for metrics.jsonl; empty where nothing did."""
@@ -159,7 +165,7 @@ class Flash:
         """End the writer and give the memory back. What is still being written is no checkpoint."""
         if self._writer is not None:
             self._writer.kill() if self._pending else self._writer.close()
-        self._plan = self._newest = None
+        self._share = self._newest = None
         self._memory.close()
 
     def _wait_for(self, num_pending: int) -> None:
@@ -172,13 +178,21 @@ class Flash:
 
     def _look(self) -> None:
         """What the steps of a run do, while nothing else is done."""
-        flags = torch.tensor(self.flags(), device=device())
-        with primitive("checkpoint being written"):
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            flags = flags.tolist()
-        self.heard(flags)
+        self.heard(_largest(self.flags()))
         if self._pending:
             time.sleep(_LOOK_S)
+
+    def _listen(self) -> bool:
+        """Take in what this rank's writer has answered; whether it lives."""
+        answers, alive = self._writer.answers()
+        for answer in answers:
+            self._deletes.discard(answer.token)
+            head = self._pending[0] if self._pending else None
+            if head is not None and answer.token == head.token:
+                head.written, head.problem = (None, answer.problem) if answer.problem else (answer, None)
+        if not alive:
+            self._deletes.clear()  # the next checkpoint finds what is left
+        return alive
 
     def _waits(self, head: _Pending) -> bool:
         """Whether the writer of this rank has still to answer."""
@@ -189,26 +203,47 @@ class Flash:
         self._wait_for(NUM_SLOTS - 1)
         taken = [each.slot for each in self._pending]
         free = [slot for slot in range(NUM_SLOTS) if slot not in taken]
-        return next((slot for slot in free if not (self._newest and self._newest[1] == slot)), free[0])
+        return next((slot for slot in free if not (self._newest and self._newest.slot == slot)), free[0])
 
     def _copy(self, slot: int) -> None:
-        plan = self._plan
-        first = slot * plan.slot_bytes
         began = time.perf_counter()
-        sources = (piece.read() for piece in plan.pieces)
-        num_bytes = copy_into(self._memory.bytes, sources, [first + start for start in plan.starts])
+        num_bytes = self._share.copy(self._memory.bytes, slot)
         blocked_s = time.perf_counter() - began
         self._metrics["checkpoint_blocked_s"] = blocked_s
         self._metrics["checkpoint_bytes"] = num_bytes
         self._metrics["checkpoint_gb_per_s"] = num_bytes / max(blocked_s, 1e-9) / 1e9
 
     def _begin(self) -> None:
-        """Have the first one in the queue written."""
+        """Have the first one in the queue written, if there is room: those before it are whole by now. Collective."""
+        try:
+            self._find_room()
+        except ValueError:
+            self._pending.clear()
+            raise
+        self._send_write()
+
+    def _find_room(self) -> None:
+        """Raise ValueError where the disk has no room, also behind the deletes that are under way. Collective."""
+
+        def check() -> None:
+            self.check_room(self._share.total_bytes)
+
+        try:
+            _on_first(check)
+        except ValueError:
+            with section("checkpoint save", patient=True):
+                while any(_largest([len(self._deletes)])):
+                    time.sleep(_LOOK_S)
+                    self._listen()
+            _on_first(check)
+
+    def _send_write(self) -> None:
         head = self._pending[0]
-        self._writer.send(Write(head.token, self._partial(head), head.slot * self._plan.slot_bytes))
+        self._writer.send(Write(head.token, self._partial(head), head.slot * self._share.slot_bytes))
 
     def _seal(self) -> None:
-        """All ranks have written: rank 0's writer finishes the folder."""
+        """All ranks have written: rank 0's writer finishes the folder. Raises ValueError where it may not."""
+        _on_first(self.check_lock)
         head, gathered = self._pending[0], [None] * dist.get_world_size()
         with primitive("places in a checkpoint"):
             dist.gather_object(head.written, gathered if dist.get_rank() == 0 else None)
@@ -224,7 +259,7 @@ class Flash:
         entries = {name: entry for each in head.answers for name, entry in each.entries.items()}
         results = [list(each.results) for each in head.answers]
         self._writer.send(
-            Seal(head.token, self._partial(head), final, head.small, self._plan.metadata, results, entries)
+            Seal(head.token, self._partial(head), final, head.small, self._share.metadata, results, entries)
         )
 
     def _finish(self) -> None:
@@ -232,7 +267,8 @@ class Flash:
         head = self._pending.pop(0)
         old = self.sealed(head.step)
         if old:
-            self._writer.send(Delete(old))
+            self._deletes.add(self._next_token())
+            self._writer.send(Delete(self._token, old))
         if self._pending:
             self._begin()
 
@@ -247,10 +283,11 @@ class Flash:
             if dist.get_rank() == 0:
                 ranks = ", ".join(map(str, found))
                 print(f"warning: step {head.step}: the writer process of rank {ranks} ended; another one", flush=True)
+            _on_first(self.check_lock)
             if head.problem:
                 self._replace_writer(head)
             return
-        self._writer.kill()
+        self._end_writer()
         self._writer = None
         self._pending.clear()
         self.forget()
@@ -264,36 +301,37 @@ class Flash:
             f"{partial}: {reasons}; the previous checkpoint is intact, free some space and start the same command again"
         )
 
-    def _replace_writer(self, head: _Pending) -> None:
+    def _end_writer(self) -> None:
         self._writer.kill()
+        self._deletes.clear()
+
+    def _replace_writer(self, head: _Pending) -> None:
+        self._end_writer()
         self._writer = WriterProcess(self._memory.descriptor)
-        self._writer.send(self._plan.files)
+        self._writer.send(self._files)
         head.problem = None
-        self._send_seal(head) if head.sealing else self._begin()
+        self._send_seal(head) if head.sealing else self._send_write()
 
     def _partial(self, head: _Pending) -> Path:
-        return self.folder / f"step_{head.step}.partial"
+        return self.partials.of(head.step)
 
-    def _make_plan(self, engine: Engine) -> None:
+    def _next_token(self) -> int:
+        self._token += 1
+        return self._token
+
+    def _prepare(self, engine: Engine) -> None:
         """Where everything goes, once per engine; and the memory for it. Collective."""
         began = time.perf_counter()
         self.forget()
-        pieces, names = engine.own_state()
-        tensors = [piece.read() for piece in pieces]
-        starts, slot_bytes = place([tensor.numel() * tensor.element_size() for tensor in tensors])
-        items = [
-            Item(_item(piece, box, tensor), tensor.dtype, start + box.start * tensor.element_size())
-            for piece, tensor, start in zip(pieces, tensors, starts)
-            for box in piece.boxes
-        ]
-        items += [_object(name) for name in names]
-        metadata, total_bytes = _index([each.item for each in items], slot_bytes)
-        files = Files(_split(items), max(NUM_SLOTS * slot_bytes, self._memory.size))
+        share = Share.of(engine)
+        files = Files(share.files, max(NUM_SLOTS * share.slot_bytes, self._memory.size))
         self._reserve(files.memory_bytes)
         self._writer = self._writer or WriterProcess(self._memory.descriptor)
         self._writer.send(files)
-        together(self._clear_away)
-        self._plan = _Plan(engine, pieces, starts, slot_bytes, total_bytes, files, metadata)
+        self.partials.open()
+        _on_first(self.check_lock)
+        _on_first(self.partials.clear)  # nobody writes now
+        self._share, self._files = share, files
         self._metrics["checkpoint_first_s"] = time.perf_counter() - began
 
     def _reserve(self, num_bytes: int) -> None:
@@ -306,78 +344,19 @@ class Flash:
         together(lambda: check_memory(sum(here), num_ranks=len(here)))  # all look before anyone takes
         together(lambda: self._memory.reserve(num_bytes, pin=device().type == "cuda"))
 
-    def _clear_away(self) -> None:
-        """What an earlier start began to write. Nobody writes now."""
-        if dist.get_rank() == 0:
-            for leftover in self.folder.glob("step_*.partial"):
-                delete(leftover)
-
     def _add(self, name: str, value: float) -> None:
         if value:
             self._metrics[name] = self._metrics.get(name, 0) + value
 
 
-def check_host(recipe: Recipe, num_bytes: int) -> None:
-    """check_memory, for a checkpoint of so many bytes, as far as a recipe tells: cluster.gpus_per_node ranks a host."""
-    if recipe.checkpoint.asynchronous:
-        num_ranks = min(dist.get_world_size(), recipe.cluster.gpus_per_node)
-        check_memory(NUM_SLOTS * num_ranks * num_bytes // dist.get_world_size(), num_ranks=num_ranks)
+def _on_first(check: Callable[[], None]) -> None:
+    """check() on rank 0; what it refuses, all ranks raise. Collective."""
+    together(lambda: None if dist.get_rank() else check())
 
 
-def check_memory(num_bytes: int, *, num_ranks: int) -> None:
-    """Raise ValueError unless this host has so many bytes more for the snapshots of its ranks."""
-    free = free_bytes()
-    if num_bytes > free:
-        raise ValueError(
-            f"checkpoint.asynchronous=true needs {num_bytes / 1e9:.1f} GB of memory on host {platform.node()}, for "
-            f"{NUM_SLOTS} snapshots of {num_ranks} ranks, and {free / 1e9:.1f} GB are free; free some, use more hosts "
-            "or set checkpoint.asynchronous=false"
-        )
-
-
-def _item(piece: Piece, box: Box, tensor: torch.Tensor) -> WriteItem:
-    """A box in torch's words."""
-    offsets, sizes = torch.Size(box.offsets), torch.Size(box.sizes)
-    return WriteItem(
-        index=MetadataIndex(piece.name, offsets),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
-            properties=TensorProperties(dtype=tensor.dtype),
-            size=torch.Size(piece.shape),
-        ),
-    )
-
-
-def _object(name: str) -> Item:
-    """An object that is None, as megatron writes it."""
-    content = _bytes_of([None])
-    size = BytesIOWriteData(len(content))
-    return Item(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO, bytes_io_data=size), content=content)
-
-
-def _index(items: list[WriteItem], num_bytes: int) -> tuple[Metadata | None, int]:
-    """On rank 0: the index of all ranks' boxes, which must fill every tensor once, and the bytes of all. Collective."""
-    gathered = [None] * dist.get_world_size()
-    with primitive("index of a checkpoint"):
-        dist.gather_object((items, num_bytes), gathered if dist.get_rank() == 0 else None)
-    if dist.get_rank():
-        return None, 0
-    plans = [SavePlan(theirs) for theirs, _ in gathered]
-    return DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)[1], sum(
-        theirs for _, theirs in gathered
-    )
-
-
-def _split(items: list[Item]) -> dict[str, list[Item]]:
-    """The boxes by file, about as many bytes in each."""
-    by_index = {each.item.index: each for each in items}
-    buckets = mcore.split_by_size_and_type(_NUM_FILES, [each.item for each in items])
-    filled = [[by_index[item.index] for item in bucket] for bucket in buckets if bucket]
-    return {f"__{dist.get_rank()}_{number}.distcp": bucket for number, bucket in enumerate(filled)}
-
-
-def _bytes_of(value) -> bytes:
-    content = io.BytesIO()
-    torch.save(value, content)
-    return content.getvalue()
+def _largest(flags: list[int]) -> list[int]:
+    """The largest of all ranks. Collective."""
+    tensor = torch.tensor(flags, device=device())
+    with primitive("checkpoint being written"):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()

@@ -43,6 +43,12 @@ class Ledger:
         """The stages that have spent their budgets."""
         return self._value["stages_done"]
 
+    @property
+    def rolled_back(self) -> dict | None:
+        """A RunState at the newest checkpoint's step that counts instead of the checkpoint's, see record_rollback."""
+        state = self._value.get("rolled_back")
+        return state if isinstance(state, dict) and state.get("step") == self.step else None
+
     def is_done(self, stage: str) -> bool:
         """Whether a stage has spent its budget."""
         return stage in self._value["stages_done"]
@@ -53,7 +59,13 @@ class Ledger:
 
     def record_checkpoint(self, name: str, step: int, *, write: bool) -> None:
         """Call `checkpoints/step_N` the newest. write: on rank 0."""
+        if name != self._value["checkpoint"]:
+            self._value = {key: part for key, part in self._value.items() if key != "rolled_back"}
         self._change(write, checkpoint=name, step=step)
+
+    def record_rollback(self, state: dict, *, write: bool) -> None:
+        """Keep that the run went back to the newest checkpoint and goes on with other samples. write: on rank 0."""
+        self._change(write, rolled_back=state)
 
     def finish(self, stage: str, *, write: bool) -> None:
         """Mark a stage as done. write: on rank 0."""

@@ -41,21 +41,23 @@ _REFUSALS = {"in use": RunInUse, "earlier start": EarlierStart, "unwritable": Va
 
 
 @contextmanager
-def held(run_dir: Path, *, job: str = "") -> Iterator[RunLock]:
+def held(lock: RunLock) -> Iterator[RunLock]:
     """Context in which this job holds the run directory. Collective; rank 0 holds it for all.
 
-    job: what the cluster calls this job. Raises RunInUse, in one line, where another job does, EarlierStart where this
-    one does itself, and ValueError where the directory cannot be written.
+    Raises RunInUse, in one line, where another job does, EarlierStart where this one does itself, and ValueError where
+    the directory cannot be written.
     """
-    lock, answer = RunLock(run_dir, job=job), [None]
+    answer = [None, None]
     with section("lock of the run directory", patient=True):
         if dist.get_rank() == 0:
-            answer = [lock.take()]
+            answer = [lock.take(), lock.token]
         with primitive("lock of the run directory"):
             dist.broadcast_object_list(answer, src=0)
-    if answer[0]:
-        kind, line = answer[0]
+    refusal, token = answer
+    if refusal:
+        kind, line = refusal
         raise _REFUSALS[kind](line)
+    lock.follow(token)
     try:
         yield lock
     finally:
@@ -73,6 +75,8 @@ class RunLock:
         self._mine |= {"machine": _machine(), "job": job}
         self._made: list[Path] = []
         self._stop, self._thread = threading.Event(), None
+        self.token, self._held = self._mine["token"], False
+        """What lock.json says while this job holds it; it is rank 0's on all ranks."""
 
     def take(self) -> tuple[str, str] | None:
         """Take the lock, waiting until a holder on another machine has shown whether it lives.
@@ -94,23 +98,40 @@ class RunLock:
             return "unwritable", f"run_dir={self.run_dir}: {reason}; free some space there or choose a writable folder"
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
         self._thread.start()
+        self._held = True
         return None
+
+    def follow(self, token: str) -> None:
+        """Rank 0 of this job holds the directory, by that token."""
+        self.token, self._held = token, True
 
     def release(self) -> None:
         """Give the lock back, if this process has it, and folders that it made and nobody used."""
+        self._held = False
         if self._thread is None:
             return
         self._stop.set()
         self._thread.join()
         self._thread = None
-        if self.is_ours():
-            self.path.unlink(missing_ok=True)
-        self._remove_folder()
+        with suppress(OSError):  # a lock that stays is stale by itself, and how the run ended stands
+            if self.is_ours():
+                self.path.unlink(missing_ok=True)
+            self._remove_folder()
 
     def is_ours(self) -> bool:
-        """Whether the file is still this process's."""
+        """Whether the file is still this job's."""
         holder = self._read()
-        return bool(holder) and holder.get("token") == self._mine["token"]
+        return bool(holder) and holder.get("token") == self.token
+
+    def is_anothers(self) -> bool:
+        """Whether another job holds the directory, or has held it since this one did; also where that cannot be told.
+
+        Then how the run ended is not this job's to say. Any rank may ask, at any time; raises nothing.
+        """
+        try:
+            return not self.is_ours() if self._held else in_use(self.run_dir)
+        except (OSError, ValueError, RecursionError):
+            return True
 
     def check(self) -> None:
         """Raise RunInUse if another job took the directory over, which then must not be written to any more."""
@@ -123,14 +144,7 @@ class RunLock:
 
     def _create(self) -> bool:
         try:
-            with open(self.path, "x", encoding="utf-8") as file:
-                try:
-                    json.dump(self._mine, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    self.path.unlink(missing_ok=True)
-                    raise
+            _write_new(self.path, json.dumps(self._mine))
         except FileExistsError:
             return False
         return True
@@ -165,10 +179,28 @@ class RunLock:
             self.path.rename(aside)
         except FileNotFoundError:
             return
-        if _holder(aside) != holder:
-            with suppress(FileExistsError):
-                os.link(aside, self.path)  # another job was faster by a moment
-        aside.unlink(missing_ok=True)
+        try:
+            if _holder(aside) != holder:
+                self._put_back(aside)  # another job was faster by a moment
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _put_back(self, aside: Path) -> None:
+        """Give another job's lock its name again, unless a third one has taken the directory by now.
+
+        Renaming would replace that one's. Where the file system has no hard links, the lock is written again under the
+        same condition: until its content is there it says nothing, and nobody takes such a one before it is stale.
+        """
+        try:
+            os.link(aside, self.path)
+        except FileExistsError:
+            return
+        except OSError:
+            content = aside.read_text(encoding="utf-8")
+            try:
+                _write_new(self.path, content)
+            except FileExistsError:
+                return
 
     def _beat(self) -> None:
         while not self._stop.wait(self.beat_s):
@@ -197,6 +229,18 @@ class RunLock:
                 folder.rmdir()
             except OSError:
                 return
+
+
+def _write_new(path: Path, content: str) -> None:
+    """Raises FileExistsError where there is a file of that name, and OSError, leaving none, where the disk is full."""
+    with open(path, "x", encoding="utf-8") as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def in_use(run_dir: Path) -> bool:

@@ -6,7 +6,9 @@ which threads compute side by side: it finds what disks and cut copies do to a f
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import re
 import shutil
 import stat
@@ -27,6 +29,12 @@ _BLOCK_BYTES = 16 << 20
 _NUM_THREADS = 4
 _MOST_MANIFEST_BYTES = 64 << 20
 _SUM = re.compile(r"[0-9a-f]{8}")
+_OF_THE_FILES = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+"""Errors that say something of the files, whichever host reads them."""
+
+
+class Unreadable(ValueError):
+    """This host cannot read a file, which says nothing of the checkpoint: its mount, its rights or its network fail."""
 
 
 class Checksum:
@@ -101,11 +109,12 @@ def fault(folder: Path, *, deep: bool = True, rank: int = 0, num_ranks: int = 1)
     """What is wrong with a checkpoint, in a few words; None where it is as it was written.
 
     deep: read the files too, this rank's share of them by size; otherwise only their sizes are compared. No content
-    is interpreted but the manifest's, whose names cannot lead out of the folder.
+    is interpreted but the manifest's, whose names cannot lead out of the folder. Raises Unreadable, in one line that
+    names host, file and reason, where this host cannot tell.
     """
-    if not folder.is_dir():
-        return GONE
     try:
+        if not _is_folder(folder):
+            return GONE
         files = _listed(folder / MANIFEST)
         for name, entry in files.items():
             _check_size(folder / name, entry["bytes"])
@@ -119,7 +128,14 @@ def fault(folder: Path, *, deep: bool = True, rank: int = 0, num_ranks: int = 1)
             return f"it has no {MANIFEST}: it was copied in part, or a version before manifests wrote it"
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        return f"{Path(error.filename or MANIFEST).name} cannot be read ({error.strerror or error})"
+        path, reason = Path(error.filename or folder / MANIFEST), error.strerror or error
+        if error.errno in _OF_THE_FILES:
+            return f"{path.name[:80]} cannot be opened ({reason})"
+        raise Unreadable(
+            f"host {platform.node()} cannot read {path} ({reason}), which says nothing of the checkpoint: nothing was "
+            "skipped or deleted; look at that host's mount and rights, or leave it out; if the file is lost, delete "
+            f"{folder} to go on from the checkpoint before"
+        ) from None
     except ValueError as error:
         return str(error)
     return None
@@ -164,6 +180,14 @@ def _listed(path: Path) -> dict[str, dict]:
     if absent:
         raise ValueError(f"{MANIFEST} lacks {absent[0]}")
     return files
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is there. Path.is_dir also says no where it cannot be asked."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _check_regular(path: Path) -> os.stat_result:

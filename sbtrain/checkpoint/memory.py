@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,13 @@ from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from sbtrain.config.schema import Recipe
+
+NUM_SLOTS = 2
+"""Snapshots that a rank has room for."""
 ALIGNMENT = 4096
 """Bytes between possible starts of tensors: of a page, and more than any copy engine asks for."""
 _POPULATE_WRITE = 23
@@ -99,6 +105,24 @@ def place(sizes: list[int]) -> tuple[list[int], int]:
         starts.append(end)
         end += -(-size // ALIGNMENT) * ALIGNMENT
     return starts, end
+
+
+def check_host(recipe: Recipe, num_bytes: int) -> None:
+    """check_memory, for a checkpoint of so many bytes, as far as a recipe tells: cluster.gpus_per_node ranks a host."""
+    if recipe.checkpoint.asynchronous:
+        num_ranks = min(dist.get_world_size(), recipe.cluster.gpus_per_node)
+        check_memory(NUM_SLOTS * num_ranks * num_bytes // dist.get_world_size(), num_ranks=num_ranks)
+
+
+def check_memory(num_bytes: int, *, num_ranks: int) -> None:
+    """Raise ValueError unless this host has so many bytes more for the snapshots of its ranks."""
+    free = free_bytes()
+    if num_bytes > free:
+        raise ValueError(
+            f"checkpoint.asynchronous=true needs {num_bytes / 1e9:.1f} GB of memory on host {platform.node()}, for "
+            f"{NUM_SLOTS} snapshots of {num_ranks} ranks, and {free / 1e9:.1f} GB are free; free some, use more hosts "
+            "or set checkpoint.asynchronous=false"
+        )
 
 
 def free_bytes() -> int:

@@ -1,11 +1,13 @@
 """Where a run goes on: its newest checkpoint that is as it was written, and a ledger that says so.
 
-A checkpoint that is damaged is skipped, with a line that says why. A ledger that is gone or damaged is made again from
-the checkpoints.
+A checkpoint that is damaged is skipped, with a line that says why. One that a host cannot read is not called damaged:
+going back for days is not what anybody wants from a bad mount; the start ends with a line that names the host. A ledger
+that is gone or damaged is made again from the checkpoints.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from parallel.collectives import together
 from parallel.place import primitive
 from sbtrain.checkpoint.ledger import Ledger, empty
-from sbtrain.checkpoint.manifest import GONE, delete, fault
+from sbtrain.checkpoint.manifest import GONE, Unreadable, delete, fault
 from sbtrain.checkpoint.store import read_state
 
 LAG_S = 90.0
@@ -54,7 +56,7 @@ def recover(run_dir: Path, stages: dict[str, int]) -> Recovered:
 
     stages: budgets in tokens by name, in their order. All ranks share the reading. Raises ValueError where there are
     checkpoints and none can be used, where the one to use is of another version, or where the ranks do not see the
-    same files.
+    same files, or one of them cannot read (Unreadable).
     """
     value, lines = together(lambda: _from_first(lambda: _read(run_dir)))
     steps = together(lambda: _from_first(lambda: candidates(run_dir, value)))
@@ -95,9 +97,12 @@ def candidates(run_dir: Path, value: dict | None) -> list[int]:
 
 
 def step_folders(run_dir: Path) -> list[int]:
-    """Steps N of all folders checkpoints/step_N, newest first."""
-    numbers = (path.name.removeprefix("step_") for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
-    return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+    """Steps N of all folders checkpoints/step_N, newest first. Raises OSError where they cannot be listed."""
+    folder = run_dir / "checkpoints"
+    names = os.listdir(folder) if folder.exists() else []  # glob gives nothing where a folder cannot be read
+    numbers = {name: name.removeprefix("step_") for name in names if name.startswith("step_")}
+    there = [int(number) for name, number in numbers.items() if number.isdecimal() and (folder / name).is_dir()]
+    return sorted(there, reverse=True)
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -150,16 +155,18 @@ def _other_stages(folder: Path, content: dict, value: dict, there: dict) -> str:
 def _shared_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, each rank reading its share of the files. Collective.
 
-    Raises ValueError where some ranks miss what others see: that is no fault of the checkpoint.
+    Raises ValueError, on all ranks, where some ranks miss what others see or cannot read it: that is no fault of the
+    checkpoint.
     """
-    problem = fault(folder, deep=False)
+    problem = _seen(folder, deep=False)
     problems = _of_all(problem)
     if not all(problems) and any(problems):
         end = time.monotonic() + LAG_S
         while problem and time.monotonic() < end:
             time.sleep(_LOOK_S)
-            problem = fault(folder, deep=False)
+            problem = _seen(folder, deep=False)
         problems = _of_all(problem)
+    _check_readable(problems)
     if all(problems):
         return problems[0]
     for rank, (problem, host) in enumerate(zip(problems, _of_all(platform.node()))):
@@ -168,8 +175,25 @@ def _shared_fault(folder: Path) -> str | None:
                 f"rank {rank} (host {host}) does not see {folder} as others do: {problem}; run_dir must be one folder "
                 "that all hosts share"
             )
-    problems = _of_all(fault(folder, rank=dist.get_rank(), num_ranks=dist.get_world_size()))
+    problems = _of_all(_seen(folder, rank=dist.get_rank(), num_ranks=dist.get_world_size()))
+    _check_readable(problems)
     return next((problem for problem in problems if problem), None)
+
+
+def _seen(folder: Path, **how) -> str | Unreadable | None:
+    """What is wrong with it as this rank sees it, or why it cannot tell."""
+    try:
+        return fault(folder, **how)
+    except Unreadable as error:
+        return error
+
+
+def _check_readable(problems: list[str | Unreadable | None]) -> None:
+    """Raise Unreadable, naming the first rank that cannot read. problems: by rank, the same on all of them."""
+    unread = [rank for rank, problem in enumerate(problems) if isinstance(problem, Unreadable)]
+    if unread:
+        others = f", and so {len(unread) - 1} more of {len(problems)} ranks" if unread[1:] else ""
+        raise Unreadable(f"rank {unread[0]}{others}: {problems[unread[0]]}")
 
 
 def _of_all(ours) -> list:

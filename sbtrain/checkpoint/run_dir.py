@@ -6,17 +6,23 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import ops
 from parallel import mcore
-from parallel.watch import EXIT_CODE
+from parallel.mesh import start_distributed
+from parallel.told import EXIT_CODE as STOPPED_CODE
+from parallel.told import told
+from parallel.watch import EXIT_CODE, RankWatch
 from sbtrain.checkpoint.files import read_json, write_json
-from sbtrain.checkpoint.lock import LOCK
+from sbtrain.checkpoint.lock import LOCK, RunLock
 from sbtrain.checkpoint.manifest import fault
 from sbtrain.checkpoint.recover import newest
 from sbtrain.config.load import load, save
@@ -28,7 +34,7 @@ class Exit(IntEnum):
 
     DONE = 0
     BAD_RECIPE = 2
-    REQUEUE = 75
+    REQUEUE = STOPPED_CODE
     RANK_LOST = EXIT_CODE
 
 
@@ -177,12 +183,31 @@ def _starts(folder: Path) -> list[dict]:
 def record_exit(run_dir: str | Path, code: int, reason: str) -> None:
     """Write exit.json, which outlives torchrun's own exit code, if the run directory exists. Called by one rank."""
     folder = Path(run_dir)
-    if not folder.is_dir():
-        return
     try:
-        write_json(folder / "exit.json", {"code": int(code), "reason": reason})
-    except OSError as error:  # a full disk must not hide why the run ended
-        print(f"{folder / 'exit.json'}: {error.strerror or error}", file=sys.stderr, flush=True)
+        if folder.is_dir():
+            write_json(folder / "exit.json", {"code": int(code), "reason": reason})
+    except OSError as error:  # a full disk must not hide why the run ended, nor let an earlier end speak for this one
+        with suppress(OSError):
+            (folder / "exit.json").unlink(missing_ok=True)
+        with suppress(OSError, ValueError):  # nobody reads any more
+            print(f"{folder / 'exit.json'}: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+def record_end(lock: RunLock, code: int, reason: str) -> None:
+    """record_exit, unless the run directory is another job's, as far as any rank can tell alone. Raises nothing."""
+    if not lock.is_anothers():
+        record_exit(lock.run_dir, code, reason)
+
+
+def watched(recipe: Recipe, lock: RunLock) -> RankWatch:
+    """What ends this rank, and says why in exit.json, when another one is lost. Starts torch.distributed.
+
+    From now on a signal that comes while no step is trained says so in exit.json too.
+    """
+    start_distributed(patience_s=recipe.runtime.patience_s, watched=True, deterministic=recipe.runtime.deterministic)
+    record = partial(record_end, lock)
+    told.record = record if dist.get_rank() == 0 else None
+    return RankWatch(timeout_s=recipe.runtime.timeout_s, record=record, stacks=lock.run_dir / "stacks")
 
 
 def _commit() -> str | None:

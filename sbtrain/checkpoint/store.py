@@ -1,16 +1,16 @@
 """The checkpoint store: saves and loads the sharded state of an engine, in megatron's distributed format.
 
-A checkpoint is written under checkpoints/step_N.partial, gets a manifest of its files when all are on the disk, and is
-renamed; the ledger calls it newest only then. Any layout can load what another has written. state.json beside the
-tensors holds the RunState and the op table.
+A checkpoint is written under checkpoints/step_N.START.partial, gets a manifest of its files when all are on the disk,
+and is renamed; the ledger calls it newest only then. Any layout can load what another has written. state.json beside
+the tensors holds the RunState and the op table.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -20,16 +20,19 @@ from parallel import mcore
 from parallel.collectives import together
 from parallel.engine import Engine, sharded_weights
 from parallel.mesh import Mesh
+from parallel.optimizer import saved_step_count
 from parallel.place import primitive, section
+from parallel.safe_load import read_common
 from sbtrain.checkpoint.files import read_json, write_json
+from sbtrain.checkpoint.fill import fill
 from sbtrain.checkpoint.flash import Flash
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.manifest import FILES, MANIFEST, delete, drop, measure, seal
+from sbtrain.checkpoint.partials import Partials
 from sbtrain.checkpoint.state import RunState
 
 FORMAT = 1
 TENSOR_FORMAT = "torch_dist"
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, UnpicklingError, mcore.CheckpointingException)
 
 
 class Store:
@@ -55,19 +58,43 @@ class Store:
         self.folder, self.ledger = run_dir / "checkpoints", ledger
         self.keep_last, self.keep_every_steps, self.op_table = keep_last, keep_every_steps, op_table
         self.check_lock = check_lock
-        self.flash = Flash(self.folder, self._content, self._sealed, self._check_writable) if asynchronous else None
+        self._partials = Partials(self.folder)
+        self.flash = self.in_background() if asynchronous else None
+
+    def in_background(self, **parts) -> Flash:
+        """What saves behind training's back. parts: memory and writer, where they are there already."""
+        return Flash(
+            self.folder,
+            self._partials,
+            content=self._content,
+            sealed=self._sealed,
+            check_lock=lambda: self.check_lock(),
+            check_room=self._check_room,
+            **parts,
+        )
 
     def save(self, engine: Engine, state: RunState) -> None:
         """Save under step_N and make it the newest, in the background where the store is asynchronous. Collective.
 
-        Raises ValueError when the disk cannot hold it; what was saved before stays as it is.
+        Raises ValueError when the disk cannot hold it; what was saved before stays as it is. A run that has gone back
+        to the newest checkpoint has its tensors already: what else the state says is kept in the ledger.
         """
+        if self.flash is not None and self.flash.is_writing(state.step):
+            self.flash.settle()
         if self.ledger.step == state.step and self.ledger.checkpoint is not None:
+            self._keep_rollback(state)
             return
         if self.flash is not None:
             self.flash.take(engine, state, persist=True)
         else:
             self._write(engine.sharded_state_dict(), state)
+
+    def _keep_rollback(self, state: RunState) -> None:
+        there = together(lambda: RunState.from_json(read_state(self.ledger.checkpoint)))
+        if state.loader is not None and (state.loader, state.watch) != (there.loader, there.watch):
+            _first(self.check_lock)
+            _first(lambda: self.ledger.record_rollback(state.to_json(), write=True))
+            self.ledger.record_rollback(state.to_json(), write=False)
 
     def snapshot(self, engine: Engine, state: RunState) -> None:
         """Keep the state in host memory alone, where the store is asynchronous. Collective."""
@@ -101,26 +128,19 @@ class Store:
             self._write_step(sharded, state)
 
     def _write_step(self, sharded: dict, state: RunState) -> None:
-        name = f"step_{state.step}"
-        final, partial = self.folder / name, self.folder / f"{name}.partial"
         write = dist.get_rank() == 0
+        self._partials.open()
+        final, partial = self.folder / f"step_{state.step}", self._partials.of(state.step)
         _first(self.check_lock)
         self._make_room(sharded, partial, write)
-        try:
+        with _intact(partial):
             mcore.dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False)
             content = self._content(state, list(sharded))
             _first(lambda: write_json(partial / "state.json", content))
             entries = _measure_together(partial)
+        _first(self.check_lock)
+        with _intact(partial):
             _first(lambda: seal(partial, final, entries))
-        except (OSError, ValueError, CheckpointException) as error:  # the last: what a writer process's OSError becomes
-            if write:
-                delete(partial)  # it may be what fills the disk
-            if _lost_a_process(error):
-                raise
-            raise ValueError(
-                f"{partial}: {_reason(error)}; the previous checkpoint is intact, free some space "
-                "and start the same command again"
-            ) from error
         old = self._sealed(state.step)
         _first(lambda: drop(old))
 
@@ -137,9 +157,8 @@ class Store:
         self.ledger.record_checkpoint(name, step, write=False)
         return [] if dist.get_rank() else self._old(before)
 
-    def _check_writable(self, needed_bytes: int) -> None:
-        """Raise ValueError or OSError where rank 0 may not write, or not so much."""
-        self.check_lock()
+    def _check_room(self, needed_bytes: int) -> None:
+        """Raise ValueError or OSError where the disk does not take so much."""
         self.folder.mkdir(parents=True, exist_ok=True)
         problem = _shortage(self.folder, needed_bytes, shutil.disk_usage(self.folder).free)
         if problem:
@@ -155,32 +174,48 @@ class Store:
         if folder is None:
             return None
         content = together(lambda: read_state(folder))
-        if content["parts"] == ["model"]:
-            sharded = {"model": sharded_weights(engine.models, engine.mesh)}
-        else:
-            sharded = engine.sharded_state_dict(for_loading=True)
         with section("checkpoint load", patient=True):
-            self._load(engine, sharded, folder)
-        return RunState.from_json(content)
+            if content["parts"] == ["model"]:
+                self._load_weights(engine, folder)
+            else:
+                self._load(engine, folder)
+        return RunState.from_json(self.ledger.rolled_back or content)
 
-    def _load(self, engine: Engine, sharded: dict, folder: Path) -> None:
-        try:
+    def restore_snapshot(self, engine: Engine, *, before: int) -> RunState | None:
+        """Put the engine back to its newest snapshot in memory, if it is newer than the newest checkpoint. Collective.
+
+        before: the step that the run leaves. None, and nothing is changed, where there is no such snapshot.
+        """
+        if self.flash is None:
+            return None
+        after = -1 if self.ledger.checkpoint is None else self.ledger.step
+        with section("snapshot load", patient=True):
+            return self.flash.restore(engine, after=after, before=before)
+
+    def _load(self, engine: Engine, folder: Path) -> None:
+        """Weights and optimizer: each rank reads what it holds of them."""
+        pieces, _ = engine.own_state()
+
+        def read() -> int:
+            with _readable(folder):
+                fill(folder, pieces)
+                return saved_step_count(read_common(folder))
+
+        engine.adopt(together(read))
+
+    def _load_weights(self, engine: Engine, folder: Path) -> None:
+        """Weights alone, with megatron's loader: each rank reads all that it holds."""
+        sharded = {"model": sharded_weights(engine.models, engine.mesh)}
+        with _readable(folder):
             loaded = mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False)
-        except torch.OutOfMemoryError:
-            raise
-        except (*_UNREADABLE, CheckpointException) as error:
-            raise ValueError(
-                f"{folder} cannot be read ({_reason(error)}); point ledger.json at an earlier checkpoints/step_N "
-                "or choose another run_dir"
-            ) from error
-        engine.load_state_dict(loaded)
+        engine.load_weights(loaded["model"])
 
     def _make_room(self, sharded: dict, partial: Path, write: bool) -> None:
         needed = [None] * dist.get_world_size()
         dist.all_gather_object(needed, _own_bytes(sharded))
         problem = [None]
         if write:
-            delete(partial)
+            self._partials.clear()
             problem = [_cannot_hold(partial, sum(needed))]
         dist.broadcast_object_list(problem, src=0)
         if problem[0]:
@@ -223,6 +258,36 @@ def _first(call: Callable[[], None]) -> None:
             ) from None
 
     together(write)
+
+
+@contextmanager
+def _intact(partial: Path) -> Iterator[None]:
+    """Context of the writing of a checkpoint: what goes wrong is told as a ValueError, and what was written is gone."""
+    try:
+        yield
+    except (OSError, ValueError, CheckpointException) as error:  # the last: what a writer process's OSError becomes
+        if dist.get_rank() == 0:
+            delete(partial)  # it may be what fills the disk
+        if _lost_a_process(error):
+            raise
+        raise ValueError(
+            f"{partial}: {_reason(error)}; the previous checkpoint is intact, free some space "
+            "and start the same command again"
+        ) from error
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Context of the reading of a checkpoint: what goes wrong is told as a ValueError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, CheckpointException) as error:  # bytes that no checkpoint has can raise anything
+        raise ValueError(
+            f"{folder} cannot be read ({_reason(error)}); point ledger.json at an earlier checkpoints/step_N "
+            "or choose another run_dir"
+        ) from error
 
 
 def _measure_together(folder: Path) -> dict[str, dict]:

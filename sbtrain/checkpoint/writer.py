@@ -85,12 +85,13 @@ class Seal:
 class Delete:
     """Delete these folders; what cannot be deleted stays."""
 
+    token: int
     folders: list[Path]
 
 
 @dataclass(frozen=True)
 class Done:
-    """Answer to Write (results: where each box lies; entries: of the manifest) and to Seal. problem: why not."""
+    """Answer: to Write with results (where each box lies) and entries (of the manifest). problem: why not."""
 
     token: int
     seconds: float = 0.0
@@ -145,6 +146,7 @@ def main(descriptor: int, memory: int, parent: int) -> None:
         elif isinstance(message, Delete):
             with contextlib.suppress(OSError):
                 drop(message.folders)
+            pipe.send(Done(message.token))
         else:
             pipe.send(_answer(message, files, contents))
 

@@ -178,8 +178,8 @@ class CheckpointConfig:
     every_steps: steps between saves; 0 saves at stage ends and signals alone.
     asynchronous: training waits only until its state is in host memory; a process writes it from there. Needs room for
         two snapshots of every rank in the memory of its host.
-    snapshot_every_steps: steps between snapshots for the memory alone, with asynchronous; nothing reads them yet; 0
-        takes none.
+    snapshot_every_steps: steps between snapshots for the memory alone, with asynchronous: what
+        watch.on_spike=rollback goes back to where it is newer than the newest checkpoint; 0 takes none.
     keep_last: step folders that stay; 0 keeps all.
     keep_every_steps: checkpoints of steps that are a multiple of this stay besides; 0 keeps none.
     """
@@ -263,9 +263,9 @@ class WatchConfig:
         the last window_steps, one more stops the run.
     window_steps: steps that a loss is compared with, and that skipped ones are counted in.
     spike_score: a loss so many standard deviations above the median of those steps is a spike; 0 never.
-    on_spike: tell reports it; rollback also goes back to the newest checkpoint, and on with the samples after the
-        spike's.
-    max_rollbacks: so many may go to one checkpoint, or to some less than window_steps apart; the next spike stops.
+    on_spike: tell reports it; rollback also goes back to the newest checkpoint or snapshot
+        (checkpoint.snapshot_every_steps), and on with the samples after the spike's.
+    max_rollbacks: so many may go to one step, or to some less than window_steps apart; the next spike stops.
     measure_every_steps: steps between measurements of the ranks' compute time, memory, disk and clocks; 0 never.
     slow_ratio: a rank that computes for so many times as long as its like is reported as slow.
     memory_share: part of a GPU's memory in use above which a run is near its limit.

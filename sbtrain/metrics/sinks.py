@@ -28,6 +28,12 @@ class Sinks:
         for sink in self._sinks:
             sink.write(record)
 
+    def add(self, step: int, more: dict) -> None:
+        """More about `step`, the newest one, whose record was written before it was known."""
+        for sink in self._sinks:
+            if more and hasattr(sink, "add"):
+                sink.add(step, more)
+
     def go_back(self, step: int) -> list[dict]:
         """Records of `step` and later ones are made again. Returns those that metrics.jsonl had, and has no more.
 
@@ -90,10 +96,15 @@ def _drop_lines(path: Path, step: int, key: str = "step") -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     kept = [line for line in lines if is_before(line, step, key)]
     if kept != lines:
-        staged = path.with_name(path.name + ".tmp")
-        staged.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(staged, path)
+        _replace_lines(path, kept)
     return [line for line in lines if not is_before(line, step, key)]
+
+
+def _replace_lines(path: Path, lines: list[str]) -> None:
+    """All at once: who is killed has the old ones or these."""
+    staged = path.with_name(path.name + ".tmp")
+    staged.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(staged, path)
 
 
 def is_before(line: str, step: int, key: str = "step") -> bool:
@@ -121,6 +132,18 @@ class JsonLines:
         try:
             self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+    def add(self, step: int, more: dict) -> None:
+        """Add values to the last record, if it is of that step. Raises ValueError where the file cannot be written."""
+        self._file.close()
+        try:
+            *before, last = self._path.read_text(encoding="utf-8").splitlines() or ["{}"]
+            record = json.loads(last)
+            if record.get("step") == step:
+                _replace_lines(self._path, [*before, json.dumps(finite({**record, **more}), allow_nan=False)])
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise unwritable(self._path, error) from error
 
@@ -166,6 +189,10 @@ class Wandb:
         """Log every number of the record, nested ones under part/name."""
         self._run.log(scalars(record), step=record["step"])
 
+    def add(self, step: int, more: dict) -> None:
+        """Log more numbers of the newest step."""
+        self._run.log(scalars(more), step=step)
+
     def close(self) -> None:
         """Finish the run; offline it waits in RUN_DIR/wandb for `wandb sync`."""
         self._run.finish()
@@ -188,6 +215,10 @@ class TensorBoard:
         """Add every number of the record as a scalar at its step."""
         for key, value in scalars(record).items():
             self._writer.add_scalar(key, value, global_step=record["step"])
+
+    def add(self, step: int, more: dict) -> None:
+        """Add more numbers of a step."""
+        self.write({"step": step, **more})
 
     def go_back(self, step: int) -> None:
         """Steps from this one on are written again, in another event file."""

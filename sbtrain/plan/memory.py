@@ -19,7 +19,9 @@ the tokens of a rank, and sizes D hidden, Q and KV all query and key/value chann
                   A pair has the mixer's twice, q, k, v once if it shares them, and the two outputs that it merges.
                   L layers also keep the log decay and its logits in fp32: 8 KV / tp bytes a token. Experts take the
                   place of the FFN: 3 F S / tp of S shared ones, and for each of top_k (2 D + 3 F) / tp, with balanced
-                  routing; selective keeps the 2 D, copies in and out. D is divided by tp under tp_sequence_parallel.
+                  routing; selective keeps the 2 D, copies in and out. Spikes take the place of what a projection
+                  reads, but for what others read as it was: Q / tp of F and S mixers (attention keeps its output), D of
+                  a router, D where one of the gate and q, k, v spikes. D is divided by tp under tp_sequence_parallel.
                   Pipeline stage i of pp holds min(rows of a step, pp - i) rows in flight; with several chunks what the
                   interleaved order has it hold at its fullest, about (pp (vpp - 1) + 2 (pp - i) - 1) / vpp rows.
     recomputed    one layer without recomputation, less what it keeps: alive while its backward pass runs
@@ -83,9 +85,9 @@ def checkpoint_bytes(recipe: Recipe, *, optimizer: bool = True) -> int:
 
 
 def layer_activation_bytes(
-    model: ModelConfig, kind: LayerKind, layout: Layout, *, recompute: Recompute, precision: Precision
+    model: ModelConfig, layer: int, kind: LayerKind, layout: Layout, *, recompute: Recompute, precision: Precision
 ) -> float:
-    """Bytes per token that one layer keeps for its backward pass."""
+    """Bytes per token that one layer, 0-based and of this kind, keeps for its backward pass."""
     element = _element_bytes(precision)
     residual = model.hidden_size / (layout.tp if layout.tp_sequence_parallel else 1)
     if recompute is Recompute.full:
@@ -94,12 +96,24 @@ def layer_activation_bytes(
     mixer = _mixer_channels(model, kind) / layout.tp
     if len(kind.mixers) > 1:
         mixer += 2 * (merge_norm_size(model) / layout.tp if model.pair.norms_before_projection else residual)
+    mixer += _channels_beside_spikes(model, layer, kind, tp=layout.tp, residual=residual)
     gate = 8 * key_value / layout.tp if "L" in kind.mixers else 0
     sent = 2 * model.hidden_size * model.moe.top_k / layout.tp if kind.moe else 0
     if recompute is Recompute.selective:
         return element * (3 * residual + mixer + sent) + gate
     kept = (2 if recompute is Recompute.activations else 3) * _ffn_channels(model, kind) / layout.tp
     return element * (4 * residual + mixer + sent + kept) + gate
+
+
+def _channels_beside_spikes(model: ModelConfig, layer: int, kind: LayerKind, *, tp: int, residual: float) -> float:
+    """Channels of a token that are kept both as they were and as spikes."""
+    spiking, channels = model.spiking, 0.0
+    normed = len(kind.mixers) > 1 and model.pair.norms_before_projection  # attention's output is not what spikes
+    if spiking.spikes("proj", layer) and not normed:
+        channels += sum(mixer in "FS" for mixer in kind.mixers) * model.num_heads * model.head_dim / tp
+    if "L" in kind.mixers and model.gla.gate is not Gate.tied:
+        channels += residual * (spiking.spikes("gate", layer) != spiking.spikes("qkv", layer))
+    return channels + residual * (kind.moe and spiking.spikes("gate_up", layer))
 
 
 def _mixer_channels(model: ModelConfig, kind: LayerKind) -> float:
@@ -128,18 +142,21 @@ def _pipeline_rank(
     )
     owned = dense / (dp * layout.sp) + experts / (dp * layout.sp * layout.tp / layout.ep)
 
-    def kept(kind: LayerKind, recompute: Recompute) -> float:
-        return num_tokens * layer_activation_bytes(model, kind, layout, recompute=recompute, precision=precision)
+    def kept(layer: int, recompute: Recompute) -> float:
+        how = dict(recompute=recompute, precision=precision)
+        return num_tokens * layer_activation_bytes(model, layer, every[layer], layout, **how)
 
     last = chunks[-1].stop == model.num_layers
-    of_a_row = [sum(kept(every[i], stage.recompute) for i in layers) for layers in chunks]
+    of_a_row = [sum(kept(layer, stage.recompute) for layer in layers) for layers in chunks]
     return {
         "weights": element * (dense + experts),
         "gradients": 4 * (dense + experts),
         "optimizer": (12 if precision is Precision.bf16 else 8) * owned,
         **_copies(recipe, stage, kinds),
         "activations": most_in_flight(of_a_row, pp=layout.pp, stage=index, num_rows=stage.num_rows // dp),
-        "recomputed": max(kept(kind, Recompute.none) - kept(kind, stage.recompute) for kind in kinds),
+        "recomputed": max(
+            kept(layer, Recompute.none) - kept(layer, stage.recompute) for layers in chunks for layer in layers
+        ),
         "logits": (element + 4) * num_tokens * model.padded_vocab_size / layout.tp if last else 0.0,
     }
 

@@ -68,4 +68,5 @@ def train(
             meter.restart_clock()
     store.save(engine, replace(state, loader=loader.state_dict(), watch=watch.state_dict()))
     store.settle()
+    sinks.add(state.step, store.take_metrics())
     return state, finished

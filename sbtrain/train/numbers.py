@@ -52,6 +52,7 @@ class Numbers:
         self._take_over(state)
         self.num_rollbacks = (state.watch or {}).get("num_rollbacks", 0)
         self._rollbacks = list((state.watch or {}).get("rollbacks", []))
+        self._came_from = (state.watch or {}).get("came_from")
         self._on_first(lambda: self._forget_later(state))
 
     def _take_over(self, state: RunState) -> None:
@@ -117,6 +118,7 @@ class Numbers:
             "skipped": self._skipped,
             "num_rollbacks": self.num_rollbacks,
             "rollbacks": self._rollbacks,
+            "came_from": self._came_from,
             "stage": self._stage,
             "losses": list(self._losses),
         }

@@ -30,11 +30,11 @@ class Rollback:
     """Of one stage, whose loader, meter and logs it knows."""
 
     def __init__(
-        self, restore: Callable[[], RunState | None], *, watch: Watch, loader: Loader, meter: Meter, sinks: Sinks
+        self, restore: Callable[[int], RunState | None], *, watch: Watch, loader: Loader, meter: Meter, sinks: Sinks
     ):
-        """restore(): put the engine back and return its state, in this stage, or None where there is none to go to.
+        """restore(step): put the engine back to before that step and return its state, in this stage, or None.
 
-        Collective; it may raise ValueError, on all ranks alike.
+        None where there is nothing to go to. Collective; it may raise ValueError, on all ranks alike.
         """
         self._restore, self._watch, self._loader, self._meter, self._sinks = restore, watch, loader, meter, sinks
 
@@ -46,7 +46,7 @@ class Rollback:
         if not self._watch.spiked:
             return state
         with section("rollback", patient=True):
-            restored = self._restore()
+            restored = self._restore(state.step)
         if restored is None:
             _say("no checkpoint of this run can be gone back to yet; it goes on")
             return state
@@ -64,12 +64,23 @@ class Rollback:
         return replace(restored, loader=None)
 
 
-def newest_checkpoint(stage: str, engine: Engine, store: Store) -> RunState | None:
-    """Put the engine back to the newest checkpoint, for a Rollback. Collective.
+def newest_state(stage: str, engine: Engine, store: Store, before: int) -> RunState | None:
+    """Put the engine back to the newest snapshot in memory, or the newest checkpoint, for a Rollback. Collective.
 
-    stage: the one that is being trained. None, and nothing is changed, where there is no checkpoint or one without an
-    optimizer, from a conversion. Raises ValueError where it is not whole any more.
+    stage: the one that is being trained. before: the step that the run leaves. None, and nothing is changed, where
+    there is neither, or only a checkpoint without an optimizer, from a conversion. Raises ValueError where the
+    checkpoint is not whole any more.
     """
+    state = store.restore_snapshot(engine, before=before)
+    if state is None:
+        state = _newest_checkpoint(engine, store)
+    if state is None:
+        return None
+    engine.trained(state.tokens)
+    return state if state.stage == stage else state.entering(stage)
+
+
+def _newest_checkpoint(engine: Engine, store: Store) -> RunState | None:
     store.settle()  # what is still being written is the newest
     folder = store.ledger.checkpoint
     if folder is None or together(lambda: read_state(folder))["parts"] == ["model"]:
@@ -77,9 +88,7 @@ def newest_checkpoint(stage: str, engine: Engine, store: Store) -> RunState | No
     together(lambda: _check(folder))
     if engine.mesh.device.type == "cuda":
         torch.cuda.empty_cache()  # what the steps held is in no piece that fits
-    state = store.restore(engine)
-    engine.trained(state.tokens)
-    return state if state.stage == stage else state.entering(stage)
+    return store.restore(engine)
 
 
 def _check(folder) -> None:

@@ -12,17 +12,19 @@ import torch.distributed as dist
 
 from parallel.mesh import Mesh
 from parallel.place import primitive
+from parallel.told import SIGNALS, told
 from sbtrain.checkpoint.flash import Flash
 from sbtrain.checkpoint.state import RunState
 from sbtrain.config.schema import WatchConfig
 from sbtrain.train.health import Health
 from sbtrain.train.numbers import Numbers
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
 
 class Watch:
-    """Catches SIGTERM, SIGINT and SIGUSR1 while it is open; a signal stops the run after the step it arrives in."""
+    """Catches SIGTERM, SIGINT and SIGUSR1 while it is open; a signal stops the run after the step it arrives in.
+
+    Before the first step nothing is to be saved: a process that listens for itself (parallel.told) ends at once then.
+    """
 
     def __init__(
         self,
@@ -53,11 +55,12 @@ class Watch:
         self._previous: dict = {}
 
     def __enter__(self) -> Watch:
-        for number in _SIGNALS:
+        for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc) -> None:
+        told.training = False
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -94,6 +97,7 @@ class Watch:
 
     def begin(self, state: RunState, mesh: Mesh) -> None:
         """Go on from the state that a stage begins with or was restored to. Collective."""
+        told.training = True
         self.numbers.begin(state)
         self.health.begin(mesh)
 

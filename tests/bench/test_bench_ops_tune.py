@@ -48,6 +48,7 @@ def op(tmp_path, monkeypatch):
         monkeypatch.setattr(place, "collect", lambda: H200)
     monkeypatch.setattr(tuning, "LOADED", tuning.Loaded())
     monkeypatch.setattr(ops_tune, "resolve", lambda op: SimpleNamespace(backend="cuda"))
+    monkeypatch.setattr(ops_tune, "compiled", lambda op: None)  # whatever other tests have compiled
     now = [0.0]
     monkeypatch.setattr(ops_measure.time, "perf_counter", lambda: now[0])
 

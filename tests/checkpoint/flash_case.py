@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from parallel.mesh import device, start_distributed
-from parallel.pieces import Piece, boxes_of
-from sbtrain.checkpoint.flash import Flash
+from parallel.pieces import Piece, boxes_of, put_back
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.memory import SharedMemory
 from sbtrain.checkpoint.state import RunState
@@ -51,6 +51,9 @@ class Held:
             part = flat[count * rank // num_ranks : count * (rank + 1) // num_ranks].to(device())
             self.tensors.setdefault(name, part.clone()).copy_(part)
 
+    def put_back(self, pieces: list[Piece], tensors, common: dict) -> None:
+        put_back(pieces, tensors)
+
     def own_state(self) -> tuple:
         return self.pieces, ["extra/shard_0_1"] if dist.get_rank() == 0 else []
 
@@ -67,8 +70,7 @@ class Flying:
         self.folder, self.ledger, self.held = folder, Ledger(folder), Held()
         self.store = Store(folder, self.ledger, keep_last=0, op_table={"hash": "0"})
         memory, writer = parked.pop() if parked else (SharedMemory(), None)
-        callbacks = self.store._content, self.store._sealed, self.store._check_writable
-        self.store.flash = Flash(self.store.folder, *callbacks, _memory=memory, _writer=writer)
+        self.store.flash = self.store.in_background(_memory=memory, _writer=writer)
 
     def park(self, parked: list) -> None:
         """Close the store; its writer may serve another one, if it has nothing left to do."""
@@ -82,9 +84,9 @@ class Flying:
     def writer(self):
         return self.store.flash._writer
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, **more) -> None:
         self.held.set(step)
-        self.store.save(self.held, RunState(stage="a", step=step, tokens=10 * step))
+        self.store.save(self.held, RunState(stage="a", step=step, tokens=10 * step, **more))
 
     def snapshot(self, step: int) -> None:
         self.held.set(step)
@@ -129,5 +131,20 @@ def lose_a_writer(rank: int, folder: str) -> list[str]:
         flying.held.set(3)
         flying.store.settle()
         return flying.there()
+    finally:
+        flying.store.close()
+
+
+def disagree(rank: int, folder: str) -> tuple:
+    """What ranks go back to where the last one's newest snapshot is of another step, and where it is not."""
+    flying = Flying(Path(folder))
+    try:
+        flying.snapshot(2)
+        flash, newest = flying.store.flash, flying.store.flash._newest
+        if rank == dist.get_world_size() - 1:
+            flash._newest = replace(newest, state=replace(newest.state, step=1))
+        none = flying.store.restore_snapshot(flying.held, before=9)
+        flash._newest = newest
+        return none, flying.store.restore_snapshot(flying.held, before=9).step
     finally:
         flying.store.close()

@@ -70,3 +70,12 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path, content):
             read(path)
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith(f"{path} is not valid JSON") and "another run_dir" in str(caught.value)
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*ledger\.json'"):
+        write_json(tmp_path / "ledger.json", OLD)

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_case import Flying, check_content, is_gone, lose_a_writer
-from sbtrain.checkpoint import flash, writing
+from flash_case import SHAPES, Flying, check_content, disagree, is_gone, lose_a_writer, whole
+from sbtrain.checkpoint import memory as host_memory
+from sbtrain.checkpoint import writing
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.manifest import fault
 from sbtrain.checkpoint.memory import SharedMemory, copy_into
@@ -104,6 +105,36 @@ def test_a_snapshot_in_memory_is_persisted_without_another_copy(flying):
     check_content(flying.folder / "checkpoints/step_2", 2)
 
 
+def test_a_snapshot_that_the_run_went_back_to_is_persisted_without_another_copy(flying):
+    """The place in the data is another one by then."""
+    flying.snapshot(2)
+    flying.held.set(3)
+    assert flying.store.restore_snapshot(flying.held, before=2) is None
+    assert flying.store.restore_snapshot(flying.held, before=3).step == 2
+    for name in flying.held.tensors:
+        assert torch.equal(flying.held.tensors[name].view(SHAPES[name]), whole(name, 2))
+    flying.store.take_metrics()
+    flying.save(2, loader={"num_samples": 7})
+    flying.store.flash.settle()
+    assert "checkpoint_blocked_s" not in flying.store.take_metrics()
+    check_content(flying.folder / "checkpoints/step_2", 2)
+    assert read_state(flying.folder / "checkpoints/step_2")["loader"] == {"num_samples": 7}
+    assert flying.store.restore_snapshot(flying.held, before=9) is None, "the checkpoint is as new"
+
+
+def test_what_the_run_went_back_to_while_it_was_written_is_saved_with_its_new_place_in_the_data(flying):
+    flying.save(2, loader={"num_samples": 5})
+    flying.held.set(3)
+    assert flying.store.restore_snapshot(flying.held, before=3).step == 2
+    flying.save(2, loader={"num_samples": 7})
+    assert read_state(flying.folder / "checkpoints/step_2")["loader"] == {"num_samples": 5}
+    assert Ledger(flying.folder).rolled_back["loader"] == {"num_samples": 7}
+
+
+def test_ranks_with_snapshots_of_different_steps_go_back_to_none(run_ranks, tmp_path):
+    assert run_ranks(2, timeout_s=300)(disagree, str(tmp_path)) == [(None, 2), (None, 2)]
+
+
 @pytest.mark.parametrize("moment", ["starting", "writing"])
 def test_signals_to_the_process_group_do_not_reach_the_writer(flying, moment):
     if moment == "writing":
@@ -137,7 +168,7 @@ def test_where_writers_die_again_and_again_the_run_ends(flying, monkeypatch, cap
         patch.setattr(writing, "_CODE", "import sys; sys.exit(1)")
         os.kill(flying.writer.pid, signal.SIGKILL)
         flying.save(2)
-        with pytest.raises(ValueError, match=r"step_2\.partial: rank 0: its writer process ended; the previous"):
+        with pytest.raises(ValueError, match=r"step_2\.\w+\.partial: rank 0: its writer process ended; the previous"):
             flying.store.settle()
     assert "warning: step 2: the writer process of rank 0 ended" in capfd.readouterr().out
     _check_intact(flying, ledger)
@@ -154,7 +185,7 @@ def test_a_disk_that_fills_up_while_writing_costs_nothing_but_this_checkpoint(fl
     with pytest.raises(ValueError) as caught:
         flying.store.settle()
     text = str(caught.value)
-    assert "\n" not in text and "step_2.partial: rank 0: " in text and "File too large" in text
+    assert "\n" not in text and ".partial: rank 0: " in text and "step_2." in text and "File too large" in text
     assert "the previous checkpoint is intact, free some space" in text
     _check_intact(flying, ledger)
 
@@ -163,9 +194,9 @@ def test_a_folder_that_cannot_be_finished_is_no_checkpoint(flying):
     flying.save(1)
     flying.store.flash.settle()
     ledger = flying.ledger.path.read_bytes()
-    (flying.folder / "checkpoints/step_2.partial/state.json").mkdir(parents=True)
+    (flying.store._partials.of(2) / "state.json").mkdir(parents=True)
     flying.save(2)
-    with pytest.raises(ValueError, match=r"step_2\.partial: rank 0: state\.json.*Is a directory; the previous"):
+    with pytest.raises(ValueError, match=r"step_2\.\w+\.partial: rank 0: state\.json.*Is a directory; the previous"):
         flying.store.settle()
     _check_intact(flying, ledger)
 
@@ -188,9 +219,91 @@ def test_what_may_not_be_written_is_refused_before_anything_is(flying, monkeypat
     _check_intact(flying, ledger)
 
 
+def _many_files(folder: Path) -> None:
+    """So that it takes a moment to delete."""
+    for number in range(2000):
+        (folder / f"{number}").touch()
+
+
+def test_a_disk_too_full_for_the_next_one_spares_the_one_being_written(flying, monkeypatch):
+    flying.save(1)
+    flying.store.settle()
+    os.kill(flying.writer.pid, signal.SIGSTOP)
+    flying.save(2)
+    monkeypatch.setattr("sbtrain.checkpoint.store._shortage", lambda *args: "no space left in x")
+    threading.Timer(0.2, os.kill, (flying.writer.pid, signal.SIGCONT)).start()
+    with pytest.raises(ValueError, match="^no space left in x$"):
+        flying.save(3)
+        flying.store.settle()
+    assert Ledger(flying.folder).step == 2 and flying.there() == ["step_1", "step_2"]
+    check_content(flying.folder / "checkpoints/step_2", 2)
+
+
+@pytest.mark.parametrize("queued", [True, False])
+def test_room_that_a_delete_under_way_makes_is_waited_for(flying, monkeypatch, queued):
+    """The disk holds two checkpoints."""
+    flying.store.keep_last = 1
+    flying.save(1)
+    flying.store.settle()
+    _many_files(flying.folder / "checkpoints/step_1")
+
+    def shortage(folder, *args):
+        return "no space left" if list(folder.glob("step_1*")) else None
+
+    os.kill(flying.writer.pid, signal.SIGSTOP)
+    flying.save(2)
+    monkeypatch.setattr("sbtrain.checkpoint.store._shortage", shortage)
+    threading.Timer(0.2, os.kill, (flying.writer.pid, signal.SIGCONT)).start()
+    if not queued:
+        flying.store.flash.settle()
+    flying.save(3)
+    flying.store.flash.settle()
+    assert Ledger(flying.folder).step == 3
+    check_content(flying.folder / "checkpoints/step_3", 3)
+
+
+def _taken_over() -> None:
+    raise ValueError("run_dir=x was taken over")
+
+
+def test_a_lock_that_is_lost_while_it_writes_ends_the_run_before_the_folder_gets_its_name(flying):
+    flying.save(1)
+    flying.store.settle()
+    ledger = flying.ledger.path.read_bytes()
+    os.kill(flying.writer.pid, signal.SIGSTOP)
+    flying.save(2)
+    flying.store.check_lock = _taken_over
+    os.kill(flying.writer.pid, signal.SIGCONT)
+    with pytest.raises(ValueError, match="^run_dir=x was taken over$"):
+        flying.store.settle()
+    time.sleep(0.2)  # nothing was sent that the writer might still do
+    assert flying.ledger.path.read_bytes() == ledger and not (flying.folder / "checkpoints/step_2").exists()
+
+
+def test_two_jobs_never_write_into_the_same_folder(flying, parked):
+    flying.save(1)
+    flying.store.settle()
+    os.kill(flying.writer.pid, signal.SIGSTOP)
+    flying.save(2)
+    (flying.folder / "checkpoints/step_9.dead.partial").mkdir()
+    other = Flying(flying.folder, parked)
+    other.save(2)
+    other.store.settle()
+    assert other.there() == ["step_1", "step_2"], "what a dead start has left is gone"
+    inode = (flying.folder / "checkpoints/step_2").stat().st_ino
+    flying.store.check_lock = _taken_over
+    os.kill(flying.writer.pid, signal.SIGCONT)
+    with pytest.raises(ValueError):
+        flying.store.settle()
+    assert other.store._partials.of(2) != flying.store._partials.of(2)
+    assert (flying.folder / "checkpoints/step_2").stat().st_ino == inode
+    check_content(flying.folder / "checkpoints/step_2", 2)
+    other.park(parked)
+
+
 def test_memory_that_is_not_there_is_refused_in_one_line(tmp_path, monkeypatch):
     flying = Flying(tmp_path)
-    monkeypatch.setattr(flash, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 1000)
     with pytest.raises(ValueError) as caught:
         flying.save(1)
     flying.store.close()
@@ -210,7 +323,7 @@ flying.save(1)
 flying.store.settle()
 print(flying.writer.pid, flush=True)
 flying.save(2)
-while not list(flying.folder.glob("checkpoints/step_2.partial/*")):
+while not list(flying.folder.glob("checkpoints/step_2.*.partial/*")):
     pass
 os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,14 +12,17 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from parallel.job import job_id
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from sbtrain.checkpoint import lock as lock_module
 from sbtrain.checkpoint.lock import LOCK, RunInUse, RunLock, held, in_use
+from sbtrain.checkpoint.run_dir import record_end
 from sealed import edit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,6 +176,77 @@ def test_a_lock_that_says_nothing_becomes_stale_too(tmp_path, content):
     ours.release()
 
 
+@pytest.mark.parametrize("number", [None, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS])
+@pytest.mark.parametrize("third", [False, True])
+def test_who_puts_a_lock_aside_that_is_another_jobs_by_now_gives_it_back(tmp_path, monkeypatch, number, third):
+    """With hard links and on file systems without; not where a third job has taken the directory meanwhile."""
+    faster, slower, rename = lock(tmp_path), lock(tmp_path), Path.rename
+
+    def rename_and_take(path, aside):
+        rename(path, aside)
+        assert not third or latest.take() is None
+
+    def refused(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    assert faster.take() is None
+    latest, stale = lock(tmp_path), {"token": "of a dead job"}
+    monkeypatch.setattr(slower, "_read", lambda: stale)
+    monkeypatch.setattr(Path, "rename", rename_and_take)
+    if number is not None:
+        monkeypatch.setattr(os, "link", refused)
+    slower._put_aside(stale)
+    assert [one.is_ours() for one in (faster, latest)] == [not third, third]
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    monkeypatch.undo()
+    faster.release(), latest.release()
+
+
+def _whose(rank: int, run_dir: Path) -> list[bool]:
+    """is_anothers before and while the job holds the directory, after another job took it and after that has ended."""
+    ours, found = lock(run_dir), []
+    found.append(ours.is_anothers())
+    dist.barrier()
+    with held(ours):
+        found.append(ours.is_anothers())
+        for change in (lambda: edit(run_dir / LOCK, token="x"), lambda: (run_dir / LOCK).unlink()):
+            dist.barrier()
+            change() if rank == 0 else None
+            dist.barrier()
+            found.append(ours.is_anothers())
+        dist.barrier()
+    found.append(ours.is_anothers())
+    return found
+
+
+def test_every_rank_can_tell_alone_whether_the_directory_is_another_jobs(tmp_path, run_ranks):
+    (tmp_path / "metrics.jsonl").touch()
+    assert run_ranks(2)(_whose, tmp_path) == [[False, False, True, True, False]] * 2
+
+
+def test_how_a_job_ends_that_lost_its_directory_is_not_recorded(tmp_path, monkeypatch):
+    ours = lock(tmp_path)
+    assert ours.take() is None
+    record_end(ours, 76, "a rank is gone")
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == 76
+    edit(tmp_path / LOCK, token="of another job")
+    record_end(ours, 1, "too late")
+
+    def refused(*args, **kwargs):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refused)
+        record_end(ours, 1, "cannot tell")
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == 76
+    edit(tmp_path / LOCK, token=ours.token)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", refused)
+        patch.setattr(sys, "stderr", SimpleNamespace(write=refused, flush=refused))
+        record_end(ours, 1, "nowhere to write")
+    ours.release()
+
+
 def test_many_find_a_stale_lock_and_one_takes_it(tmp_path):
     for _ in range(5):
         (tmp_path / LOCK).write_text(json.dumps({"machine": "another", "pid": 3}))
@@ -215,7 +290,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
 
 def test_all_ranks_are_refused(tmp_path):
     with Mesh.build(Layout()), other_process(tmp_path):
-        with pytest.raises(RunInUse, match="job 41; wait for its end"), held(tmp_path):
+        with pytest.raises(RunInUse, match="job 41; wait for its end"), held(RunLock(tmp_path)):
             pass
         assert in_use(tmp_path)
 
@@ -228,3 +303,14 @@ def test_the_job_is_named_as_the_cluster_does(monkeypatch):
     assert job_id() == "17"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16"), monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert job_id() == "16_3"
+
+
+def test_a_lock_that_cannot_be_read_at_the_end_changes_no_end(tmp_path, monkeypatch):
+    lock = RunLock(tmp_path)
+    assert lock.take() is None
+
+    def fail():
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(lock, "_read", fail)
+    lock.release()

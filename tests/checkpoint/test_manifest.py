@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import platform
 import zlib
 
 import pytest
 
 from sbtrain.checkpoint import manifest
-from sbtrain.checkpoint.manifest import FILES, MANIFEST, fault, measure, put_away, seal, share
+from sbtrain.checkpoint.manifest import FILES, MANIFEST, Unreadable, fault, measure, put_away, seal, share
 from sealed import TENSORS, write_checkpoint
 
 
@@ -95,12 +97,30 @@ def test_links_pipes_and_folders_are_not_followed(folder, tmp_path):
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-def test_what_cannot_be_read_is_a_fault(folder, monkeypatch):
-    def fail(*args):
-        raise OSError(5, "Input/output error")
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
+@pytest.mark.parametrize("call", ["pread", "open", "lstat", "stat"])
+def test_what_this_host_cannot_read_is_no_fault_of_the_checkpoint(folder, monkeypatch, call, number):
+    before = getattr(os, call)
 
-    monkeypatch.setattr(os, "pread", fail)
-    assert fault(folder).endswith("cannot be read (Input/output error)")
+    def fail(place, *args, **kwargs):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{place}")) if call == "pread" else os.path.basename(place)
+        if name in (TENSORS, folder.name):
+            raise OSError(number, os.strerror(number), *([] if call == "pread" else [str(place)]))
+        return before(place, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, fail)
+    path = folder if call == "stat" else folder / TENSORS
+    with pytest.raises(Unreadable) as caught:
+        fault(folder)
+    says = f"host {platform.node()} cannot read {path} ({os.strerror(number)}), which says nothing of the checkpoint"
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_a_name_that_no_file_system_takes_is_a_fault(folder):
+    content = json.loads((folder / MANIFEST).read_text())
+    content["files"]["x" * 300] = {"bytes": 0, "crc32": "00000000"}
+    (folder / MANIFEST).write_text(json.dumps(content))
+    assert fault(folder) == f"{'x' * 80} cannot be opened (File name too long)"
 
 
 def test_the_checksum_is_the_documented_one(tmp_path, monkeypatch):

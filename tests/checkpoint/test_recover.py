@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import platform
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,3 +212,53 @@ def test_a_host_that_sees_a_checkpoint_later_than_another_does_not_condemn_it(ru
         assert value["step"] == 6 and lines == []
     with pytest.raises(ValueError, match=rf"^rank {rank} \(host .*\) does not see .*step_6 as others do: it is gone; "):
         run_ranks(2)(_recover, run_dir, (rank, 10**6))
+
+
+def _recover_badly(rank: int, run_dir: Path, bad: int, call: str, number: int) -> tuple:
+    """recover, where one rank cannot read what it opens or reads in step_6."""
+    with pytest.MonkeyPatch.context() as patch:
+        before = getattr(os, call)
+
+        def fail(place, *args, **kwargs):
+            if call == "pread" or "step_6/" in str(place):
+                raise OSError(number, os.strerror(number), *([] if call == "pread" else [str(place)]))
+            return before(place, *args, **kwargs)
+
+        if rank == bad:
+            patch.setattr(os, call, fail)
+        return _recover(rank, run_dir)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize(("call", "number"), [("pread", errno.EIO), ("open", errno.EACCES), ("lstat", errno.ESTALE)])
+def test_a_host_that_cannot_read_condemns_nothing(run_dir, run_ranks, bad, call, number):
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    with pytest.raises(ValueError) as caught:
+        run_ranks(2)(_recover_badly, run_dir, bad, call, number)
+    line = str(caught.value)
+    says = (
+        rf"^rank {bad}: host {platform.node()} cannot read {run_dir}/checkpoints/step_6/\S+ \({os.strerror(number)}\), "
+    )
+    assert re.match(says, line) and "\n" not in line
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+
+
+def test_readers_get_no_older_one_where_they_cannot_read(run_dir, monkeypatch):
+    def fail(place, *args, **kwargs):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(place))
+
+    monkeypatch.setattr(os, "lstat", fail)
+    with pytest.raises(ValueError, match="cannot read .*step_6/manifest.json "):
+        newest(run_dir)
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_none(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+
+    def fail(place, *args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(place))
+
+    monkeypatch.setattr(os, "listdir", fail)
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(ValueError, match="Input/output error"):
+        recover(tmp_path, STAGES)

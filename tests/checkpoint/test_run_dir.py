@@ -143,3 +143,17 @@ def test_the_exit_is_recorded_only_where_there_is_a_run(described):
     assert json.loads((described / "run" / "exit.json").read_text()) == {"code": 75, "reason": "SIGTERM"}
     record_exit(described / "none", 2, "no")
     assert not (described / "none").exists()
+
+
+def test_an_earlier_end_does_not_speak_for_one_that_cannot_be_recorded(described, monkeypatch, capsys):
+    """The disk is full: who reads exit.json must not start a run again that was refused."""
+    folder = described / "run"
+    record_exit(folder, Exit.RANK_LOST, "rank 1 is gone")
+
+    def no_room(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("sbtrain.checkpoint.run_dir.write_json", no_room)
+    record_exit(folder, Exit.BAD_RECIPE, "no space left")
+    assert not (folder / "exit.json").exists()
+    assert capsys.readouterr().err == f"{folder / 'exit.json'}: No space left on device\n"

@@ -126,6 +126,18 @@ def test_signals_reach_the_ranks(job, number):
     assert start["signal"] == number.name.removeprefix("SIG") and start["next"] == "again", output
 
 
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_before_the_ranks_are_there_starts_none(job, name):
+    """What the script calls before it starts them sends it the signal."""
+    (job.root / "bin").mkdir()
+    (job.root / "bin/rm").write_text(f"#!/bin/bash\nkill -{name} $PPID\n")
+    (job.root / "bin/rm").chmod(0o755)
+    code, output = job.run(srun=1)
+    assert code == -signal.SIGKILL and "srun" not in job.calls, output
+    start = json.loads((job.run_dir / "slurm/starts.jsonl").read_text())
+    assert start["signal"] == name and start["next"] == "again", output
+
+
 def test_a_task_of_an_array_has_its_own_run_and_requeues_itself_alone(job):
     assert job.run(code=75, srun=75, array="3")[0] == -signal.SIGKILL
     assert "scontrol requeue 7_3\n" in job.calls

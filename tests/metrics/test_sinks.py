@@ -63,6 +63,19 @@ def test_a_run_that_goes_back_writes_steps_again(tmp_path):
     assert open_sinks(log, tmp_path, name="n", num_steps=4, num_tokens=2048, rank=1).go_back(1) == []
 
 
+def test_more_about_the_newest_step_joins_its_record(tmp_path):
+    sinks = open_sinks(LogConfig(tensorboard=True), tmp_path, name="n", num_steps=4, num_tokens=2048)
+    for number in (1, 2):
+        sinks.write(step(number))
+    sinks.add(2, {"checkpoint_wait_s": 0.5, "checkpoint_gb_per_s": float("inf")})
+    sinks.add(1, {"checkpoint_wait_s": 9.0})  # not the newest: nothing is changed
+    sinks.write(step(3))
+    sinks.close()
+    first, second, third = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (first, third) == (step(1), step(3))
+    assert second == {**step(2), "checkpoint_wait_s": 0.5, "checkpoint_gb_per_s": None}
+
+
 def test_jsonl_is_strict_json_and_exact(tmp_path):
     sink = open_jsonl(tmp_path / "metrics.jsonl")
     sink.write(step(1, loss=float("nan"), grad_norm=0.1 + 0.2, load={"max": float("inf")}))

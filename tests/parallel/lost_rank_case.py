@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import psutil
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 AT_STEP = 1
@@ -163,7 +164,7 @@ def rank_of_case(rank: int, case: dict, port: int) -> int:
     setattr(algorithm, name, call_or_fail)
     code = runpy.run_path(str(ROOT / "launch" / "train.py"))["train"](case["args"])
     names = sorted(thread.name for thread in threading.enumerate())
-    print(f"threads: {names}", flush=True)
+    print(f"threads: {names}, in a process group: {dist.is_initialized()}", flush=True)
     return code
 
 

@@ -1,4 +1,4 @@
-"""An engine that goes back to a checkpoint while it is in use trains on bit by bit as it did from there."""
+"""An engine that goes back while it is in use trains on bit by bit as it did from there: from the disk, from memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.store import Store
 from sbtrain.config.model_schema import MoEConfig, RouterScore
 from sbtrain.config.moe_schema import PLAIN, ExpertsConfig
-from sbtrain.train.rollback import newest_checkpoint
+from sbtrain.config.schema import Precision
+from sbtrain.train.rollback import newest_state
 
 MOE = MoEConfig(
     num_experts=8, top_k=2, expert_ffn_size=24, score=RouterScore.sigmoid, bias_update_rate=0.01, aux_loss_coeff=0.05
@@ -35,13 +36,13 @@ def go_back(rank: int, layout: Layout, model, experts, is_overlapped: bool, fold
         engine = build_engine(model, mesh, seq_len=48, experts=experts)
         stack.callback(engine.close)
         store = Store(Path(folder), Ledger(Path(folder)), keep_last=0, op_table={"hash": "0"})
-        assert newest_checkpoint("a", engine, store) is None
+        assert newest_state("a", engine, store, 5) is None
         train(engine, STEPS[:2])
         store.save(engine, RunState(stage="a", step=2, stage_tokens=7))
         first = train(engine, STEPS[2:]), state_of(engine)
-        assert newest_checkpoint("a", engine, store) == RunState(stage="a", step=2, stage_tokens=7)
+        assert newest_state("a", engine, store, 5) == RunState(stage="a", step=2, stage_tokens=7)
         again = train(engine, STEPS[2:]), state_of(engine)
-        assert newest_checkpoint("b", engine, store) == RunState(stage="b", step=2)
+        assert newest_state("b", engine, store, 5) == RunState(stage="b", step=2)
         return [first, again]
 
 
@@ -69,6 +70,72 @@ def test_the_same_steps_again_are_the_same(name, tmp_path, run_ranks):
                 assert torch.equal(tensor, again[1][part][key]), key
 
 
+class NoWriter:
+    """Stands in for the writer process, where snapshots stay in memory."""
+
+    def send(self, message) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def from_both(rank: int, layout: Layout, model, experts, precision: Precision, folder: str) -> list:
+    """Train two steps, save and take a snapshot; go back to either and train on: (state there, numbers, state)."""
+    with ExitStack() as stack:
+        mesh = stack.enter_context(Mesh.build(layout))
+        engine = build_engine(model, mesh, seq_len=48, experts=experts, precision=precision)
+        stack.callback(engine.close)
+        stores = [Store(Path(folder) / name, Ledger(Path(folder) / name), keep_last=0, op_table={}) for name in "ab"]
+        stores[1].flash = stores[1].in_background(_writer=NoWriter())
+        stack.callback(stores[1].close)
+        train(engine, STEPS[:2])
+        state = RunState(stage="a", step=2, stage_tokens=7)
+        stores[0].save(engine, state)
+        stores[1].snapshot(engine, state)
+        train(engine, STEPS[2:])
+        found = []
+        for store in stores:
+            assert newest_state("a", engine, store, 4) == state
+            found.append((whole_state_of(engine), train(engine, STEPS[2:]), whole_state_of(engine)))
+        assert newest_state("a", engine, stores[1], 2) is None, "it was taken behind that step"
+        return found
+
+
+def whole_state_of(engine) -> dict:
+    """Every tensor of this rank, with what it has replicas of, by name."""
+    state = state_of(engine)
+    buffers = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
+    hot = {name: list(part.hot.chosen) for name, part in engine.model.named_modules() if hasattr(part, "hot")}
+    named = {f"{part} {key}": tensor for part in ("weights", "optimizer") for key, tensor in state[part].items()}
+    return dict(tensors={**named, **buffers}, steps=state["steps"], hot=hot)
+
+
+BOTH = {
+    "dp2_bf16": (2, Layout(), small_model(), PLAIN, Precision.bf16),
+    "tp2_bf16": (2, Layout(tp=2), small_model(), PLAIN, Precision.bf16),
+    "pp2_tied": (2, Layout(pp=2), small_model(tie_embeddings=True), PLAIN, Precision.fp32),
+    "ep2_hot": (2, Layout(ep=2), EXPERTS, HOT, Precision.fp32),
+    "tp2_sequence_parallel_dp2": (4, Layout(tp=2, tp_sequence_parallel=True), small_model(), PLAIN, Precision.bf16),
+}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_from_memory_it_is_what_it_is_from_the_disk(name, tmp_path, run_ranks):
+    num_ranks, *case = BOTH[name]
+    for disk, memory in run_ranks(num_ranks)(from_both, *case, str(tmp_path)):
+        assert disk[1] == memory[1]
+        for one, other in ((disk[0], memory[0]), (disk[2], memory[2])):
+            assert one["steps"] == other["steps"] and one["hot"] == other["hot"]
+            assert one["tensors"].keys() == other["tensors"].keys()
+            for key, tensor in one["tensors"].items():
+                assert torch.equal(tensor, other["tensors"][key]), key
+        changed = [
+            key for key, tensor in disk[0]["tensors"].items() if not torch.equal(tensor, disk[2]["tensors"][key])
+        ]
+        assert any(key.startswith("weights") for key in changed) and memory[2]["steps"] == {4}
+
+
 def damaged(rank: int, folder: str) -> str:
     """What a rank says where the checkpoint to go back to is not whole any more."""
     with ExitStack() as stack:
@@ -84,7 +151,7 @@ def damaged(rank: int, folder: str) -> str:
             path.write_bytes(raw)
         torch.distributed.barrier()
         with pytest.raises(ValueError) as caught:
-            newest_checkpoint("a", engine, store)
+            newest_state("a", engine, store, 5)
         return str(caught.value)
 
 

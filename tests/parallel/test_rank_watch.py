@@ -126,10 +126,13 @@ def test_a_rank_that_fails_by_itself_is_named_and_not_started_again(inputs, temp
     assert json.loads((inputs / "fail" / "exit.json").read_text())["code"] == FAILED_CODE
 
 
-def test_a_whole_run_says_nothing_and_leaves_no_thread(inputs, template):
-    ends = template.run(2, "", 0, inputs / "whole.out", arguments(inputs, "whole", 2))
+def test_a_whole_run_says_nothing_and_leaves_no_thread_and_no_group(inputs, template):
+    """Rank 0 exports alone, when all have left the process group."""
+    args = [*arguments(inputs, "whole", 2), f"export_dir={inputs / 'exported'}"]
+    ends = template.run(2, "", 0, inputs / "whole.out", args)
     assert ends["codes"] == [0, 0] and lines(ends) == []
-    assert all("threads: ['MainThread']" in text for text in ends["texts"])
+    assert all("threads: ['MainThread'], in a process group: False" in text for text in ends["texts"]), ends["texts"]
+    assert (inputs / "exported" / "config.json").is_file() and "report: " in ends["texts"][0]
 
 
 @pytest.mark.parametrize("late", ["report", "sinks"])

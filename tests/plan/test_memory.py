@@ -11,6 +11,7 @@ from sbtrain.config.load import load
 from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, MoEConfig, PairConfig
 from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.config.schema import ModelConfig, Precision, Recompute
+from sbtrain.config.spiking_schema import SpikingConfig
 from sbtrain.model.flops import active_parameters, flops_per_token, parameters, visible_keys
 from sbtrain.plan.memory import rank_memory, rank_parameters
 
@@ -81,6 +82,27 @@ def test_activations_by_recompute_mode(tiny):
     assert memory(tiny)["recomputed"] == 0
     full = memory(tiny, recompute=Recompute.full)["recomputed"]
     assert full == 32 * (per_token[Recompute.none] + 8 * KV - 2 * D)
+
+
+def test_what_is_kept_beside_its_spikes(tiny):
+    """Of layers LSLS: attention's output in two, and the norm's where the gate does not read what q, k, v read."""
+
+    def more(model, layout=None, **spikes):
+        plain, spiking = ((replace(tiny[0], model=replace(model, spiking=each)), tiny[1]) for each in
+                          (SpikingConfig(), SpikingConfig(enabled=True, **spikes)))  # fmt: skip
+        worlds = dict(layout=layout, world_size=layout.tp if layout else 1)
+        return (memory(spiking, **worlds)["activations"] - memory(plain, **worlds)["activations"]) / (2 * 32)
+
+    assert more(MODEL) == more(MODEL, spike_down_proj=True) == 2 * QUERY
+    assert more(MODEL, Layout(tp=2)) == QUERY
+    assert more(MODEL, skip={"proj": "1"}) == QUERY and more(MODEL, skip={"proj": "all", "gate_up": "all"}) == 0
+    assert more(MODEL, skip={"qkv": "0"}) == more(MODEL, skip={"gate": "2"}) == 2 * QUERY + D
+    assert more(MODEL, skip={"gate": "all", "qkv": "all"}) == 2 * QUERY
+    tied = replace(MODEL, gla=GLAConfig(feature_map=FeatureMap.sigmoid, gate=Gate.tied))
+    assert more(tied, skip={"qkv": "0"}) == 2 * QUERY
+    pairs = replace(tied, pattern="(LS)(LF):m", moe=MoEConfig(num_experts=4, top_k=2))
+    assert more(pairs) == 4 * QUERY + 2 * D
+    assert more(replace(pairs, pair=PairConfig(shared_projections=True))) == 2 * D
 
 
 def test_activations_by_layout(tiny):

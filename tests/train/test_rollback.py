@@ -1,4 +1,4 @@
-"""A run whose loss spikes goes back to the newest checkpoint, past the samples since then, and resumes bit by bit."""
+"""A run whose loss spikes goes back to a checkpoint or a snapshot, past the samples since; it resumes bit by bit."""
 
 from __future__ import annotations
 
@@ -88,17 +88,35 @@ def test_what_it_says(gone_back):
 
 @pytest.mark.parametrize("stop", [8, 10])
 def test_interrupted_at_or_after_it_is_the_same_run(gone_back, run_ranks, stop):
-    """At 8 the signal comes with the spike: nothing is saved, and the next start meets the spike again."""
+    """At 8 the signal comes with the spike: the run goes back, stops, and the next start goes on with other samples."""
     root, steps = gone_back
     recipe = tiny_recipe(root, f"stop_{stop}", *ONE_STAGE, *ROLLBACK)
     assert run_ranks(2)(run_spiking, recipe, [32], stop) == [Exit.REQUEUE if stop == 8 else Exit.DONE] * 2
     assert json.loads((root / f"stop_{stop}/ledger.json").read_text())["step"] == (6 if stop == 8 else 10)
-    assert run_ranks(2)(run_spiking, tiny_recipe(root, f"stop_{stop}", *TWO_STAGES, *ROLLBACK), [32]) == [Exit.DONE] * 2
+    assert run_ranks(2)(run_spiking, tiny_recipe(root, f"stop_{stop}", *TWO_STAGES, *ROLLBACK), []) == [Exit.DONE] * 2
     assert curve(root / f"stop_{stop}") == steps
+    assert [record["step"] for record in records(root / recipe.run_dir) if "rolled_back_from_step" in record] == [7]
+    assert "rolled_back" not in json.loads((root / recipe.run_dir / "ledger.json").read_text())
     ours, theirs = rollbacks(root / f"stop_{stop}"), rollbacks(root / "whole")
     for said in (*ours, *theirs):
         said["records"] = [(record["step"], record["loss"], record["loss_score"]) for record in said["records"]]
     assert ours == theirs
+
+
+def test_from_memory_it_is_the_run_that_went_back_to_a_checkpoint_of_that_step(gone_back, run_ranks):
+    """There is none on the disk. A signal comes with the spike: the snapshot is saved, and the next start goes on."""
+    root, _ = gone_back
+    recipe = tiny_recipe(root, "every_7", *ONE_STAGE, *ROLLBACK, "checkpoint.every_steps=7")
+    assert run_ranks(2)(run_spiking, recipe, [32]) == [Exit.DONE] * 2
+    few = ("checkpoint.every_steps=0", "checkpoint.asynchronous=true", "checkpoint.snapshot_every_steps=7")
+    recipe = tiny_recipe(root, "memory", *ONE_STAGE, *ROLLBACK, *few)
+    assert run_ranks(2)(run_spiking, recipe, [32], 8) == [Exit.REQUEUE] * 2
+    assert json.loads((root / "memory/ledger.json").read_text())["step"] == 7
+    (said,) = rollbacks(root / "memory")
+    assert [said[key] for key in ("step", "from_step", "first_sample", "num_samples")] == [7, 8, 28, 4]
+    assert run_ranks(2)(run_spiking, recipe, [32]) == [Exit.DONE] * 2
+    assert curve(root / "memory") == curve(root / "every_7")
+    assert [step[0] for step in curve(root / "memory")] == list(range(1, 11))
 
 
 def test_after_too_many_the_run_stops_and_so_does_the_next_start(gone_back, run_ranks):
