@@ -6,6 +6,7 @@ it; start again), 2 the recipe cannot run here (one line says why).
 
 import os
 import sys
+from functools import partial
 
 import _allocator  # noqa: F401
 import _path  # noqa: F401
@@ -32,11 +33,13 @@ def refuse(error: ValueError, run_dir: str) -> int:
 
 
 def leave(run_dir: str, code: int, reason: str) -> None:
-    """Write exit.json on the first rank, unless another job holds the run directory and will write its own.
-
-    No signal changes that any more: it would leave none, or another reason.
-    """
+    """keep_end; no signal changes that any more: it would leave none, or another reason."""
     told.over()
+    keep_end(run_dir, code, reason)
+
+
+def keep_end(run_dir: str, code: int, reason: str) -> None:
+    """Write exit.json on the first rank, unless another job holds the run directory and will write its own."""
     from pathlib import Path
 
     from sbtrain.checkpoint.lock import in_use
@@ -72,6 +75,7 @@ def train(args: list[str]) -> int:
         check_owner(recipe)
     except ValueError as error:
         return refuse(error, recipe.run_dir)
+    told.record = partial(keep_end, recipe.run_dir)  # until run() holds the run directory
     try:
         code, reason = run(recipe)
     except RunInUse as error:  # how that run ends is for the other job to say

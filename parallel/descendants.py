@@ -9,7 +9,7 @@ from multiprocessing import resource_tracker
 import psutil
 
 
-def end_descendants(limit_s: float) -> None:
+def end_descendants(limit_s: float = 2.0) -> None:
     """Terminate all processes below this one, kill what is left after half of limit_s, and wait for it the other half.
 
     Without that they would live on, a multiprocessing manager for ever, and hold the pipes that they inherited open.

@@ -11,12 +11,22 @@ import io
 import os
 import pickle
 import stat
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _NAMES = {
@@ -65,6 +75,32 @@ class SafeReader(FileSystemReader):
             self._index.storage_meta = self._index.storage_meta or StorageMeta()
             self._index.storage_meta.load_id = self.load_id
         return self._index
+
+    def read_parts(self, items: Iterable[ReadItem], put: Callable[[ReadItem, Tensor], None]) -> None:
+        """put(item, part) for what each item asks for of a stored tensor, on the CPU, in the order of the files.
+
+        A stored box is read once, however many items want a part of it, and is gone before the next one. Raises what
+        reading and torch.load raise.
+        """
+        boxes: dict[MetadataIndex, list[ReadItem]] = {}
+        for item in items:
+            boxes.setdefault(item.storage_index, []).append(item)
+        places = self.read_metadata().storage_data
+        in_order = sorted(boxes, key=lambda index: (places[index].relative_path, places[index].offset))
+        for name, indices in groupby(in_order, key=lambda index: places[index].relative_path):
+            with open(self._folder / name, "rb") as file:
+                for index in indices:
+                    stored = torch.load(self._slice_file(file, places[index]), map_location="cpu", weights_only=True)
+                    for item in boxes[index]:
+                        put(item, narrow(stored, item.storage_offsets, item.lengths))
+                    del stored
+
+
+def narrow(x: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """The box of x that begins at offsets, a view."""
+    for dim, (first, size) in enumerate(zip(offsets, sizes)):
+        x = x.narrow(dim, first, size)
+    return x
 
 
 def read_index(folder: Path) -> Metadata:

@@ -18,6 +18,8 @@ from contextlib import suppress
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_CODE = 75
 """Of a process that asks for another start: sysexits.h, EX_TEMPFAIL."""
+RECORD_S = 5.0
+"""How long a file system that may hang is waited for."""
 
 
 class Told:
@@ -55,9 +57,12 @@ class Told:
         """End this process, saying so where there is a place for it."""
         if int(os.environ.get("RANK", 0)) == 0:
             os.write(2, f"stopped: {reason}\n".encode())
-        if self.record is not None:
-            self.record(EXIT_CODE, reason)
-        os._exit(EXIT_CODE)
+        try:
+            if self.record is not None:
+                within(RECORD_S, lambda: self.record(EXIT_CODE, reason))
+            within(RECORD_S, _end_descendants)
+        finally:
+            os._exit(EXIT_CODE)
 
     def _run(self, pipe: int) -> None:
         while heard := os.read(pipe, 1):
@@ -71,6 +76,19 @@ class Told:
             if self._spread is None:
                 self.end(reason)
             self._spread(reason)
+
+
+def within(limit_s: float, call: Callable[[], None]) -> None:
+    """call() in a thread; returns when it does, or after limit_s seconds without it. What it raises is the thread's."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+
+
+def _end_descendants() -> None:
+    from parallel.descendants import end_descendants  # its package need not be there before a signal comes
+
+    end_descendants()
 
 
 def _wake(number, frame) -> None:

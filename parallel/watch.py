@@ -31,7 +31,7 @@ from parallel.place import Kind, Trail, here
 from parallel.post import FAILED, VERDICT, Post
 from parallel.stacks import write_stacks
 from parallel.told import EXIT_CODE as STOPPED_CODE
-from parallel.told import told
+from parallel.told import RECORD_S, told, within
 from parallel.verdict import AGAIN, Limits, Sight, decide
 
 EXIT_CODE, FAILED_CODE = 76, 1
@@ -44,10 +44,6 @@ _SILENCE = 0.4
 _REMEMBERED = 1024
 """Collectives that the GPU may lag behind the host and still be told apart."""
 _CONTEXTS = "/contextlib.py"
-_RECORD_S = 5.0
-"""How long a file system that may hang is waited for."""
-_DESCENDANTS_S = 2.0
-"""How long the end of the processes that this one started is waited for."""
 
 
 class RankWatch:
@@ -252,14 +248,12 @@ class RankWatch:
         if line:
             kind = "stopped" if code == STOPPED_CODE else "error"
             os.write(2, f"{kind}: {line}\n".encode())  # sys.stderr's lock may be held by a thread that hangs
-        keeper = threading.Thread(target=self._keep, args=(code, line, why), daemon=True)
-        keeper.start()
-        keeper.join(_RECORD_S)
+        within(RECORD_S, lambda: self._keep(code, line, why))
         self._post.stop()
         if self.rank == 0 and self._stays_on_rank_0:
             self._post.wait_until_left(limit_s=self._grace_s, num_dead=self._num_dead())  # they must have read it
         try:
-            end_descendants(_DESCENDANTS_S)
+            end_descendants()
         finally:
             os._exit(code)
 

@@ -21,10 +21,11 @@ from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.lock import RunLock, held
 from sbtrain.checkpoint.memory import check_host
 from sbtrain.checkpoint.partials import Partials
+from sbtrain.checkpoint.reading import read_state
 from sbtrain.checkpoint.recover import recover, step_folders
 from sbtrain.checkpoint.run_dir import Exit, check_folder, check_owner, describe_run, run_folder, watched
 from sbtrain.checkpoint.state import RunState
-from sbtrain.checkpoint.store import Store, check_room, read_state
+from sbtrain.checkpoint.store import Store, check_room
 from sbtrain.config.rules import check_training, world_problem
 from sbtrain.config.schema import Recipe
 from sbtrain.convert.export import export_checkpoint, warm_in_note

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from parallel.pieces import Piece
-from parallel.safe_load import SafeReader
+from parallel.safe_load import SafeReader, narrow
 
 
 def fill(folder: Path, pieces: list[Piece]) -> None:
@@ -27,36 +27,21 @@ def fill(folder: Path, pieces: list[Piece]) -> None:
     Where it cannot be read, raises what reading its files raises; some pieces may have been read by then.
     """
     reader = SafeReader(folder)
-    index = reader.read_metadata()
-    reader.set_up_storage_reader(index, is_coordinator=False)
-    targets, items = _Targets(), []
+    entries = reader.read_metadata().state_dict_metadata
+    targets: dict[MetadataIndex, Tensor] = {}
+    items: list[ReadItem] = []
     with torch.no_grad(), _whole_ones(pieces) as places:
         for piece, place in zip(pieces, places, strict=True):
-            items += _items(piece, index.state_dict_metadata.get(piece.name))
-            targets.add(piece, place)
-        reader.read_data(LoadPlan(items), targets).wait()
+            items += _items(piece, entries.get(piece.name))
+            for box in piece.boxes:
+                where = MetadataIndex(piece.name, torch.Size(box.offsets))
+                assert where not in targets, f"{piece.name} is twice on this rank"
+                targets[where] = place[box.start :][: math.prod(box.sizes)].view(box.sizes)
 
+        def put(item: ReadItem, part: Tensor) -> None:
+            narrow(targets[item.dest_index], item.dest_offsets, item.lengths).copy_(part)
 
-class _Targets:
-    """What torch's reader asks of a planner."""
-
-    def __init__(self):
-        self._boxes: dict[MetadataIndex, Tensor] = {}
-
-    def add(self, piece: Piece, place: Tensor) -> None:
-        for box in piece.boxes:
-            where = MetadataIndex(piece.name, torch.Size(box.offsets))
-            assert where not in self._boxes, f"{piece.name} is twice on this rank"
-            self._boxes[where] = place[box.start :][: math.prod(box.sizes)].view(box.sizes)
-
-    def resolve_tensor(self, item: ReadItem) -> Tensor:
-        target = self._boxes[item.dest_index]
-        for dim, (first, size) in enumerate(zip(item.dest_offsets, item.lengths)):
-            target = target.narrow(dim, first, size)
-        return target
-
-    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
-        """It has been copied into its place already."""
+        reader.read_parts(items, put)
 
 
 @contextmanager

@@ -128,17 +128,29 @@ def fault(folder: Path, *, deep: bool = True, rank: int = 0, num_ranks: int = 1)
             return f"it has no {MANIFEST}: it was copied in part, or a version before manifests wrote it"
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        path, reason = Path(error.filename or folder / MANIFEST), error.strerror or error
-        if error.errno in _OF_THE_FILES:
-            return f"{path.name[:80]} cannot be opened ({reason})"
-        raise Unreadable(
-            f"host {platform.node()} cannot read {path} ({reason}), which says nothing of the checkpoint: nothing was "
-            "skipped or deleted; look at that host's mount and rights, or leave it out; if the file is lost, delete "
-            f"{folder} to go on from the checkpoint before"
-        ) from None
+        if says_nothing(error):
+            raise unreadable(folder, error, folder / MANIFEST) from None
+        return f"{Path(error.filename or folder / MANIFEST).name[:80]} cannot be opened ({error.strerror or error})"
     except ValueError as error:
         return str(error)
     return None
+
+
+def says_nothing(error: OSError) -> bool:
+    """Whether the error tells of the host that reads, and not of what it reads."""
+    return error.errno not in (*_OF_THE_FILES, errno.ENOENT)
+
+
+def unreadable(folder: Path, error: OSError, path: Path) -> Unreadable:
+    """That this host cannot read a checkpoint, in one line that names host, file and reason.
+
+    path: what it could not read, where the error does not say so.
+    """
+    return Unreadable(
+        f"host {platform.node()} cannot read {error.filename or path} ({error.strerror or error}), which says nothing "
+        "of the checkpoint: nothing was skipped or deleted; look at that host's mount and rights, or leave it out; if "
+        f"the file is lost, delete {folder} to go on from the checkpoint before"
+    )
 
 
 def share(files: dict[str, dict], rank: int, num_ranks: int) -> list[str]:

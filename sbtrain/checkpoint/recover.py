@@ -19,7 +19,7 @@ from parallel.collectives import together
 from parallel.place import primitive
 from sbtrain.checkpoint.ledger import Ledger, empty
 from sbtrain.checkpoint.manifest import GONE, Unreadable, delete, fault
-from sbtrain.checkpoint.store import read_state
+from sbtrain.checkpoint.reading import read_state
 
 LAG_S = 90.0
 """How long another host may see a folder as it was before: network file systems remember for a minute at most."""

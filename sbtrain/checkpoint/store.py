@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -23,16 +22,14 @@ from parallel.mesh import Mesh
 from parallel.optimizer import saved_step_count
 from parallel.place import primitive, section
 from parallel.safe_load import read_common
-from sbtrain.checkpoint.files import read_json, write_json
+from sbtrain.checkpoint.files import write_json
 from sbtrain.checkpoint.fill import fill
 from sbtrain.checkpoint.flash import Flash
 from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.checkpoint.manifest import FILES, MANIFEST, delete, drop, measure, seal
+from sbtrain.checkpoint.manifest import MANIFEST, delete, drop, measure, seal
 from sbtrain.checkpoint.partials import Partials
+from sbtrain.checkpoint.reading import FORMAT, causes_of, read_state, readable, reason_of
 from sbtrain.checkpoint.state import RunState
-
-FORMAT = 1
-TENSOR_FORMAT = "torch_dist"
 
 
 class Store:
@@ -197,7 +194,7 @@ class Store:
         pieces, _ = engine.own_state()
 
         def read() -> int:
-            with _readable(folder):
+            with readable(folder):
                 fill(folder, pieces)
                 return saved_step_count(read_common(folder))
 
@@ -206,7 +203,7 @@ class Store:
     def _load_weights(self, engine: Engine, folder: Path) -> None:
         """Weights alone, with megatron's loader: each rank reads all that it holds."""
         sharded = {"model": sharded_weights(engine.models, engine.mesh)}
-        with _readable(folder):
+        with readable(folder):
             loaded = mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False)
         engine.load_weights(loaded["model"])
 
@@ -271,22 +268,8 @@ def _intact(partial: Path) -> Iterator[None]:
         if _lost_a_process(error):
             raise
         raise ValueError(
-            f"{partial}: {_reason(error)}; the previous checkpoint is intact, free some space "
+            f"{partial}: {reason_of(error)}; the previous checkpoint is intact, free some space "
             "and start the same command again"
-        ) from error
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Context of the reading of a checkpoint: what goes wrong is told as a ValueError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (Exception, CheckpointException) as error:  # bytes that no checkpoint has can raise anything
-        raise ValueError(
-            f"{folder} cannot be read ({_reason(error)}); point ledger.json at an earlier checkpoints/step_N "
-            "or choose another run_dir"
         ) from error
 
 
@@ -320,51 +303,9 @@ def check_room(run_dir: Path, needed_bytes: int) -> None:
         raise ValueError(problem)
 
 
-def read_state(folder: Path) -> dict:
-    """state.json of a checkpoint. Raises ValueError naming the folder if it is no checkpoint of ours."""
-    path = folder / "state.json"
-    absent = [name for name in FILES if not (folder / name).is_file()]
-    if absent:
-        raise ValueError(
-            f"{folder} is not a complete checkpoint ({absent[0]} is missing); point ledger.json "
-            "at an earlier checkpoints/step_N or remove it to start over"
-        )
-    content, tensors = _mapping(path), _mapping(folder / "metadata.json")
-    if content.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: checkpoint format {content.get('format')!r} is not {FORMAT}; load it with the version "
-            "of sbtrain that wrote it"
-        )
-    missing = [key for key in ("parts", *RunState.required()) if key not in content]
-    if missing:
-        raise ValueError(f"{path} lacks {missing[0]}; point ledger.json at an earlier checkpoints/step_N")
-    if tensors.get("sharded_backend") != TENSOR_FORMAT:
-        raise ValueError(
-            f"{folder / 'metadata.json'}: tensors are in the format {tensors.get('sharded_backend')!r}, not in "
-            f"{TENSOR_FORMAT}; point ledger.json at a checkpoint that sbtrain wrote"
-        )
-    return content
-
-
-def _mapping(path: Path) -> dict:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; point ledger.json at an earlier checkpoints/step_N")
-    return content
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, in one line. CheckpointException wraps what other processes raised."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {_reason(failure)}" for rank, (failure, _) in error.failures.items())
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0].split("; free some space")[0]
-
-
 def _lost_a_process(error: BaseException) -> bool:
     """Whether a process that helps to write is gone, which is no matter of the disk."""
-    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
-    return any(isinstance(failure, (ConnectionError, EOFError)) for failure, _ in failures)
+    return any(isinstance(cause, (ConnectionError, EOFError)) for cause in causes_of(error))
 
 
 def _own_bytes(sharded) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sbtrain.checkpoint.files import read_json, write_json
-from sbtrain.checkpoint.store import read_state
+from sbtrain.checkpoint.reading import read_state
 from sbtrain.config.schema import ModelConfig, Recipe
 from sbtrain.convert.calibrated import Calibrated, Int8Reader
 from sbtrain.convert.export_config import MODEL_TYPES, W8ASPIKE, choose_format, config_of, modeling_files

@@ -69,14 +69,15 @@ class Loader:
 
         rows: of the global batch. The same on every rank.
         """
-        step, per_row = self.last_samples(1), self._stage.micro_batch
-        named = [step["first_sample"] + row * per_row + place for row in rows for place in range(per_row)]
-        return {**step, "suspects": [self._origin_of_sample(sample) for sample in named]}
+        first, per_row = self.num_samples - self.samples_per_step, self._stage.micro_batch
+        named = [first + row * per_row + place for row in rows for place in range(per_row)]
+        suspects = [self._origin_of_sample(sample) for sample in named]
+        return {"first_sample": first, "num_samples": self.samples_per_step, "suspects": suspects}
 
-    def last_samples(self, num_steps: int) -> dict:
-        """Which samples of the stage the newest steps had, over all ranks."""
-        num_samples = num_steps * self.samples_per_step
-        return {"first_sample": self.num_samples - num_samples, "num_samples": num_samples}
+    def samples_since(self, state: Mapping | None) -> dict:
+        """Which samples of the stage were read since a state_dict, over all ranks; None: since its beginning."""
+        first = state["num_samples"] if state else 0
+        return {"first_sample": first, "num_samples": self.num_samples - first}
 
     def state_dict(self) -> dict:
         """Everything that resuming needs, the same on every rank and in every layout."""

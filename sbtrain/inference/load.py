@@ -13,8 +13,8 @@ import torch
 import ops
 from parallel.collectives import together
 from parallel.mesh import Mesh, device
+from sbtrain.checkpoint.reading import read_state
 from sbtrain.checkpoint.run_dir import open_run
-from sbtrain.checkpoint.store import read_state
 from sbtrain.config.hf_shape import FAMILIES, read_config, read_shape
 from sbtrain.config.rules import algorithm_problem
 from sbtrain.config.schema import ModelConfig, Precision, Recipe

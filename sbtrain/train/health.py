@@ -163,11 +163,11 @@ class Health:
         return {**found, "memory_share": shares[fullest]}
 
     def _judge_clocks(self, ranks: list[Measured]) -> dict:
-        """Each host's clock against the median: half of the spread of a collective is the error."""
-        usual = median(rank.clock_s for rank in ranks)
-        for host in dict.fromkeys(self._hosts):
-            first = self._hosts.index(host)
-            self._clocks[host].append(ranks[first].clock_s - usual)
+        """Each host's clock against their median: half of the spread of a collective is the error."""
+        times_s = {host: ranks[self._hosts.index(host)].clock_s for host in dict.fromkeys(self._hosts)}
+        usual_s = median(times_s.values())
+        for host, time_s in times_s.items():
+            self._clocks[host].append(time_s - usual_s)
         skews = {host: median(kept) for host, kept in self._clocks.items()}
         spread = max(skews.values()) - min(skews.values())
         ahead, behind = max(skews, key=skews.get), min(skews, key=skews.get)

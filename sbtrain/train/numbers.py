@@ -68,6 +68,10 @@ class Numbers:
         if self._rollbacks_path.exists():
             open_jsonl(self._rollbacks_path, self.num_rollbacks + 1, key="rollback").close()
 
+    def went_back_before(self, state: RunState) -> bool:
+        """Whether the run has gone back to some step less than window_steps before this state."""
+        return bool(self._recent(self._rollbacks, state))
+
     def check_rollbacks(self, spiked: RunState, restored: RunState) -> None:
         """Raise ValueError, on all ranks, where the run may not go back once more, from spiked to restored.
 

@@ -18,8 +18,9 @@ from parallel.collectives import together
 from parallel.engine import Engine
 from parallel.place import section
 from sbtrain.checkpoint.manifest import fault
+from sbtrain.checkpoint.reading import read_state
 from sbtrain.checkpoint.state import RunState
-from sbtrain.checkpoint.store import Store, read_state
+from sbtrain.checkpoint.store import Store
 from sbtrain.data.loader import Loader
 from sbtrain.metrics.meter import Meter
 from sbtrain.metrics.sinks import Sinks
@@ -30,11 +31,12 @@ class Rollback:
     """Of one stage, whose loader, meter and logs it knows."""
 
     def __init__(
-        self, restore: Callable[[int], RunState | None], *, watch: Watch, loader: Loader, meter: Meter, sinks: Sinks
+        self, restore: Callable[..., RunState | None], *, watch: Watch, loader: Loader, meter: Meter, sinks: Sinks
     ):
-        """restore(step): put the engine back to before that step and return its state, in this stage, or None.
+        """restore(step, again): put the engine back to before that step and return its state, in this stage, or None.
 
-        None where there is nothing to go to. Collective; it may raise ValueError, on all ranks alike.
+        again: the run went back a short while ago, which did not help. None where there is nothing to go to.
+        Collective; it may raise ValueError, on all ranks alike.
         """
         self._restore, self._watch, self._loader, self._meter, self._sinks = restore, watch, loader, meter, sinks
 
@@ -46,32 +48,32 @@ class Rollback:
         if not self._watch.spiked:
             return state
         with section("rollback", patient=True):
-            restored = self._restore(state.step)
+            restored = self._restore(state.step, again=self._watch.numbers.went_back_before(state))
         if restored is None:
             _say("no checkpoint of this run can be gone back to yet; it goes on")
             return state
         self._watch.numbers.check_rollbacks(state, restored)
-        num_steps = state.step - restored.step
-        samples = self._loader.last_samples(num_steps)
+        samples = self._loader.samples_since(restored.loader)
         records = together(lambda: self._sinks.go_back(restored.step + 1))
         self._watch.go_back(state, restored, {**samples, "records": records})
         _say(
             f"back to step {restored.step} from step {state.step} of stage {state.stage}: rollback no. "
-            f"{self._watch.numbers.num_rollbacks} of the run; the {samples['num_samples']} samples of these "
-            f"{num_steps} steps, from no. {samples['first_sample']} on, are left out"
+            f"{self._watch.numbers.num_rollbacks} of the run; the {samples['num_samples']} samples "
+            f"since then, from no. {samples['first_sample']} on, are left out"
         )
         self._meter.restart_clock()
         return replace(restored, loader=None)
 
 
-def newest_state(stage: str, engine: Engine, store: Store, before: int) -> RunState | None:
+def newest_state(stage: str, engine: Engine, store: Store, before: int, *, again: bool = False) -> RunState | None:
     """Put the engine back to the newest snapshot in memory, or the newest checkpoint, for a Rollback. Collective.
 
-    stage: the one that is being trained. before: the step that the run leaves. None, and nothing is changed, where
-    there is neither, or only a checkpoint without an optimizer, from a conversion. Raises ValueError where the
-    checkpoint is not whole any more.
+    stage: the one that is being trained. before: the step that the run leaves. again: a snapshot may be too near to
+    the spike, so where there is a checkpoint, it is gone back to that. The state's loader is what the first run from
+    there went on with, None at the beginning of the stage. None, and nothing is changed, where there is neither, or
+    only a checkpoint without an optimizer, from a conversion. Raises ValueError where the checkpoint is not whole.
     """
-    state = store.restore_snapshot(engine, before=before)
+    state = None if again and _has_optimizer(store) else store.restore_snapshot(engine, before=before)
     if state is None:
         state = _newest_checkpoint(engine, store)
     if state is None:
@@ -80,15 +82,21 @@ def newest_state(stage: str, engine: Engine, store: Store, before: int) -> RunSt
     return state if state.stage == stage else state.entering(stage)
 
 
+def _has_optimizer(store: Store) -> bool:
+    folder = store.ledger.checkpoint
+    return folder is not None and together(lambda: read_state(folder))["parts"] != ["model"]
+
+
 def _newest_checkpoint(engine: Engine, store: Store) -> RunState | None:
     store.settle()  # what is still being written is the newest
-    folder = store.ledger.checkpoint
-    if folder is None or together(lambda: read_state(folder))["parts"] == ["model"]:
+    if not _has_optimizer(store):
         return None
+    folder = store.ledger.checkpoint
     together(lambda: _check(folder))
     if engine.mesh.device.type == "cuda":
         torch.cuda.empty_cache()  # what the steps held is in no piece that fits
-    return store.restore(engine)
+    state, loader = store.restore(engine), together(lambda: read_state(folder))["loader"]
+    return replace(state, loader=loader)
 
 
 def _check(folder) -> None:

@@ -21,7 +21,7 @@ from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.manifest import fault
 from sbtrain.checkpoint.memory import SharedMemory, copy_into
 from sbtrain.checkpoint.memory import place as place_all
-from sbtrain.checkpoint.store import read_state
+from sbtrain.checkpoint.reading import read_state
 
 HERE = Path(__file__).resolve().parent
 

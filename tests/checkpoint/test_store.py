@@ -24,7 +24,7 @@ from sbtrain.checkpoint import ledger as ledger_module
 from sbtrain.checkpoint import store as store_module
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.manifest import fault
-from sbtrain.checkpoint.store import read_state
+from sbtrain.checkpoint.reading import read_state
 from sbtrain.convert.reader import CheckpointReader
 from sbtrain.model.build import global_parameters
 from store_case import Saved

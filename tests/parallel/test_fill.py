@@ -7,6 +7,7 @@ import pickle
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,12 +37,16 @@ def piece(start: int, end: int, **changes) -> Piece:
     return replace(Piece("a", (5, 7), tuple(boxes_of((5, 7), start, end)), lambda: target), **changes)
 
 
-def test_pieces_are_runs_of_a_tensor_that_is_stored_whole(folder):
+def test_pieces_are_runs_of_a_tensor_that_is_stored_whole_and_read_once(folder, monkeypatch):
     number = torch.zeros(1)
     put = []
     scale = Piece("scale", (), tuple(boxes_of((), 0, 1)), lambda: number, write=lambda x: put.append(float(x)))
     parts = [piece(0, 9), piece(9, 10), piece(10, 35)]
-    fill(folder, [*parts, scale])
+    with monkeypatch.context() as patch:
+        load = Mock(wraps=torch.load)
+        patch.setattr(torch, "load", load)
+        fill(folder, [*parts, scale])
+    assert load.call_count == 2
     assert torch.equal(torch.cat([part.read() for part in parts]), WHOLE.flatten())
     assert put == [2.0] and float(number) == 0
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from parallel.told import SIGNALS
@@ -75,6 +76,23 @@ def test_before_the_first_step_one_rank_that_is_told_ends_all(template, inputs, 
     said = "".join((folder / f"rank_{rank}.txt").read_text() for rank in range(num_ranks))
     assert said.count(f"stopped: {number.name}, while no step was trained\n") == 1 and "Traceback" not in said
     assert not (folder / "run" / "stacks").exists()
+
+
+def test_what_an_earlier_start_left_is_replaced_before_the_run_directory_is_held(template, inputs):
+    pids, folder = start(template, inputs, "opening", 1)
+    wait_for(folder / "there_0")
+    os.kill(pids[0], signal.SIGTERM)
+    assert codes(template) == [75]
+    assert exit_of(folder) == {"code": 75, "reason": "SIGTERM, while no step was trained"}
+
+
+def test_neither_a_file_system_that_hangs_nor_a_process_below_keeps_it(template, inputs):
+    pids, folder = start(template, inputs, "hanging", 1)
+    wait_for(folder / "there_0")
+    began = time.monotonic()
+    os.kill(pids[0], signal.SIGTERM)
+    assert codes(template) == [75] and time.monotonic() - began < STAYS_S / 3
+    assert not psutil.pid_exists(int((folder / "started").read_text()))
 
 
 def test_all_leave_the_process_group_and_rank_0_says_how_its_report_ended(template, inputs):

@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,27 @@ def verification(folder: Path, rank: int) -> None:
     import sbtrain.run as run
 
     run.recover = lambda *args: stay(folder, rank)
+
+
+def opening(folder: Path, rank: int) -> None:
+    """Where ranks wait for the others' processes to appear; an earlier start has left how it ended."""
+    import sbtrain.run as run
+
+    (folder / "run").mkdir()
+    (folder / "run" / "exit.json").write_text('{"code": 0, "reason": "stage a is done, b comes next"}')
+    run.watched = lambda *args: stay(folder, rank, wait=False)
+
+
+def hanging(folder: Path, rank: int) -> None:
+    """As `opening`, on a file system that stands still, with a process that this one has started."""
+    import sbtrain.checkpoint.run_dir as run_dir
+    from parallel import told
+
+    told.RECORD_S = 0.5
+    opening(folder, rank)
+    run_dir.write_json = lambda path, value: time.sleep(STAYS_S)
+    process = subprocess.Popen(["sleep", str(STAYS_S)])
+    (folder / "started").write_text(str(process.pid))
 
 
 def report(folder: Path, rank: int) -> None:
@@ -76,7 +98,7 @@ def skip_training(run) -> None:
     run.prepare, run.carry = prepare, lambda *args: (run.Exit.DONE, "done")
 
 
-PLACES = {function.__name__: function for function in (verification, report, writing)}
+PLACES = {function.__name__: function for function in (verification, opening, hanging, report, writing)}
 
 
 def be_rank(rank: int, num_ranks: int, port: int, where: str, folder: Path, args: list[str]) -> NoReturn:

@@ -68,7 +68,7 @@ def test_memory_disk_and_clocks(tmp_path, capsys):
     fine = [Measured(1.0, 0.5, 0.0, 1e12, 100.0), *[Measured(1.0, 0.6, 0.0, math.nan, 100.01)] * 3]
     found = one.judge(fine)
     assert (found["memory_share"], found["disk_free_bytes"]) == (0.6, 10**12)
-    assert found["clock_skew_s"] == pytest.approx(0.01) and kept == [{"a": -0.01, "b": 0.0}]
+    assert found["clock_skew_s"] == pytest.approx(0.01) and kept == [{"a": -0.005, "b": 0.005}]
     assert capsys.readouterr().out == ""
     for _ in range(4):
         ranks = [Measured(1.0, 0.97, 2.0, 1.5e10, 100.0 + 9 * (rank % 2)) for rank in range(4)]

@@ -9,6 +9,7 @@ import pytest
 
 from run_case import curve, run_until, tiny_recipe, write_inputs
 from sbtrain.checkpoint.run_dir import Exit
+from sbtrain.checkpoint.store import Store
 from sbtrain.data.loader import Loader
 from sbtrain.train import numbers
 
@@ -21,10 +22,11 @@ def run_spiking(rank: int, recipe, spikes: list[int], stop_at_step: int | None =
     """Run the recipe; rank 0 alone sees a loss that spikes where the loader of a stage stands at one of `spikes`.
 
     spikes: samples consumed by a stage. The first stage's are too few for scores otherwise: 4 losses suffice here.
-    start_at: samples that the loader goes on with instead of what the checkpoint says.
+    start_at: samples that the loader goes on with instead of what the checkpoint says. Every snapshot that is due is
+    taken: the disk is waited for.
     """
     check, load, least = numbers.Numbers.check, Loader.load_state_dict, numbers.LEAST_LOSSES
-    next_step, at = Loader.next_step, {}
+    next_step, snapshot, at = Loader.next_step, Store.snapshot, {}
 
     def check_spiking(self, state, *, loss, grad_norm, origin):
         spiking = rank == 0 and at["samples"] in spikes and state.stage == "ctx_32"
@@ -38,13 +40,18 @@ def run_spiking(rank: int, recipe, spikes: list[int], stop_at_step: int | None =
     def load_elsewhere(self, state):
         load(self, state if start_at is None else {**state, "num_samples": start_at})
 
+    def settle_and_snapshot(self, engine, state):
+        self.flash.settle()
+        snapshot(self, engine, state)
+
     numbers.Numbers.check, numbers.LEAST_LOSSES = check_spiking, 4
+    Store.snapshot = settle_and_snapshot
     Loader.next_step, Loader.load_state_dict = note_and_next, load_elsewhere
     try:
         return run_until(rank, recipe, stop_at_step)
     finally:
         numbers.Numbers.check, numbers.LEAST_LOSSES = check, least
-        Loader.next_step, Loader.load_state_dict = next_step, load
+        Loader.next_step, Loader.load_state_dict, Store.snapshot = next_step, load, snapshot
 
 
 def rollbacks(run_dir: Path) -> list[dict]:
@@ -119,6 +126,22 @@ def test_from_memory_it_is_the_run_that_went_back_to_a_checkpoint_of_that_step(g
     assert [step[0] for step in curve(root / "memory")] == list(range(1, 11))
 
 
+def test_what_a_snapshot_did_not_help_goes_back_to_the_checkpoint_behind_it(gone_back, run_ranks):
+    """Checkpoint at 4, snapshots at 7: the first spike, at 8, goes to the snapshot, the next one to the checkpoint."""
+    root, _ = gone_back
+    options = (*ONE_STAGE, *ROLLBACK, "checkpoint.every_steps=4", "checkpoint.asynchronous=true")
+    recipe = tiny_recipe(root, "behind", *options, "checkpoint.snapshot_every_steps=7")
+    assert run_ranks(2)(run_spiking, recipe, [32, 36]) == [Exit.DONE] * 2
+    said = rollbacks(root / "behind")
+    places = [[one[key] for key in ("step", "from_step", "first_sample", "num_samples")] for one in said]
+    assert places == [[7, 8, 28, 4], [4, 8, 16, 20]]
+    assert [step[0] for step in curve(root / "behind")] == list(range(1, 11))
+    by_hand = tiny_recipe(root, "behind_by_hand", *ONE_STAGE, "watch.window_steps=20", "checkpoint.every_steps=4")
+    assert run_ranks(2)(run_spiking, by_hand, [], 4) == [Exit.REQUEUE] * 2
+    assert run_ranks(2)(run_spiking, by_hand, [], start_at=36) == [Exit.DONE] * 2
+    assert curve(root / "behind") == curve(root / "behind_by_hand")
+
+
 def test_after_too_many_the_run_stops_and_so_does_the_next_start(gone_back, run_ranks):
     root, _ = gone_back
     recipe = tiny_recipe(root, "stops", *ONE_STAGE, *ROLLBACK, "watch.max_rollbacks=2")
@@ -127,7 +150,8 @@ def test_after_too_many_the_run_stops_and_so_does_the_next_start(gone_back, run_
         with pytest.raises(ValueError, match=r"step 7 of stage ctx_32: .*after 2 rollbacks .*watch\.max_rollbacks"):
             run_ranks(2)(run_spiking, recipe, every)
         said = rollbacks(root / "stops")
-        assert [(one["step"], one["from_step"], one["first_sample"]) for one in said] == [(6, 8, 24), (6, 7, 32)]
+        places = [[one[key] for key in ("step", "from_step", "first_sample", "num_samples")] for one in said]
+        assert places == [[6, 8, 24, 8], [6, 7, 24, 12]]
         assert json.loads((root / "stops/ledger.json").read_text())["step"] == 6
 
 
