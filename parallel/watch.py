@@ -227,7 +227,7 @@ class RankWatch:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             return f"the job's store, torchrun's at {where}, {how}; {self._waits()}; {AGAIN}"
         sign = post.signs[0]
-        last = f", last seen in '{sign['name']}' (no. {sign['number']}, {sign['at']})" if sign else ""
+        last = f", last seen in {Sight(sign['name'], sign['number'], at=sign['at']).place}" if sign else ""
         return f"rank 0 ({self._who[0]}): {how}{last}; {self._waits()}; {AGAIN}"
 
     def _store_is_mute(self) -> bool:

@@ -121,6 +121,7 @@ def test_space_that_runs_out_during_the_run(stopped, monkeypatch):
         patch.setattr(Watch, "check", check_and_fill_up)
         code, line = stopped.train(*ONE_STAGE)
     assert code == 2 and line.count("\n") == 1 and line.startswith("error: no space left in ")
+    assert "MB and 1.00 kB are free" in line or "kB and 1.00 kB are free" in line
     after, lasting = stopped.files(), ("ledger.json", "checkpoints", "recipe.yaml")
     for name in {name for name in {*before, *after} if any(part in name for part in lasting)}:
         assert (before[name] and before[name][0]) == (after[name] and after[name][0]), name

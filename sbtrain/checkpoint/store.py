@@ -336,6 +336,11 @@ def _shortage(folder: Path, needed_bytes: int, free_bytes: int) -> str | None:
     if needed_bytes <= free_bytes:
         return None
     return (
-        f"no space left in {folder}: the checkpoint needs {needed_bytes / 1e9:.2f} GB and "
-        f"{free_bytes / 1e9:.2f} GB are free; free some space and start the same command again"
+        f"no space left in {folder}: the checkpoint needs {_amount(needed_bytes)} and "
+        f"{_amount(free_bytes)} are free; free some space and start the same command again"
     )
+
+
+def _amount(num_bytes: int) -> str:
+    unit, name = next((one for one in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= one[0]), (1e3, "kB"))
+    return f"{num_bytes / unit:.2f} {name}"
