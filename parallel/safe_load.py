@@ -124,6 +124,8 @@ def read_index(folder: Path) -> Metadata:
                 raise _Untrusted(f"it names bytes before the beginning of {place.relative_path!r}")
     except _Untrusted as error:
         raise pickle.UnpicklingError(f".metadata is not to be trusted: {error}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # bytes that are no pickle can raise anything
         raise pickle.UnpicklingError(f".metadata is damaged ({type(error).__name__})") from None
     for name, end in ends.items():
@@ -136,7 +138,7 @@ def _check_file(folder: Path, name: str, num_bytes: int) -> None:
         raise pickle.UnpicklingError(f".metadata is not to be trusted: it names {name!r}, outside of the folder")
     try:
         found = os.lstat(folder / name)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         raise pickle.UnpicklingError(f"{name} is missing") from None
     if not stat.S_ISREG(found.st_mode):
         raise pickle.UnpicklingError(f"{name} is no regular file")

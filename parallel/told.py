@@ -18,7 +18,7 @@ from contextlib import suppress
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_CODE = 75
 """Of a process that asks for another start: sysexits.h, EX_TEMPFAIL."""
-RECORD_S = 5.0
+LIMIT_S = 5.0
 """How long a file system that may hang is waited for."""
 
 
@@ -55,12 +55,12 @@ class Told:
 
     def end(self, reason: str) -> None:
         """End this process, saying so where there is a place for it."""
-        if int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, f"stopped: {reason}\n".encode())
         try:
-            if self.record is not None:
-                within(RECORD_S, lambda: self.record(EXIT_CODE, reason))
-            within(RECORD_S, _end_descendants)
+            if int(os.environ.get("RANK", 0)) == 0:
+                say_last(f"stopped: {reason}")
+            within(LIMIT_S, _end_descendants)
+            if self.record is not None:  # last: until then the main thread goes on, and may begin the run
+                within(LIMIT_S, lambda: self.record(EXIT_CODE, reason))
         finally:
             os._exit(EXIT_CODE)
 
@@ -83,6 +83,16 @@ def within(limit_s: float, call: Callable[[], None]) -> None:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(limit_s)
+
+
+def say_last(line: str) -> None:
+    """A line on stderr, past the lock of sys.stderr, which a thread that hangs may hold; nothing where nobody reads."""
+
+    def write() -> None:
+        with suppress(OSError):
+            os.write(2, f"{line}\n".encode())
+
+    within(LIMIT_S, write)
 
 
 def _end_descendants() -> None:

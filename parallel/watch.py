@@ -31,7 +31,7 @@ from parallel.place import Kind, Trail, here
 from parallel.post import FAILED, VERDICT, Post
 from parallel.stacks import write_stacks
 from parallel.told import EXIT_CODE as STOPPED_CODE
-from parallel.told import RECORD_S, told, within
+from parallel.told import LIMIT_S, say_last, told, within
 from parallel.verdict import AGAIN, Limits, Sight, decide
 
 EXIT_CODE, FAILED_CODE = 76, 1
@@ -247,8 +247,8 @@ class RankWatch:
         """End the process with the code, saying line first; None: another rank says it. why: that rank's line."""
         if line:
             kind = "stopped" if code == STOPPED_CODE else "error"
-            os.write(2, f"{kind}: {line}\n".encode())  # sys.stderr's lock may be held by a thread that hangs
-        within(RECORD_S, lambda: self._keep(code, line, why))
+            say_last(f"{kind}: {line}")
+        within(LIMIT_S, lambda: self._keep(code, line, why))
         self._post.stop()
         if self.rank == 0 and self._stays_on_rank_0:
             self._post.wait_until_left(limit_s=self._grace_s, num_dead=self._num_dead())  # they must have read it

@@ -110,16 +110,21 @@ class Flash:
                 if len(self._pending) == 1:
                     self._begin()
 
-    def restore(self, engine: Engine, *, after: int, before: int) -> RunState | None:
+    def restore(
+        self, engine: Engine, *, after: int, before: int, wanted: Callable[[RunState], bool]
+    ) -> RunState | None:
         """Put the engine back to its newest snapshot, if that is of a step between these two; its state. Collective.
 
-        None, and nothing is changed, where there is none of that kind, on any rank. What is being written goes on.
+        wanted(state): the last word on it, asked of all ranks. None, and nothing is changed, where there is none of
+        that kind, on any rank. What is being written goes on.
         """
         mine = self._newest if self._share is not None and self._share.engine is engine else None
         steps = [None] * dist.get_world_size()
         with primitive("steps of the snapshots"):
             dist.all_gather_object(steps, mine and mine.state.step)
         if mine is None or set(steps) != {mine.state.step} or not after < mine.state.step < before:
+            return None
+        if not wanted(mine.state):
             return None
         self._share.put_back(self._memory.bytes, mine.slot, mine.common)
         return mine.state

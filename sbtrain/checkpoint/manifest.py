@@ -141,13 +141,14 @@ def says_nothing(error: OSError) -> bool:
     return error.errno not in (*_OF_THE_FILES, errno.ENOENT)
 
 
-def unreadable(folder: Path, error: OSError, path: Path) -> Unreadable:
-    """That this host cannot read a checkpoint, in one line that names host, file and reason.
+def unreadable(folder: Path, error: OSError, path: Path, *, who: str = "") -> Unreadable:
+    """That a checkpoint cannot be read, in one line that names host, file and reason.
 
-    path: what it could not read, where the error does not say so.
+    path: what could not be read, where the error does not say so. who: the rank, where it is not of this process.
     """
+    who = who or f"host {platform.node()}"
     return Unreadable(
-        f"host {platform.node()} cannot read {error.filename or path} ({error.strerror or error}), which says nothing "
+        f"{who} cannot read {error.filename or path} ({error.strerror or error}), which says nothing "
         "of the checkpoint: nothing was skipped or deleted; look at that host's mount and rights, or leave it out; if "
         f"the file is lost, delete {folder} to go on from the checkpoint before"
     )

@@ -18,6 +18,8 @@ FORMAT = 1
 TENSOR_FORMAT = "torch_dist"
 _OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 """Errors for which another checkpoint is no help; torch 2.8 and later tell a GPU's error by its class."""
+_NO_MEMORY = "can't allocate memory"
+"""What a RuntimeError of torch says where the host has none left."""
 _OF_ODD_BYTES = (None, errno.EINVAL)
 """Numbers of errors that come of bytes too: whoever follows them may seek before the beginning of a file."""
 
@@ -63,14 +65,12 @@ def readable(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except _OF_THE_MACHINE:
-        raise
     except (Exception, CheckpointException) as error:  # bytes that no checkpoint has can raise anything
-        for cause in causes_of(error):
-            if isinstance(cause, _OF_THE_MACHINE):
-                raise cause from error
+        for rank, cause in causes_of(error).items():
+            if isinstance(cause, _OF_THE_MACHINE) or (isinstance(cause, RuntimeError) and _NO_MEMORY in str(cause)):
+                raise cause from None
             if isinstance(cause, OSError) and cause.errno not in _OF_ODD_BYTES and says_nothing(cause):
-                raise unreadable(folder, cause, folder) from error
+                raise unreadable(folder, cause, folder, who="" if rank is None else f"rank {rank}") from error
         raise ValueError(
             f"{folder} cannot be read ({reason_of(error)}); point ledger.json at an earlier checkpoints/step_N "
             "or choose another run_dir"
@@ -85,6 +85,8 @@ def reason_of(error: BaseException) -> str:
     return text.splitlines()[0].split("; free some space")[0]
 
 
-def causes_of(error: BaseException) -> list[BaseException]:
-    """The error, or what a CheckpointException wraps: what the processes raised that read or write together."""
-    return [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+def causes_of(error: BaseException) -> dict[int | None, BaseException]:
+    """The error, of this process (None), or by rank what a CheckpointException wraps of those that work together."""
+    if isinstance(error, CheckpointException):
+        return {rank: failure for rank, (failure, _) in error.failures.items()}
+    return {None: error}

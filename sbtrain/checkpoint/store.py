@@ -178,16 +178,19 @@ class Store:
                 self._load(engine, folder)
         return RunState.from_json(self.ledger.rolled_back or content)
 
-    def restore_snapshot(self, engine: Engine, *, before: int) -> RunState | None:
+    def restore_snapshot(
+        self, engine: Engine, *, before: int, wanted: Callable[[RunState], bool] = lambda state: True
+    ) -> RunState | None:
         """Put the engine back to its newest snapshot in memory, if it is newer than the newest checkpoint. Collective.
 
-        before: the step that the run leaves. None, and nothing is changed, where there is no such snapshot.
+        before: the step that the run leaves. wanted(state): whether to, asked of all ranks. None, and nothing is
+        changed, where there is no such snapshot.
         """
         if self.flash is None:
             return None
         after = -1 if self.ledger.checkpoint is None else self.ledger.step
         with section("snapshot load", patient=True):
-            return self.flash.restore(engine, after=after, before=before)
+            return self.flash.restore(engine, after=after, before=before, wanted=wanted)
 
     def _load(self, engine: Engine, folder: Path) -> None:
         """Weights and optimizer: each rank reads what it holds of them."""
@@ -305,7 +308,7 @@ def check_room(run_dir: Path, needed_bytes: int) -> None:
 
 def _lost_a_process(error: BaseException) -> bool:
     """Whether a process that helps to write is gone, which is no matter of the disk."""
-    return any(isinstance(cause, (ConnectionError, EOFError)) for cause in causes_of(error))
+    return any(isinstance(cause, (ConnectionError, EOFError)) for cause in causes_of(error).values())
 
 
 def _own_bytes(sharded) -> int:

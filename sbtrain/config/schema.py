@@ -265,7 +265,7 @@ class WatchConfig:
     spike_score: a loss so many standard deviations above the median of those steps is a spike; 0 never.
     on_spike: tell reports it; rollback also goes back to the newest checkpoint or snapshot
         (checkpoint.snapshot_every_steps), and on with the samples after the spike's.
-    max_rollbacks: so many may go to one step, or to some less than window_steps apart; the next spike stops.
+    max_rollbacks: so many may go to one step, less than window_steps before it, or behind it; the next spike stops.
     measure_every_steps: steps between measurements of the ranks' compute time, memory, disk and clocks; 0 never.
     slow_ratio: a rank that computes for so many times as long as its like is reported as slow.
     memory_share: part of a GPU's memory in use above which a run is near its limit.

@@ -56,11 +56,11 @@ def train(
             )
         )
         must_stop = watch.must_stop()
-        state = rollback.settle(state)
+        left, state = state, rollback.settle(state)
         if must_stop and state.stage_tokens < stage.tokens:
             finished = False
             break
-        if watch.save_due(state):
+        if watch.save_due(state) or (state is not left and store.ledger.step == state.step):
             store.save(engine, replace(state, loader=loader.state_dict(), watch=watch.state_dict()))
             meter.restart_clock()
         elif watch.snapshot_due(state):

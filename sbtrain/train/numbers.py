@@ -68,21 +68,22 @@ class Numbers:
         if self._rollbacks_path.exists():
             open_jsonl(self._rollbacks_path, self.num_rollbacks + 1, key="rollback").close()
 
-    def went_back_before(self, state: RunState) -> bool:
-        """Whether the run has gone back to some step less than window_steps before this state."""
-        return bool(self._recent(self._rollbacks, state))
+    def went_back_to(self, state: RunState) -> bool:
+        """Whether the run has gone back to this state, or to one less than window_steps before it, already."""
+        return any(step <= state.step for step in self._recent(self._rollbacks, state))
 
     def check_rollbacks(self, spiked: RunState, restored: RunState) -> None:
         """Raise ValueError, on all ranks, where the run may not go back once more, from spiked to restored.
 
-        Rollbacks count by where they went to: the way from there to the spike may be longer than the window.
+        Rollbacks count by where they went to: the way from there to the spike may be longer than the window. Those that
+        went farther count too: what lies behind them did not help.
         """
         recent = self._recent(self._rollbacks, restored)
         if len(recent) >= self._rules.max_rollbacks:
             raise ValueError(
                 f"step {spiked.step} of stage {spiked.stage}: the loss has spiked again after {len(recent)} rollbacks "
-                f"to step {restored.step} or less than {self._rules.window_steps} steps before, as many as "
-                f"watch.max_rollbacks allows; {self._rollbacks_path} has their losses and samples, the newest "
+                f"to step {restored.step}, less than {self._rules.window_steps} steps before it, or behind it, as many "
+                f"as watch.max_rollbacks allows; {self._rollbacks_path} has their losses and samples, the newest "
                 "checkpoint is intact; lower the stage's schedule.lr, look at the data, or set watch.on_spike=tell, "
                 "and start again"
             )

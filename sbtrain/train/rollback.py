@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from parallel.collectives import together
 from parallel.engine import Engine
-from parallel.place import section
+from parallel.place import primitive, section
 from sbtrain.checkpoint.manifest import fault
 from sbtrain.checkpoint.reading import read_state
 from sbtrain.checkpoint.state import RunState
@@ -33,10 +34,10 @@ class Rollback:
     def __init__(
         self, restore: Callable[..., RunState | None], *, watch: Watch, loader: Loader, meter: Meter, sinks: Sinks
     ):
-        """restore(step, again): put the engine back to before that step and return its state, in this stage, or None.
+        """restore(step, tried): put the engine back to before that step and return its state, in this stage, or None.
 
-        again: the run went back a short while ago, which did not help. None where there is nothing to go to.
-        Collective; it may raise ValueError, on all ranks alike.
+        tried(state): whether the run went back to there, or a little before, already. None where there is nothing to
+        go to. Collective; it may raise ValueError, on all ranks alike.
         """
         self._restore, self._watch, self._loader, self._meter, self._sinks = restore, watch, loader, meter, sinks
 
@@ -48,7 +49,7 @@ class Rollback:
         if not self._watch.spiked:
             return state
         with section("rollback", patient=True):
-            restored = self._restore(state.step, again=self._watch.numbers.went_back_before(state))
+            restored = self._restore(state.step, tried=self._watch.numbers.went_back_to)
         if restored is None:
             _say("no checkpoint of this run can be gone back to yet; it goes on")
             return state
@@ -65,21 +66,46 @@ class Rollback:
         return replace(restored, loader=None)
 
 
-def newest_state(stage: str, engine: Engine, store: Store, before: int, *, again: bool = False) -> RunState | None:
+def newest_state(
+    stage: str, engine: Engine, store: Store, before: int, *, tried: Callable[[RunState], bool] = lambda state: False
+) -> RunState | None:
     """Put the engine back to the newest snapshot in memory, or the newest checkpoint, for a Rollback. Collective.
 
-    stage: the one that is being trained. before: the step that the run leaves. again: a snapshot may be too near to
-    the spike, so where there is a checkpoint, it is gone back to that. The state's loader is what the first run from
-    there went on with, None at the beginning of the stage. None, and nothing is changed, where there is neither, or
-    only a checkpoint without an optimizer, from a conversion. Raises ValueError where the checkpoint is not whole.
+    stage: the one that is being trained. before: the step that the run leaves. tried(state): the run went back to
+    there before, or to a little before that; a snapshot may be too near to the spike, so then it is the checkpoint,
+    if there is a whole one. The state's loader is what the first run from there went on with, None at the beginning of
+    the stage. None, and nothing is changed, where there is neither, or only a checkpoint without an optimizer, from a
+    conversion. Raises ValueError where the checkpoint is not whole.
     """
-    state = None if again and _has_optimizer(store) else store.restore_snapshot(engine, before=before)
+    sound = []
+
+    def wanted(snapshot: RunState) -> bool:
+        if tried(snapshot) and _is_sound(store):
+            sound.append(store.ledger.checkpoint)
+        return not sound
+
+    state = store.restore_snapshot(engine, before=before, wanted=wanted)
     if state is None:
-        state = _newest_checkpoint(engine, store)
+        state = _newest_checkpoint(engine, store, sound=sound)
     if state is None:
         return None
     engine.trained(state.tokens)
     return state if state.stage == stage else state.entering(stage)
+
+
+def _newest_checkpoint(engine: Engine, store: Store, *, sound: list[Path]) -> RunState | None:
+    """sound: checkpoints that were read already."""
+    store.settle()  # what is still being written is the newest
+    if not _has_optimizer(store):
+        return None
+    folder = store.ledger.checkpoint
+    problem = None if folder in sound else _problem(folder)
+    if problem:
+        raise ValueError(f"{problem}; start the same command again, it goes on from the checkpoint before")
+    if engine.mesh.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the steps held is in no piece that fits
+    state, saved = store.restore(engine), together(lambda: read_state(folder))
+    return replace(state, loader=saved["loader"] if saved["stage"] == state.stage else None)
 
 
 def _has_optimizer(store: Store) -> bool:
@@ -87,22 +113,27 @@ def _has_optimizer(store: Store) -> bool:
     return folder is not None and together(lambda: read_state(folder))["parts"] != ["model"]
 
 
-def _newest_checkpoint(engine: Engine, store: Store) -> RunState | None:
-    store.settle()  # what is still being written is the newest
-    if not _has_optimizer(store):
-        return None
-    folder = store.ledger.checkpoint
-    together(lambda: _check(folder))
-    if engine.mesh.device.type == "cuda":
-        torch.cuda.empty_cache()  # what the steps held is in no piece that fits
-    state, loader = store.restore(engine), together(lambda: read_state(folder))["loader"]
-    return replace(state, loader=loader)
-
-
-def _check(folder) -> None:
-    problem = fault(folder, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+def _is_sound(store: Store) -> bool:
+    """Whether there is a checkpoint that can be gone back to. Collective; rank 0 says what is wrong with it."""
+    try:
+        if not _has_optimizer(store):
+            return False
+        problem = _problem(store.ledger.checkpoint)
+    except ValueError as error:  # a host that cannot read it
+        problem = str(error)
     if problem:
-        raise ValueError(f"{folder}: {problem}; start the same command again, it goes on from the checkpoint before")
+        _say(f"{problem}; a snapshot in memory is gone back to once more instead")
+    return not problem
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, on the first rank that finds something. Collective."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    found = [None] * num_ranks
+    mine = together(lambda: fault(folder, rank=rank, num_ranks=num_ranks))
+    with primitive("faults of a checkpoint"):
+        dist.all_gather_object(found, mine)
+    return next((f"{folder}: {text}" for text in found if text), None)
 
 
 def _say(text: str) -> None:

@@ -35,12 +35,17 @@ def test_a_fault_of_the_files_is_one_line(tmp_path, error, wrap):
     assert not isinstance(caught.value, Unreadable)
 
 
-@pytest.mark.parametrize("wrap", [lambda error: error, of_ranks])
+@pytest.mark.parametrize(("wrap", "who"), [(lambda error: error, f"host {platform.node()}"), (of_ranks, "rank 3")])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_what_this_host_cannot_read_says_nothing_of_the_checkpoint(tmp_path, number, wrap):
+def test_what_one_host_cannot_read_says_nothing_of_the_checkpoint(tmp_path, number, wrap, who):
     with pytest.raises(Unreadable) as caught, readable(tmp_path):
         raise wrap(OSError(number, os.strerror(number)))
-    assert str(caught.value).startswith(f"host {platform.node()} cannot read {tmp_path} ({os.strerror(number)}), which")
+    assert str(caught.value).startswith(f"{who} cannot read {tmp_path} ({os.strerror(number)}), which says nothing of")
+
+
+def test_a_host_without_memory_is_no_damaged_checkpoint(tmp_path):
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), readable(tmp_path):
+        torch.empty(1 << 60, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, of_ranks])

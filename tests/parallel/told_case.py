@@ -53,7 +53,7 @@ def hanging(folder: Path, rank: int) -> None:
     import sbtrain.checkpoint.run_dir as run_dir
     from parallel import told
 
-    told.RECORD_S = 0.5
+    told.LIMIT_S = 0.5
     opening(folder, rank)
     run_dir.write_json = lambda path, value: time.sleep(STAYS_S)
     process = subprocess.Popen(["sleep", str(STAYS_S)])

@@ -18,23 +18,34 @@ STAGES = ("stages.ctx_32.tokens=1280", "evaluation.tokens=0")
 TWO_STAGES, ONE_STAGE = (*STAGES, "stop_after=ctx_64"), (*STAGES, "stop_after=ctx_32")
 
 
-def run_spiking(rank: int, recipe, spikes: list[int], stop_at_step: int | None = None, *, start_at=None) -> int:
+def run_spiking(
+    rank: int,
+    recipe,
+    spikes: list[int],
+    stop_at_step: int | None = None,
+    *,
+    start_at=None,
+    stage="ctx_32",
+    dies_at=None,
+) -> int:
     """Run the recipe; rank 0 alone sees a loss that spikes where the loader of a stage stands at one of `spikes`.
 
-    spikes: samples consumed by a stage. The first stage's are too few for scores otherwise: 4 losses suffice here.
-    start_at: samples that the loader goes on with instead of what the checkpoint says. Every snapshot that is due is
-    taken: the disk is waited for.
+    spikes: samples consumed by that stage. dies_at: samples at which a stage ends with an error. A stage is too short
+    for scores otherwise: 4 losses suffice here. start_at: samples that the loader goes on with instead of what the
+    checkpoint says. Every snapshot that is due is taken: the disk is waited for.
     """
     check, load, least = numbers.Numbers.check, Loader.load_state_dict, numbers.LEAST_LOSSES
     next_step, snapshot, at = Loader.next_step, Store.snapshot, {}
 
     def check_spiking(self, state, *, loss, grad_norm, origin):
-        spiking = rank == 0 and at["samples"] in spikes and state.stage == "ctx_32"
+        spiking = rank == 0 and at["samples"] in spikes and state.stage == stage
         return check(self, state, loss=loss + 9 * spiking, grad_norm=grad_norm, origin=origin)
 
     def note_and_next(self):
         rows = next_step(self)
         at["samples"] = self.num_samples
+        if dies_at == self.num_samples:
+            raise RuntimeError("the end")
         return rows
 
     def load_elsewhere(self, state):
@@ -140,6 +151,25 @@ def test_what_a_snapshot_did_not_help_goes_back_to_the_checkpoint_behind_it(gone
     assert run_ranks(2)(run_spiking, by_hand, [], 4) == [Exit.REQUEUE] * 2
     assert run_ranks(2)(run_spiking, by_hand, [], start_at=36) == [Exit.DONE] * 2
     assert curve(root / "behind") == curve(root / "behind_by_hand")
+
+
+def test_at_the_beginning_of_a_stage_it_goes_back_to_the_end_of_the_one_before(gone_back, run_ranks):
+    """Twice, and again after a start that died behind that: it goes on with the samples that were not left out."""
+    root, _ = gone_back
+    options = ("stages.ctx_32.tokens=768", "stages.ctx_64.tokens=1280", "stop_after=ctx_64", "evaluation.tokens=0")
+    for name in ("boundary", "dies"):
+        recipe = tiny_recipe(root, name, *options, *ROLLBACK, "checkpoint.every_steps=0")
+        if name == "dies":
+            with pytest.raises(RuntimeError, match="the end"):
+                run_ranks(2)(run_spiking, recipe, [10, 20], stage="ctx_64", dies_at=14)
+            ledger = json.loads((root / name / "ledger.json").read_text())
+            assert (ledger["step"], ledger["rolled_back"]["loader"]["num_samples"]) == (6, 10)
+        assert run_ranks(2)(run_spiking, recipe, [10, 20], stage="ctx_64") == [Exit.DONE] * 2
+        said = rollbacks(root / name)
+        places = [[one[key] for key in ("step", "from_step", "first_sample", "num_samples")] for one in said]
+        assert places == [[6, 11, 0, 10], [6, 11, 0, 20]]
+    assert curve(root / "dies") == curve(root / "boundary")
+    assert [step[0] for step in curve(root / "boundary")] == list(range(1, 17))
 
 
 def test_after_too_many_the_run_stops_and_so_does_the_next_start(gone_back, run_ranks):
