@@ -136,25 +136,34 @@ def test_from_memory_it_is_what_it_is_from_the_disk(name, tmp_path, run_ranks):
         assert any(key.startswith("weights") for key in changed) and memory[2]["steps"] == {4}
 
 
-def damaged(rank: int, folder: str) -> str:
-    """What a rank says where the checkpoint to go back to is not whole any more."""
+def too_near(rank: int, folder: str) -> list:
+    """Checkpoint at 2, snapshot at 3: where it leads if the snapshot was tried; before and after damage on the disk."""
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(Layout()))
         engine = build_engine(small_model(), mesh, seq_len=48)
         stack.callback(engine.close)
         store = Store(Path(folder), Ledger(Path(folder)), keep_last=0, op_table={"hash": "0"})
         store.save(engine, RunState(stage="a", step=2))
-        if rank == 0:
-            path = max((Path(folder) / "checkpoints/step_2").glob("__0_*.distcp"))
-            raw = bytearray(path.read_bytes())
-            raw[len(raw) // 2] ^= 1
-            path.write_bytes(raw)
-        torch.distributed.barrier()
+        store.flash = store.in_background(_writer=NoWriter())
+        stack.callback(store.close)
+        found = []
+        for _ in range(2):
+            store.snapshot(engine, RunState(stage="a", step=3))
+            assert newest_state("a", engine, store, 5, tried=lambda state: state.step != 3).step == 3
+            found.append(newest_state("a", engine, store, 5, tried=lambda state: state.step == 3).step)
+            if rank == 0:
+                path = max((Path(folder) / "checkpoints/step_2").glob("__0_*.distcp"))
+                raw = bytearray(path.read_bytes())
+                raw[len(raw) // 2] ^= 1
+                path.write_bytes(raw)
+            torch.distributed.barrier()
         with pytest.raises(ValueError) as caught:
-            newest_state("a", engine, store, 5)
-        return str(caught.value)
+            newest_state("a", engine, store, 3)
+        return [*found, str(caught.value)]
 
 
-def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path, run_ranks):
-    first, second = run_ranks(2)(damaged, str(tmp_path))
-    assert first == second and "step_2: __0_" in first and "has not the checksum" in first and "start the same" in first
+def test_a_snapshot_that_was_tried_and_a_damaged_checkpoint(tmp_path, run_ranks):
+    """The checkpoint, while it is whole; then the snapshot once more, or no rollback where there is none."""
+    first, second = run_ranks(2)(too_near, str(tmp_path))
+    assert first == second and first[:2] == [2, 3]
+    assert "step_2: __0_" in first[2] and "has not the checksum" in first[2] and "start the same" in first[2]
