@@ -29,7 +29,7 @@ def step_from(rank: int, layout: Layout, config, folder: str, step: int) -> floa
         store = Store(Path(folder), Ledger(Path(folder)), keep_last=0, op_table={"hash": "0123"})
         store.restore(engine)
         loss = engine.forward_backward(packed_rows(2, 48, 120, seed=step)).mean
-        engine.step(lr=1e-2)
+        engine.step(lr=1e-3)
         store.save(engine, RunState(stage="a", step=step + 1, tokens=step + 1))
         return loss
 
