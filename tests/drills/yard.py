@@ -108,7 +108,7 @@ class _Story:
             self._check_state(torn=True)
             self._ballast.unlink(missing_ok=True)
             self._shard.write_bytes(sound)
-        harm = getattr(self, f"_harm_{kind}", lambda: (Ledger(self.run_dir).step, []))
+        harm = getattr(self, f"_harm_{kind}", lambda: (self._newest_step(), []))
         step, said = harm()
         before = lines_of(self.run_dir, torn=True)
         self._check_end(self._start(), said)
@@ -211,6 +211,11 @@ class _Story:
         says = f"{path.name} has {stays} bytes, not the {num_bytes}" if path.name != MANIFEST else MANIFEST
         before = max(step for step in step_folders(self.run_dir) if step < ledger.step)
         return before, [f"skipped {ledger.checkpoint}: {says}"]
+
+    def _newest_step(self) -> int:
+        """Where the next start goes on: where the ledger says; where there is none yet, at the newest checkpoint."""
+        found = step_folders(self.run_dir)
+        return Ledger(self.run_dir).step if (self.run_dir / "ledger.json").exists() or not found else found[0]
 
     def _harm_lose_ledger(self) -> tuple[int, list[str]]:
         """It is lost already."""
