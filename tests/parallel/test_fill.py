@@ -80,11 +80,14 @@ def restore(rank: int, folder: str) -> tuple[float, float, bool]:
         for weight in engine.model.parameters():
             weight.detach().zero_()
         store.restore(engine)  # what the first one needs besides
-        Path("/proc/self/clear_refs").write_text("5")
-        there = _status_bytes("VmRSS")
-        store.restore(engine)
+        grown = []
+        for _ in range(3):  # pages that the system took back meanwhile count as growth when they are touched again
+            Path("/proc/self/clear_refs").write_text("5")
+            there = _status_bytes("VmRSS")
+            store.restore(engine)
+            grown.append(_status_bytes("VmHWM") - there)
         same = all(torch.equal(x, y) for x, y in zip(before, engine.model.parameters(), strict=True))
-        return 12.0 * sum(x.numel() for x in before), _status_bytes("VmHWM") - there, same
+        return 12.0 * sum(x.numel() for x in before), min(grown), same
 
 
 def _status_bytes(key: str) -> int:
@@ -94,9 +97,8 @@ def _status_bytes(key: str) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_no_rank_holds_the_whole_optimizer_while_it_is_restored(run_ranks, tmp_path):
-    """The all-gather of the weights, a third of that state, may take as much memory again, and not get it from torch."""
     for whole, grown, same in run_ranks(2)(restore, str(tmp_path)):
-        assert same and grown < whole / 2, f"{grown / 1e6:.0f} of {whole / 1e6:.0f} MB"
+        assert same and grown < whole / 3, f"{grown / 1e6:.0f} of {whole / 1e6:.0f} MB"
 
 
 class Trap:
