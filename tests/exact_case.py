@@ -81,8 +81,8 @@ def exact_step(
 
 
 def _counter(seen: list):
-    def observe(neuron: Neuron, x: Tensor, mean_abs: Tensor | None) -> None:
-        seen.append((neuron.layer, neuron.site, x.numel()))
+    def observe(neuron: Neuron, x: Tensor, mean_abs: Tensor | None, counted: Tensor | None) -> None:
+        seen.append((neuron.layer, neuron.site, x.numel() if counted is None else len(counted) * x.shape[-1]))
 
     return observe
 

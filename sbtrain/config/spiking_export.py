@@ -6,13 +6,12 @@ The key `spiking` says what spikes, with layers as lists; int8_weights: every pr
 from __future__ import annotations
 
 import json
-import math
 import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sbtrain.config.spiking_schema import PROJECTIONS, SpikingConfig
+from sbtrain.config.spiking_schema import LARGEST_K, PROJECTIONS, SpikingConfig
 
 SCALES = ".weight_quantizer.scales"
 """What the name of a projection's scales ends with, in place of .weight."""
@@ -40,7 +39,7 @@ def spiking_of(values: dict[str, Any]) -> SpikingConfig:
     num_layers, group = values["num_hidden_layers"], given["weight_group"]
     k_of = {"k": given["k"], **{f"layer_k.{layer}": k for layer, k in given["layer_k"].items()}}
     wrong = [
-        f"spiking.{key} is {k!r}" for key, k in k_of.items() if type(k) not in (int, float) or not 0 < k < math.inf
+        f"spiking.{key} is {k!r}" for key, k in k_of.items() if type(k) not in (int, float) or not 0 < k <= LARGEST_K
     ]
     flags = (*_FLAGS, "int8_weights")
     wrong += [f"spiking.{flag} is {given[flag]!r}" for flag in flags if not isinstance(given[flag], bool)]

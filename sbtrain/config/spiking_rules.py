@@ -6,15 +6,18 @@ import difflib
 
 from sbtrain.config.model_schema import Gate, ModelConfig
 from sbtrain.config.pattern import parse_pattern
-from sbtrain.config.spiking_schema import EVERYWHERE, PROJECTIONS, layers_in
+from sbtrain.config.spiking_schema import EVERYWHERE, LARGEST_K, PROJECTIONS, layers_in
 
 
 def check_spiking(model: ModelConfig) -> None:
     """model.spiking can be computed and names what exists, enabled or not. Raises ValueError naming key and fix."""
     spiking = model.spiking
     for key, k in {"k": spiking.k, **{f"layer_k.{layer}": k for layer, k in spiking.layer_k.items()}}.items():
-        if not k > 0:
-            raise ValueError(f"model.spiking.{key}={k} must be greater than 0: it is the spikes of a mean activation")
+        if not 0 < k <= LARGEST_K:
+            raise ValueError(
+                f"model.spiking.{key}={k} must be greater than 0 and at most {LARGEST_K:g}: it is the spikes of a mean "
+                "activation"
+            )
     for layer in spiking.layer_k:
         if not 0 <= layer < model.num_layers:
             raise ValueError(f"model.spiking.layer_k.{layer}: {_layers_of(model)}; remove it or name one of them")

@@ -8,6 +8,8 @@ from typing import Dict
 PROJECTIONS = ("qkv", "gate", "proj", "gate_up", "down")
 """Names of projections by what they read: queries, keys, values and the gate of linear attention read the same."""
 EVERYWHERE = "all"
+LARGEST_K = 1e9
+"""Counts have 32 bits: with more spikes of a mean activation they would say nothing."""
 
 
 @dataclass(frozen=True)

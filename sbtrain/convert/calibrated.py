@@ -46,8 +46,12 @@ def int8_names(model: ModelConfig) -> list[str]:
 
     Raises ValueError, one line, where it cannot be: experts, and groups that do not divide.
     """
-    if any(kind.moe for kind in parse_pattern(model.pattern, model.num_layers)):
-        raise ValueError("mixtures of experts are not calibrated; INT8 weights are for models with dense FFNs")
+    with_experts = [i for i, kind in enumerate(parse_pattern(model.pattern, model.num_layers)) if kind.moe]
+    if with_experts:
+        raise ValueError(
+            f"model.pattern: layer {with_experts[0]} is a mixture of experts, which are not calibrated; INT8 weights "
+            "are for models with dense FFNs"
+        )
     names, group = [], model.spiking.weight_group
     for row in table(model):
         where = projection_of(row.name)

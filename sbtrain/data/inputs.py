@@ -104,7 +104,7 @@ def _examine(path: Path, name: str) -> _File:
         raise ValueError(f"{path}: unknown kind of file; inputs end in one of {', '.join(_KNOWN)}")
     num_bytes = path.stat().st_size
     if num_bytes == 0:
-        raise ValueError(f"{path} is empty; delete it or leave it out of input=")
+        raise ValueError(f"{path} is empty; delete it or leave it out")
     with open(path, "rb") as stream:
         digest = hashlib.sha256(stream.read(_HEAD_BYTES))
         stream.seek(max(0, num_bytes - _HEAD_BYTES))
@@ -119,7 +119,7 @@ def _cut(file: _File, slice_bytes: int) -> list[Slice]:
     if file.kind == ".parquet":
         num_groups = _open_parquet(str(file.path)).num_row_groups
         if num_groups == 0:
-            raise ValueError(f"{file.path} has no rows; delete it or leave it out of input=")
+            raise ValueError(f"{file.path} has no rows; delete it or leave it out")
         return [_slice(file, group, group + 1, num_bytes=file.num_bytes // num_groups) for group in range(num_groups)]
     return [_slice(file, 0, file.num_bytes)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
@@ -74,7 +75,8 @@ def passages(loaded: Loaded, options: BitsOptions) -> list[Passage]:
     with tempfile.TemporaryDirectory() as scratch:
         for source, prefix in _prefixes(loaded, options, Path(scratch)).items():
             for length in options.lengths:
-                rows = heldout_rows(prefix, seq_len=length, tokens=options.tokens, tokenizer=loaded.tokenizer)
+                how = dict(seq_len=length, tokens=options.tokens, tokenizer=loaded.tokenizer)
+                rows = heldout_rows(prefix, **how, fill=False)
                 num_bytes = scored_bytes(rows, sizes)
                 if not num_bytes:
                     raise ValueError(
@@ -86,7 +88,8 @@ def passages(loaded: Loaded, options: BitsOptions) -> list[Passage]:
 
 def judge(loaded: Loaded, passage: Passage) -> dict:
     """{bits_per_byte, nats_per_token, tokens, bytes} of the model on a passage."""
-    sums = evaluate_rows(loaded.model, loaded.mesh, passage.rows)
+    alike = groupby(passage.rows, key=lambda row: len(row.tokens))  # the last may be shorter
+    sums = [each for _, rows in alike for each in evaluate_rows(loaded.model, loaded.mesh, list(rows))]
     nats, num_tokens = sum(s.loss for s in sums), sum(s.num_tokens for s in sums)
     return {
         "bits_per_byte": nats / math.log(2) / passage.num_bytes,

@@ -7,7 +7,6 @@ SpikingBrain report, section 3.3). A projection that model.spiking leaves out is
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from parallel.sequence.shard import Row
 from sbtrain.config.model_schema import ModelConfig
 from sbtrain.config.schema import Precision
 from sbtrain.config.spiking_rules import check_spiking
-from sbtrain.config.spiking_schema import SpikingConfig
+from sbtrain.config.spiking_schema import LARGEST_K, SpikingConfig
 from sbtrain.convert.calibrated import MergedGates, Writer, fingerprint_of, int8_model, int8_names
 from sbtrain.convert.names import projection_of
 from sbtrain.data import tokenizer as tokenizers
@@ -68,8 +67,8 @@ class Calibration:
         for key, least in {"samples": 1, "seq_len": 2, "weight_group": 1}.items():
             if getattr(self, key) is not None and getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}")
-        if self.k is not None and not 0 < self.k < math.inf:
-            raise ValueError(f"k={self.k} must be positive and finite: it is the spikes of a mean activation")
+        if self.k is not None and not 0 < self.k <= LARGEST_K:
+            raise ValueError(f"k={self.k} must be positive and at most {LARGEST_K:g}: the spikes of a mean activation")
 
     def of(self, spiking: SpikingConfig) -> SpikingConfig:
         """model.spiking with what is given here."""
@@ -186,7 +185,8 @@ def calibrate_layer(
         hessians = _hessians(states, layer, modules)
         for name, module in modules.items():
             try:
-                rounded = _rounded(module.weight, hessians.pop(name).matrix, method, model.spiking.weight_group)
+                hessian, group = hessians.pop(name).matrix, model.spiking.weight_group
+                rounded = _rounded(states.weight(name), hessian, method, group)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             weights[name], errors[name] = rounded
@@ -207,13 +207,11 @@ def _hessians(states: HiddenStates, layer: nn.Module, modules: dict[str, nn.Modu
 def _rounded(
     weight: Tensor, hessian: Tensor, method: str, group: int
 ) -> tuple[tuple[Tensor, Tensor], dict[str, float]]:
-    """A weight by one method, and its errors."""
-    wide, pairs = weight.float(), {}
-    if method == "gptq":
-        pairs["gptq"] = gptq(wide, hessian, group=group)
-    scales = group_scales(wide, group)
-    pairs["rtn"] = quantize(wide, scales), scales
-    return pairs[method], {each: output_error(wide, dequantize(*pair), hessian) for each, pair in pairs.items()}
+    """An fp32 weight by one method, and its errors."""
+    pairs = {"gptq": gptq(weight, hessian, group=group)} if method == "gptq" else {}
+    scales = group_scales(weight, group)
+    pairs["rtn"] = quantize(weight, scales), scales
+    return pairs[method], {each: output_error(weight, dequantize(*pair), hessian) for each, pair in pairs.items()}
 
 
 def _methods(method: str) -> tuple[str, ...]:

@@ -29,6 +29,10 @@ class HiddenStates:
         self._reader, self._rows = reader, rows
         self._hidden = self._embedded()
 
+    def weight(self, name: str) -> Tensor:
+        """A weight as the checkpoint has it, in fp32 on the device, whatever the precision of the layers."""
+        return self._reader.get(name).to(device=self.mesh.device, dtype=torch.float32)
+
     @torch.no_grad()
     def layer(self, index: int) -> DecoderLayer:
         """The layer that these states enter, on the device, with its weights."""

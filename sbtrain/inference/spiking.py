@@ -18,6 +18,7 @@ from tqdm import tqdm
 import ops
 from parallel.mesh import Mesh
 from sbtrain.config.model_schema import ModelConfig
+from sbtrain.config.spiking_schema import LARGEST_K, SpikingConfig
 from sbtrain.inference import bits
 from sbtrain.inference.bits import BitsOptions, Passage, judge, passages
 from sbtrain.inference.load import Loaded, Where, load_model
@@ -34,9 +35,9 @@ SITES = ("qkv", "gate", "queries", "proj", "gate_up", "down")
 class SpikingOptions(BitsOptions):
     """What is read, as in suite bpb, and the neurons' k.
 
-    k: spikes per mean activation, of all neurons; the text is read once for each. The one that the model was made for,
-    or the nearest to it, is the one shown in detail. spike_down_proj: the down projection of FFNs spikes too, also
-    where model.spiking has it not.
+    k: spikes per mean activation, of all neurons; the text is read once for each. The model's own, k and layer_k of
+    model.spiking, is always among them and shown in detail. spike_down_proj: the down projection of FFNs spikes too,
+    also where model.spiking has it not.
     """
 
     lengths: tuple[int, ...] = (1024,)
@@ -45,8 +46,10 @@ class SpikingOptions(BitsOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.k or not all(0 < k < float("inf") for k in self.k):
-            raise ValueError("k= must name positive numbers, spikes per mean activation, for example k=2,3,4")
+        if not self.k or not all(0 < k <= LARGEST_K for k in self.k):
+            raise ValueError(
+                f"k= must name positive numbers up to {LARGEST_K:g}, spikes per mean activation, for example k=2,3,4"
+            )
         if len(set(self.k)) < len(self.k):
             raise ValueError("k= names a number twice; keep one of them")
 
@@ -69,51 +72,66 @@ def load(where: Where, options: SpikingOptions, mesh: Mesh) -> Loaded:
 
 
 def run(loaded: Loaded, options: SpikingOptions) -> dict:
-    """{off: {results, mean}, sweep: [{k, results, mean, cost, total, projections, layers, sites}], shown_k, rasters}.
+    """{off: {results, mean}, sweep, shown, rasters}.
 
-    results: as of suite bpb. mean: of their bits per byte. cost: by how much, of 1, the mean is above that without
-    spikes. total and the entries of projections, layers and sites ("layer.projection"): SpikeFigures. shown_k: of the
-    point that tables and plots show. rasters: counts of a few tokens. The model is left as it was loaded.
-    Raises what suite bpb raises, and ValueError where the model has no neurons.
+    sweep: [{k, layer_k, results, mean, cost, total, projections, layers, sites}]. results: as of suite bpb. mean: of
+    their bits per byte. cost: by how much, of 1, the mean is above that without spikes. total and the entries of
+    projections, layers and sites ("layer.projection"): SpikeFigures of the text's tokens, meta tokens left out. shown:
+    the model's own point in the sweep, which tables and plots show. rasters: counts of a few tokens. The model is left
+    as it was loaded. Raises what suite bpb raises, and ValueError where the model has no neurons.
     """
     text, found = passages(loaded, options), neurons(loaded.model)
     if not found:
         raise ValueError("suite spiking finds no neurons: model.spiking.skip leaves out every projection")
-    shown = min(options.k, key=lambda k: abs(k - loaded.config.spiking.k))
+    points, shown = _points(loaded.config.spiking, options)
+    num_meta = loaded.config.meta.num_tokens
     with _restored(loaded, found):
         set_share(loaded.model, 0.0)
         off = _scored(loaded, text)
         set_share(loaded.model, 1.0)
         sweep, rasters = [], []
-        for k in tqdm(options.k, desc="spiking", unit="k", disable=None):
-            watchers = [_watch(neuron, k) for neuron in found]
-            point = {"k": k, **_scored(loaded, text)}
+        for spiking in tqdm(points, desc="spiking", unit="k", disable=None):
+            watchers = [_watch(neuron, spiking.k_of(neuron.layer), num_meta) for neuron in found]
+            point = {"k": spiking.k, "layer_k": spiking.layer_k, **_scored(loaded, text)}
             sweep.append({**point, "cost": point["mean"] / off["mean"] - 1, **_figures(watchers)})
-            rasters = _rasters(watchers) if k == shown else rasters
-    return {"off": off, "sweep": sweep, "shown_k": shown, "rasters": rasters}
+            rasters = _rasters(watchers) if len(sweep) - 1 == shown else rasters
+    return {"off": off, "sweep": sweep, "shown": shown, "rasters": rasters}
+
+
+def _points(own: SpikingConfig, options: SpikingOptions) -> tuple[list[SpikingConfig], int]:
+    """What the text is read with, and which of it is the model's own: first where layers differ, else by its k."""
+    by_layer = any(k != own.k for k in own.layer_k.values())
+    ks = options.k if by_layer or own.k in options.k else sorted((*options.k, own.k))
+    points = [replace(own, k=k, layer_k={}) for k in ks]
+    return ([own, *points], 0) if by_layer else (points, ks.index(own.k))
 
 
 @dataclass
 class Watcher:
-    """A neuron's observer: sums over its counts, and those of the first tokens."""
+    """A neuron's observer: sums over its counts of the text, and those of its first tokens.
+
+    num_meta: rows before the text in each input.
+    """
 
     neuron: Neuron
+    num_meta: int
     statistics: SpikeStatistics | None = None
     first: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, neuron: Neuron, x: Tensor, mean_abs: Tensor | None = None) -> None:
-        """Called with the neuron's input before its spikes are counted."""
+    def __call__(self, neuron: Neuron, x: Tensor, mean_abs: Tensor | None, counted: Tensor | None) -> None:
+        """Called with the neuron's input before its spikes are counted. counted: as `Neuron.spike` takes it."""
         count, _ = ops.spike_count(x, k=neuron.k, mean_abs=mean_abs)
         count = count.flatten(2) if neuron.site == "queries" else count  # the channels of all heads
         count = count.reshape(-1, count.shape[-1])
+        count = count[self.num_meta :] if counted is None else count[counted]
         if self.statistics is None:
             self.statistics = SpikeStatistics(count.shape[-1], device=count.device)
             self.first.append(count[:RASTER_TOKENS, :RASTER_CHANNELS].clone())
         self.statistics.add(count)
 
 
-def _watch(neuron: Neuron, k: float) -> Watcher:
-    neuron.k, neuron.observer = k, Watcher(neuron)
+def _watch(neuron: Neuron, k: float, num_meta: int) -> Watcher:
+    neuron.k, neuron.observer = k, Watcher(neuron, num_meta)
     return neuron.observer
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import ops
-from sbtrain.inference.spiking_tables import detail
+from sbtrain.inference.spiking_tables import detail, name_of
 from sbtrain.metrics.figure import GRAY, INK, LINE, PALE, blank, save
 from sbtrain.spiking.statistics import SHOWN_COUNTS
 
@@ -35,7 +35,7 @@ def write_spiking_plots(report: dict, folder: Path) -> dict[str, Path]:
 
 def windows_figure(point: dict) -> Figure:
     """Shares of 3-step windows by the spikes in them, beside the report's Figure 9."""
-    figure, axes = blank(f"Spikes in windows of three steps, k = {point['k']:g}")
+    figure, axes = blank(f"Spikes in windows of three steps, {name_of(point)}")
     groups = (("this model", point["total"]["window_spikes"], LINE), ("SpikingBrain-7B", REPORT_WINDOWS, "#cbd2d9"))
     for index, (label, shares, color) in enumerate(groups):
         places = numpy.arange(len(shares)) + (index - 0.5) * 0.4
@@ -50,7 +50,7 @@ def windows_figure(point: dict) -> Figure:
 
 def counts_figure(point: dict) -> Figure:
     """Shares of the counts |s|."""
-    figure, axes = blank(f"Spike counts, k = {point['k']:g}")
+    figure, axes = blank(f"Spike counts, {name_of(point)}")
     shares = point["total"]["counts"]
     bars = axes.bar(range(len(shares)), shares, 0.8, color=[LINE] * 8 + [PALE] * (len(shares) - 8))
     axes.bar_label(bars, [f"{share:.1%}" for share in shares], fontsize=7, padding=2, color=INK)
@@ -96,7 +96,7 @@ def cost_figure(report: dict) -> Figure:
     bits = [point["mean"] for point in points]
     axes.plot(places, bits, color=LINE, linewidth=1.8, marker="o", markersize=5, label="with spikes")
     for point, place, value in zip(points, places, bits):
-        axes.annotate(f"k = {point['k']:g}", (place, value), xytext=(0, 7), textcoords="offset points", ha="center",
+        axes.annotate(name_of(point), (place, value), xytext=(0, 7), textcoords="offset points", ha="center",
                       fontsize=8, color=INK)  # fmt: skip
     axes.axhline(report["off"]["mean"], color=GRAY, linewidth=1, linestyle=(0, (4, 3)), label="without")
     axes.set_xlabel("silent windows (the report's sparsity)", color=GRAY)

@@ -21,7 +21,12 @@ def table(report: dict) -> str:
 
 def detail(report: dict) -> dict:
     """The point of the sweep that details are shown of."""
-    return next(point for point in report["sweep"] if point["k"] == report["shown_k"])
+    return report["sweep"][report["shown"]]
+
+
+def name_of(point: dict) -> str:
+    """What a point of the sweep is called."""
+    return "k by layer" if point["layer_k"] else f"k = {point['k']:g}"
 
 
 def sweep_cells(report: dict) -> Cells:
@@ -29,7 +34,7 @@ def sweep_cells(report: dict) -> Cells:
     names = [f"{result['source']} {result['length']}" for result in report["off"]["results"]]
     rows = [["no spikes", *_bits(report["off"]), *[""] * 5]]
     for point in report["sweep"]:
-        rows.append([f"k = {point['k']:g}", *_bits(point), f"{point['cost']:+.2%}", *_essence(point["total"])])
+        rows.append([name_of(point), *_bits(point), f"{point['cost']:+.2%}", *_essence(point["total"])])
     header = ["bits per byte", *names, "mean", "cost", "silent windows", "spikes", "saved, FP16", "saved, INT8"]
     return header, rows
 
@@ -37,7 +42,7 @@ def sweep_cells(report: dict) -> Cells:
 def projection_cells(report: dict) -> Cells:
     """All figures of one k, by projection and together."""
     point = detail(report)
-    return _figures(f"k = {point['k']:g}", {**point["projections"], "all": point["total"]})
+    return _figures(name_of(point), {**point["projections"], "all": point["total"]})
 
 
 def layer_cells(report: dict) -> Cells:

@@ -7,7 +7,7 @@ exchange with one wait, and its backward pass gathers what the forward pass scat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class Plan:
 
     send, receive: rows for and from each ep rank, S and R in all. offsets: int32 [L + 1] bounds of the local experts'
     rows. by_expert: int64 [R'], the received row at each place of the local experts' order, -1 is a row of zeros; None
-    where they arrive in order. places: int64 [R], its inverse. hot_offsets: int32 [num_hot + 1].
+    where they arrive in order. places: int64 [R], its inverse. hot_offsets: int32 [num_hot + 1]. observed: int64, the
+    rows of the local experts' order that observers of their neuron count, None is all.
     """
 
     send: list[int]
@@ -65,6 +66,7 @@ class Plan:
     places: Tensor | None
     hot_offsets: Tensor | None
     padded: bool
+    observed: Tensor | None = None
 
 
 class Counts:
@@ -281,6 +283,17 @@ def arrive(received: Tensor, plan: Plan) -> Tensor:
     if plan.by_expert is None:
         return received
     return _Sort.apply(received, plan.by_expert, plan.places, (plan.padded, False))
+
+
+def observed(plan: Plan, departure: Departure, counted: Tensor | None) -> Plan:
+    """The plan with the rows that observers count: none that only fill up an expert's share.
+
+    counted: bool [T], tokens whose rows count, where all rows are of this rank; waits for the device. None is all.
+    """
+    if counted is None:
+        return replace(plan, observed=plan.places.sort().values) if plan.padded else plan
+    rows = counted[departure.order // departure.place.shape[1]].nonzero()[:, 0]
+    return replace(plan, observed=rows if plan.places is None else plan.places[rows].sort().values)
 
 
 def send_back(y: Tensor, plan: Plan) -> Tensor:

@@ -48,14 +48,21 @@ class Experts(mcore.MegatronModule):
 
 
 def grouped_ffn(
-    x: Tensor, fc1: Tensor, fc2: Tensor, offsets: Tensor, neuron: Neuron | None = None, *, rebuild: bool = False
+    x: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    offsets: Tensor,
+    neuron: Neuron | None = None,
+    counted: Tensor | None = None,
+    *,
+    rebuild: bool = False,
 ) -> Tensor:
     """SwiGLU FFNs of groups of rows. x [R, D] -> [R, D]; rebuild: the activations are made again in the backward.
 
-    neuron: that of the down projections, None where they do not spike.
+    neuron: that of the down projections, None where they do not spike. counted: as `Neuron.spike` takes it.
     """
     gate_up = ops.grouped_mm(x, fc1, offsets=offsets)
-    active, again = activated(gate_up, neuron)
+    active, again = activated(gate_up, neuron, counted)
     if not rebuild:
         return ops.grouped_mm(active, fc2, offsets=offsets)
     with rebuilt(active, again):

@@ -12,7 +12,7 @@ from parallel.recompute import is_replay, recomputed
 from sbtrain.config.model_schema import ModelConfig
 from sbtrain.config.moe_schema import Align, ExpertsConfig
 from sbtrain.config.schema import Recompute
-from sbtrain.moe.dispatch import Dispatcher, Limits, Plan, arrive, come_home, leave, send_back
+from sbtrain.moe.dispatch import Departure, Dispatcher, Limits, Plan, arrive, come_home, leave, observed, send_back
 from sbtrain.moe.experts import Experts, SharedExperts, grouped_ffn
 from sbtrain.moe.hot import HotExperts
 from sbtrain.moe.router import Router
@@ -65,7 +65,7 @@ class MoELayer(mcore.MegatronModule):
             self.router.tally.add_dropped(counts.dropped)
         seen = rows if self.spiked_input is None else self.spiked_input(rows)  # the router sees the rows as they are
         sent = leave(seen, departure)  # before the wait, so that the device has something to do
-        plan = self.dispatcher.plan(counts, experts.numel())
+        plan = self._observed(self.dispatcher.plan(counts, experts.numel()), departure, counted)
         if self.shared_experts is not None:
             x = self._seen_by_all(x, seen)
         out, shared = self._exchange(sent, x, plan, hot) if self.groups.ep.size() > 1 else self._alone(sent, x, plan)
@@ -140,14 +140,25 @@ class MoELayer(mcore.MegatronModule):
             recompute=graph and self.recompute is Recompute.selective,
         )
 
-    def _compute(self, rows: Tensor, plan: Plan) -> Tensor:
-        return self._ffn(rows, (self.experts.linear_fc1, self.experts.linear_fc2), plan.offsets)
+    def _observed(self, plan: Plan, departure: Departure, counted: Tensor) -> Plan:
+        """The plan with what an observer counts. Meta tokens are in it while training: leaving them out is a wait."""
+        if self.spiked_active is None or self.spiked_active.observer is None:
+            return plan
+        without_meta = not self.training and self.groups.ep.size() == 1
+        return observed(plan, departure, counted if without_meta else None)
 
-    def _ffn(self, rows: Tensor, weights: tuple[Tensor, Tensor], offsets: Tensor) -> Tensor:
+    def _compute(self, rows: Tensor, plan: Plan) -> Tensor:
+        weights = self.experts.linear_fc1, self.experts.linear_fc2
+        return self._ffn(rows, weights, plan.offsets, plan.observed)
+
+    def _ffn(
+        self, rows: Tensor, weights: tuple[Tensor, Tensor], offsets: Tensor, observed: Tensor | None = None
+    ) -> Tensor:
         """The FFNs of groups of rows, with as much kept for the backward pass as the recipe wants."""
+        arguments = rows, *weights, offsets, self.spiked_active, observed
         if not torch.is_grad_enabled() or self.recompute is Recompute.full:
-            return grouped_ffn(rows, *weights, offsets, self.spiked_active)
+            return grouped_ffn(*arguments)
         overloaded = 0 < self.options.recompute_above_tokens < len(rows)
         if self.recompute is Recompute.selective or overloaded:
-            return recomputed(grouped_ffn, rows, *weights, offsets, self.spiked_active)
-        return grouped_ffn(rows, *weights, offsets, self.spiked_active, rebuild=self.recompute is Recompute.activations)
+            return recomputed(grouped_ffn, *arguments)
+        return grouped_ffn(*arguments, rebuild=self.recompute is Recompute.activations)

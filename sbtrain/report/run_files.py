@@ -99,7 +99,7 @@ def read_part(path: Path, parse, kind: type, consequence: str, notes: list[str])
 def read_spiking(text: str) -> dict:
     """What suite spiking wrote. Raises ValueError where a part of it is missing."""
     value = json.loads(text)
-    parts = {"model", "off", "sweep", "shown_k", "rasters"}
+    parts = {"model", "off", "sweep", "shown", "rasters"}
     if not isinstance(value, dict) or not parts <= value.keys():
         raise ValueError("is no result of suite spiking")
     return value

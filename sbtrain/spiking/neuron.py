@@ -58,24 +58,24 @@ class _Blend(torch.autograd.Function):
 class Neuron(Replacement):
     """The neuron before one projection of one layer. site: the projection, see SpikingConfig.skip, or "queries".
 
-    observer: called with the neuron, each input in full precision and its mean_abs as `spike` takes it, while it is
-    set; recomputed passes call it once.
+    observer: called with the neuron, each input in full precision, its mean_abs and the rows that count as `spike`
+    takes them, while it is set; recomputed passes call it once.
     """
 
     def __init__(self, *, k: float, site: str, layer: int, tp_group=None):
         """tp_group: whose ranks hold parts of a token's channels; None where x has all of them."""
         super().__init__()
         self.k, self.site, self.layer, self._tp_group = k, site, layer, tp_group
-        self.observer: Optional[Callable[[Neuron, Tensor, Optional[Tensor]], Any]] = None
+        self.observer: Optional[Callable[[Neuron, Tensor, Optional[Tensor], Optional[Tensor]], Any]] = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> the same shape and dtype."""
         return self.spike(x, self.mean_abs(x))
 
-    def spike(self, x: Tensor, mean_abs: Tensor | None) -> Tensor:
-        """The same with what mean_abs has given."""
+    def spike(self, x: Tensor, mean_abs: Tensor | None, counted: Tensor | None = None) -> Tensor:
+        """The same with what mean_abs has given. counted: index of the rows that observers count, None is all."""
         if self.observer is not None and not is_replay():
-            self.observer(self, x, mean_abs)
+            self.observer(self, x, mean_abs, counted)
         return self.values(x, mean_abs)
 
     def values(self, x: Tensor, mean_abs: Tensor | None) -> Tensor:
@@ -178,10 +178,12 @@ class SpikedInput(nn.Module):
         return qkv, x if self.gate is None else self.gate(x)
 
 
-def activated(gate_up: Tensor, neuron: Neuron | None) -> tuple[Tensor, Callable[[], Tensor]]:
+def activated(
+    gate_up: Tensor, neuron: Neuron | None, counted: Tensor | None = None
+) -> tuple[Tensor, Callable[[], Tensor]]:
     """What a down projection reads of gate and up, [..., 2F] -> [..., F], and a function that makes it again.
 
-    neuron: that of the down projection, None where it does not spike.
+    neuron: that of the down projection, None where it does not spike. counted: as `Neuron.spike` takes it.
     """
 
     def make() -> Tensor:
@@ -191,7 +193,7 @@ def activated(gate_up: Tensor, neuron: Neuron | None) -> tuple[Tensor, Callable[
         return make(), make
     x = make()
     mean_abs = neuron.mean_abs(x)
-    return neuron.spike(x, mean_abs), lambda: neuron.values(make(), mean_abs)
+    return neuron.spike(x, mean_abs, counted), lambda: neuron.values(make(), mean_abs)
 
 
 def neurons(model: nn.Module) -> list[Neuron]:

@@ -60,14 +60,16 @@ class SpikeSteps:
         return {"spike_sparsity": total / max(num_neurons, 1.0), **share}
 
     @torch.no_grad()
-    def _sample(self, neuron: Neuron, x: Tensor, mean_abs: Tensor | None) -> None:
+    def _sample(self, neuron: Neuron, x: Tensor, mean_abs: Tensor | None, counted: Tensor | None) -> None:
         """Add the sparsity of some tokens of x [..., D], once a step; of queries [1,T,H,D] with all their heads."""
         neuron.observer = None
         last = 1 if neuron.site == "queries" else -2
         x = x.flatten(0, last)
-        if not len(x):
+        num_rows = len(x) if counted is None else len(counted)
+        if not num_rows:
             return
-        picked = torch.arange(0, len(x), -(-len(x) // SAMPLE_TOKENS), device=x.device)
+        picked = torch.arange(0, num_rows, -(-num_rows // SAMPLE_TOKENS), device=x.device)
+        picked = picked if counted is None else counted[picked]
         mean_abs = None if mean_abs is None else mean_abs.flatten(0, last)[picked]
         count, _ = ops.spike_count(x[picked], k=neuron.k, mean_abs=mean_abs)
         self._sums[0] += sparsity(count)

@@ -60,6 +60,17 @@ def test_rows_are_the_corpus_once_and_in_order(tmp_path):
     assert len(heldout_rows(prefix, seq_len=8, tokens=3)) == 1
 
 
+def test_the_last_row_may_stay_short(tmp_path):
+    documents = counted_documents([5, 12, 3, 9])
+    prefix = write_corpus(tmp_path / "c", documents)
+    filled, short = (heldout_rows(prefix, seq_len=8, tokens=10**6, fill=fill) for fill in (True, False))
+    assert torch.equal(torch.cat([row.tokens for row in short]), torch.from_numpy(np.concatenate(documents)))
+    assert [len(row.tokens) for row in short[:-1]] == [8] * (len(short) - 1) and len(short) == len(filled)
+    last, size = short[-1], len(short[-1].tokens)
+    assert torch.equal(last.labels, filled[-1].labels[:size]) and last.cu_seqlens[-1] == size
+    assert last.cu_seqlens.tolist() == filled[-1].cu_seqlens[: len(last.cu_seqlens)].tolist()
+
+
 def test_other_tokenizer_is_refused(tmp_path, tokenizer):
     prefix = write_corpus(tmp_path / "c", counted_documents([5]))
     with pytest.raises(ValueError, match="another tokenizer"):

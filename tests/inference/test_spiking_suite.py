@@ -15,6 +15,7 @@ import ops
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.sequence.shard import Documents
+from sbtrain.config.model_schema import Gate, GLAConfig, MetaConfig, MoEConfig
 from sbtrain.config.schema import Precision
 from sbtrain.config.spiking_schema import SpikingConfig
 from sbtrain.inference import bits, spiking
@@ -25,6 +26,7 @@ from tiny_model import EOS, MODEL, build, loaded_model, write_export, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SPIKING = SpikingConfig(enabled=True)
+ALL_SPIKING = replace(SPIKING, spike_down_proj=True)
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 TEXTS = [ALPHABET[start:] + ALPHABET[:start] for start in range(0, 26, 3)]
 
@@ -61,15 +63,14 @@ def train(loaded: Loaded, *, num_steps: int) -> None:
 
 def test_figures_are_those_of_all_counts(mesh, tmp_path, texts):
     loaded = loaded_model(tmp_path / "tokenizer", mesh, spiking=replace(SPIKING, spike_down_proj=True, k=2.0))
-    options = options_of(texts, k=(2.0, 5.0))
-    report = spiking.run(loaded, options)
+    report = spiking.run(loaded, options_of(texts, k=(2.0, 5.0)))
     seen = {}
     for neuron in neurons(loaded.model):
         assert neuron.k == 2.0 and neuron.share == 1.0 and neuron.observer is None, "left as it was"
-        neuron.observer = lambda neuron, x, _: seen.setdefault((neuron.layer, neuron.site), []).append(x)
+        neuron.observer = lambda neuron, x, *_: seen.setdefault((neuron.layer, neuron.site), []).append(x)
     plain = bits.run(loaded, bits.BitsOptions(lengths=(32,), tokens=128, data=(str(texts),)))
     point = report["sweep"][0]
-    assert point["results"] == plain["results"] and report["shown_k"] == 2.0
+    assert point["results"] == plain["results"] and report["shown"] == 0
     inputs = {f"{layer}.{site}": torch.cat([x.reshape(-1, x.shape[-1]) for x in parts])
               for (layer, site), parts in seen.items()}  # fmt: skip
     assert set(point["sites"]) == set(inputs) and set(point["layers"]) == {"0", "1", "2", "3"}
@@ -98,11 +99,47 @@ def test_sparsity_falls_and_accuracy_rises_with_k(mesh, tmp_path, texts):
     spiked.model.load_state_dict(state)
     report = spiking.run(spiked, options_of(texts, k=(0.5, 1.0, 2.0, 4.0, 1000.0)))
     assert report["off"]["results"] == plain["results"] and report["off"]["mean"] < 1.5, "it has learned"
+    del report["sweep"][report["shown"]]  # its own k, 3, which nobody asked for
     costs = [point["cost"] for point in report["sweep"]]
     assert costs[0] > costs[1] > max(costs[2:]) and costs[0] > 1 and abs(costs[4]) < 0.05
     sparsities = [point["total"]["silent_windows"] for point in report["sweep"]]
     assert sparsities == sorted(sparsities, reverse=True)
     assert 0.5 < sparsities[2] < 0.8, "near the report's"
+
+
+def test_only_text_is_counted(mesh, tmp_path, texts):
+    """Neither what fills up a row nor meta tokens, in experts neither: counts as a row of the text alone gives them."""
+    meta = MetaConfig(num_tokens=20)
+    moe = MoEConfig(num_experts=3, top_k=2, num_shared_experts=1)
+    config = replace(MODEL, num_layers=2, pattern="(LS)(LF):m", meta=meta, moe=moe, gla=GLAConfig(gate=Gate.tied))
+    loaded = loaded_model(tmp_path / "tokenizer", mesh, **vars(replace(config, spiking=ALL_SPIKING)))
+    num_tokens = 27 * len(TEXTS)
+    reports = [spiking.run(loaded, options_of(texts, k=(3.0,), lengths=(size,), tokens=10**4)) for size in
+               (num_tokens, 4 * num_tokens)]  # fmt: skip
+    (exact,), (filled,) = (report["sweep"] for report in reports)
+    assert exact["sites"] == filled["sites"] and reports[0]["rasters"] == reports[1]["rasters"]
+    channels = {"qkv": 1, "proj": 2, "gate_up": 1}
+    for site, times in channels.items():
+        assert exact["sites"][f"0.{site}"]["num_values"] == times * num_tokens * config.hidden_size, site
+    assert exact["sites"]["0.down"]["num_values"] == num_tokens * config.ffn_size
+    assert exact["sites"]["1.down"]["num_values"] == num_tokens * config.ffn_size * (moe.top_k + 1)
+    seen = []
+    qkv = next(neuron for neuron in neurons(loaded.model) if (neuron.layer, neuron.site) == (0, "qkv"))
+    qkv.observer = lambda neuron, x, *_: seen.append(ops.spike_count(x, k=3.0)[0])
+    bits.run(loaded, bits.BitsOptions(lengths=(num_tokens,), data=(str(texts),)))
+    assert reports[0]["rasters"][0]["counts"] == seen[0][20:36, 0].tolist()
+
+
+def test_a_k_for_each_layer_is_measured_as_it_is(mesh, tmp_path, texts):
+    own = replace(SPIKING, layer_k={0: 0.5, 1: 50.0})
+    loaded = loaded_model(tmp_path / "tokenizer", mesh, spiking=own)
+    report = spiking.run(loaded, options_of(texts, k=(3.0,)))
+    first, second = report["sweep"]
+    plain = bits.run(loaded, bits.BitsOptions(lengths=(32,), tokens=128, data=(str(texts),)))
+    assert first["results"] == plain["results"] != second["results"] and report["shown"] == 0
+    assert (first["k"], first["layer_k"], second["layer_k"]) == (3.0, {0: 0.5, 1: 50.0}, {})
+    assert first["layers"]["0"]["silent_windows"] > 0.8 > 0.6 > first["layers"]["1"]["silent_windows"]
+    assert "k by layer" in table(report)
 
 
 def launch(arguments: list[str]) -> int:
@@ -137,7 +174,7 @@ def test_launch_evaluate_leaves_tables_and_plots(exported, texts, capsys):
     assert sorted(path.name for path in folder.iterdir()) == names
     assert all((folder / name).read_bytes()[1:4] == b"PNG" for name in names[2:])
     report = json.loads((folder / "spiking.json").read_text())
-    assert report["model"] == exported and report["k"] == [2.0, 3.0] and report["shown_k"] == 3.0
+    assert report["model"] == exported and report["k"] == [2.0, 3.0] and report["shown"] == 1
     assert report["off"]["results"] == json.loads((folder / "bpb.json").read_text())["results"]
     assert table(report) in printed
     first, *others = (block.splitlines() for block in table(report).split("\n\n"))
@@ -156,13 +193,15 @@ def test_the_page_of_a_run_shows_its_spikes(exported, texts, tmp_path, capsys):
     page = (run / "report" / "index.html").read_text()
     assert f"report: {run}/report/index.html" in capsys.readouterr().out
     assert "<h2>Spikes</h2>" in page and "Measured on step_5." in page and "k = 4.5" in page
-    assert json.loads((run / "evaluation" / "spiking.json").read_text())["shown_k"] == 4.5, "nearest to the recipe's 4"
+    report = json.loads((run / "evaluation" / "spiking.json").read_text())
+    assert [point["k"] for point in report["sweep"]] == [3.0, 4.0, 4.5] and report["shown"] == 1, "the recipe's 4"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["k=0"], "k= must name positive numbers"),
+        (["k=1e39"], "k= must name positive numbers up to 1e+09"),
         (["k=nan"], "k= must name positive numbers"),
         (["k="], "k= must name positive numbers"),
         (["k=3,3.0"], "k= names a number twice"),

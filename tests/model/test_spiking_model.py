@@ -22,6 +22,7 @@ from sbtrain.config.model_schema import (
     MoEConfig,
     PairConfig,
 )
+from sbtrain.config.moe_schema import ExpertsConfig
 from sbtrain.config.schema import Precision, Recompute
 from sbtrain.config.spiking_schema import SpikingConfig
 from sbtrain.model.build import build_model
@@ -103,6 +104,14 @@ def test_recompute_changes_nothing(recompute):
     assert found["loss"] == whole["loss"] and found["seen"] == whole["seen"]
     for name, grad in whole["grads"].items():
         assert torch.equal(found["grads"][name], grad), name
+
+
+@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.selective])
+def test_rows_that_fill_up_experts_are_not_counted(recompute):
+    model, row = MODELS["experts"], packed_row()
+    whole = exact_step(0, Layout(), model, [row], recompute=recompute)
+    aligned = exact_step(0, Layout(), model, [row], recompute=recompute, experts=ExpertsConfig(align_tokens=64))
+    assert aligned["seen"] == whole["seen"] and aligned["loss"] == pytest.approx(whole["loss"], rel=1e-6)
 
 
 def places_of(model: ModelConfig) -> list[tuple[int, str, float]]:

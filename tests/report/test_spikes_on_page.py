@@ -20,7 +20,7 @@ def point(x: torch.Tensor, k: float, mean: float) -> dict:
     figures = tallies([statistics])[0].figures().plain()
     results = [{"source": "w<i>ki", "length": 64, "bits_per_byte": mean}]
     named = {"projections": {"qkv": figures}, "layers": {"0": figures}, "sites": {"0.qkv": figures}}
-    return {"k": k, "results": results, "mean": mean, "cost": mean / 1.5 - 1, "total": figures, **named}
+    return {"k": k, "layer_k": {}, "results": results, "mean": mean, "cost": mean / 1.5 - 1, "total": figures, **named}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def measured() -> dict:
     rasters = [{"layer": 0, "site": "qkv", "counts": ops.spike_count(x[:4, :8])[0].tolist()}]
     sweep = [point(x, 2.0, 1.6), point(x, 3.0, 1.53)]
     model = "runs/demo/checkpoints/step_49"
-    return {"suite": "spiking", "model": model, "off": off, "sweep": sweep, "shown_k": 3.0, "rasters": rasters}
+    return {"suite": "spiking", "model": model, "off": off, "sweep": sweep, "shown": 1, "rasters": rasters}
 
 
 def page_of(tmp_path, content: str) -> str:

@@ -50,8 +50,8 @@ def test_an_observer_sees_inputs_once_and_in_full_precision():
     neuron, x, seen = neuron_of(), torch.randn(4, 8, requires_grad=True), []
     neuron.observer = lambda *seen_here: seen.append(seen_here)
     recomputed(neuron, x).sum().backward()
-    ((who, what, mean_abs),) = seen
-    assert who is neuron and torch.equal(what, x) and mean_abs is None
+    ((who, what, mean_abs, counted),) = seen
+    assert who is neuron and torch.equal(what, x) and mean_abs is None and counted is None
     neuron.share = 0.0
     neuron(x)
     assert len(seen) == 2

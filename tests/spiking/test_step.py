@@ -32,6 +32,18 @@ def test_all_heads_of_queries_are_sampled():
     assert abs(found - float(sparsity(ops.spike_count(x[:, ::2])[0]))) < 1e-6 and found < 0.95
 
 
+def test_rows_that_do_not_count_are_not_sampled():
+    x, counted = torch.randn(3 * SAMPLE_TOKENS, 24), torch.arange(5, 3 * SAMPLE_TOKENS, 3)
+    filled = torch.zeros_like(x).index_copy(0, counted, x[counted])
+    neuron = Neuron(k=3.0, site="down", layer=0)
+    with Mesh.build(Layout()), section("test"):
+        steps = SpikeSteps([neuron], SpikingConfig(enabled=True))
+        steps.begin()
+        neuron.spike(filled, None, counted)
+        found = steps.end()["spike_sparsity"]
+    assert abs(found - float(sparsity(ops.spike_count(x[counted])[0]))) < 1e-6
+
+
 def test_few_tokens_are_sampled_whole():
     x = torch.randn(SAMPLE_TOKENS, 1, 24)
     found = sampled(Neuron(k=2.0, site="qkv", layer=0), x)

@@ -38,7 +38,8 @@ class WeightQuantizer(nn.Module):
 
     def _apply(self, fn, recurse=True):
         moved = fn(self.scales)  # a rounded scale would change every integer
-        self.scales = moved if moved.is_meta else self.scales.to(moved.device)
+        fresh = moved.is_meta or self.scales.is_meta  # then there is nothing to keep
+        self.scales = moved.float() if fresh else self.scales.to(moved.device)
         return self
 
     def forward(self, weight):
