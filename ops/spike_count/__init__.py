@@ -2,15 +2,15 @@
 
 threshold = mean(|x|) / k over the last dimension, clamped to 1e-5 .. 1e4; count = round(x / threshold), half to even,
 not clamped to a range of bits. Nothing is calibrated. The mean is rounded to x's dtype, as in the released code, and
-everything after it is fp32 (fp64 for fp64). A mean that is not finite (NaN or inf in the token) makes a threshold of
-NaN, counts of 0 and values of NaN. Source: SpikingBrain report, section 3.3.1, and the released W8ASpike model.
-Tolerance: given the threshold, counts and values are exact. Backends add up the mean in different orders, which the
-rounding to bf16 or fp16 nearly always hides.
+everything after it is fp32 (fp64 for fp64); a value beyond x's dtype, as near fp16's largest, becomes inf. A mean that
+is not finite (NaN or inf in the token) makes a threshold of NaN, counts of 0 and values of NaN. Source: SpikingBrain
+report, section 3.3.1, and the released W8ASpike model. Tolerance: given the threshold, counts and values are exact.
+Backends add up the mean in different orders, which the rounding to bf16 or fp16 nearly always hides.
 """
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 from typing import Optional
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from ops.registry import implementation
 
 __all__ = ["spike_count", "spike_values"]
+
+LARGEST_K = torch.finfo(torch.float32).max
 
 
 def spike_count(x: Tensor, *, k: float = 3.0, mean_abs: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
@@ -29,7 +31,7 @@ def spike_count(x: Tensor, *, k: float = 3.0, mean_abs: Optional[Tensor] = None)
     gradient: ops.spike_values passes it straight through. Raises ValueError unless k is positive and finite, x has
     floats and mean_abs fits.
     """
-    _check(x, k, mean_abs)
+    check_countable(x, k, mean_abs)
     return implementation("spike_count", "spike_count", x)(x, k=float(k), mean_abs=mean_abs)
 
 
@@ -39,20 +41,16 @@ def spike_values(x: Tensor, *, k: float = 3.0, mean_abs: Optional[Tensor] = None
     Its gradient is x's, straight through: counting and the threshold are skipped; mean_abs gets none. Arguments and
     errors as in ops.spike_count.
     """
-    _check(x, k, mean_abs)
+    check_countable(x, k, mean_abs)
     return implementation("spike_count", "spike_values", x)(x, k=float(k), mean_abs=mean_abs)
 
 
-def _check(x: Tensor, k: float, mean_abs: Optional[Tensor]) -> None:
-    if not 0 < k < math.inf:
-        raise ValueError(f"k must be positive and finite (spikes per mean activation), got {k}")
+def check_countable(x: Tensor, k: float, mean_abs: Optional[Tensor]) -> None:
+    """Raise ValueError unless x can be counted with k, and mean_abs is None or a mean of each of its tokens."""
+    if not isinstance(k, Real) or not 0 < k <= LARGEST_K:
+        raise ValueError(f"k must be positive and finite (spikes per mean activation), got {k!r}")
     if not x.dim() or not x.is_floating_point():
         raise ValueError(f"x must be floats [..., D], got {x.dtype} {list(x.shape)}")
-    check_mean(x, mean_abs)
-
-
-def check_mean(x: Tensor, mean_abs: Optional[Tensor]) -> None:
-    """Raise ValueError unless mean_abs is None or a mean of each of x's tokens."""
     if mean_abs is None:
         return
     shape = [*x.shape[:-1], 1]

@@ -32,7 +32,8 @@ def spike_encode(count: Tensor, *, encoding: str, num_steps: Optional[int] = Non
 
     num_steps: see the table; more are silent, or repeat the sign of two's complement. lsb_first: order of the bits;
     binary and ternary have none. The smallest and the largest count cross to the host. Raises ValueError for negative
-    counts in an unsigned coding, for too few steps, for more than 63 steps of bits and for counts that are no int32.
+    counts in an unsigned coding, for too few steps, for more than 63 steps of bits, for counts that are no int32, and
+    where binary or ternary would take more than 65,536 steps that num_steps does not ask for.
     """
     _check(encoding)
     if count.is_floating_point() or count.dtype in NO_COUNTS:

@@ -29,6 +29,7 @@ def spike_encode(count, *, encoding, num_steps=None, lsb_first=False):
 
 def spike_decode(spikes, *, encoding, lsb_first=False):
     """See ops.spike_encode."""
+    spikes = spikes if spikes.is_floating_point() else spikes.to(torch.int64)  # 255 of uint8 is no -1
     strange = (spikes != 0) & (spikes != 1)
     if encoding in NEGATIVE_SPIKES:
         strange &= spikes != -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Optional
 
 ENCODINGS = ("binary", "ternary", "bitwise", "bidirectional", "twos_complement")
@@ -11,6 +12,8 @@ COUNTED = ("binary", "ternary")
 """Codings of a spike for every unit; the others are made of bits."""
 NEGATIVE_SPIKES = ("ternary", "bidirectional")
 MOST_BITS = 63
+MOST_UNITS = 2**16
+"""Steps that a coding of units takes unasked: one huge count would otherwise take all memory."""
 LEAST_COUNT, LARGEST_COUNT = -(2**31), 2**31 - 1
 
 
@@ -25,8 +28,9 @@ def fitting_steps(encoding: str, least: int, largest: int, num_steps: Optional[i
         raise ValueError(f"encoding={encoding} holds no negative counts, got {least}; use one of {', '.join(SIGNED)}")
     if num_steps is None:
         return _usual_steps(encoding, max(-least, largest))
-    if not isinstance(num_steps, int):
+    if not isinstance(num_steps, Integral):
         raise ValueError(f"num_steps={num_steps} must be a whole number")
+    num_steps = int(num_steps)
     needed, most = _fewest_steps(encoding, least, largest)
     if num_steps < needed:
         raise ValueError(f"num_steps={num_steps} cannot hold a count of {most} in {encoding}; use at least {needed}")
@@ -52,6 +56,11 @@ def raise_for(encoding: str, strange: bool, too_large: bool) -> None:
 
 def _usual_steps(encoding: str, size: int) -> int:
     if encoding in COUNTED:
+        if size > MOST_UNITS:
+            raise ValueError(
+                f"encoding={encoding} fires once a unit and would take {size} steps for a count of that size; use an "
+                "encoding of bits, or ask for so many with num_steps="
+            )
         return size
     bits = max(1, size.bit_length())
     return bits + 1 if encoding == "twos_complement" else bits

@@ -52,7 +52,7 @@ def spike_linear_events(
 def _add_events(total: Tensor, fired: Tensor, columns: Tensor) -> None:
     """Add columns [D, F] to total [tokens, groups, F] where fired [tokens, D] is 1, subtract them where it is -1."""
     flat, num_groups = total.flatten(0, 1), total.shape[1]
-    group, at_once = max(1, len(columns) // num_groups), max(1, ADDED_NUMBERS // max(1, columns.shape[1]))
+    group, at_once = max(1, len(columns) // max(1, num_groups)), max(1, ADDED_NUMBERS // max(1, columns.shape[1]))
     for sign in (1, -1):
         tokens, channels = (fired == sign).nonzero(as_tuple=True)
         for rows, inputs in zip(tokens.split(at_once), channels.split(at_once)):

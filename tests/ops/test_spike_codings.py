@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
 import ops
-from ops.spike_encode.steps import COUNTED, ENCODINGS, SIGNED
+from ops.spike_encode.steps import COUNTED, ENCODINGS, MOST_UNITS, SIGNED
 from ops.spike_linear import events
 from ops.spike_linear.events import spike_linear_events
 
@@ -138,7 +139,16 @@ def test_counts_that_are_none():
     for count in (2**31, -(2**31) - 1):
         refuses(f"fit into int32, got {count}", ops.spike_encode, torch.tensor([count, 0]), encoding="bidirectional")
     refuses("at most 63 steps", ops.spike_encode, torch.tensor([3]), encoding="bitwise", num_steps=64)
-    assert len(ops.spike_encode(torch.tensor([3]), encoding="binary", num_steps=64)) == 64
+    assert len(ops.spike_encode(torch.tensor([3]), encoding="binary", num_steps=numpy.int64(64))) == 64
+
+
+def test_a_step_for_each_of_many_units_has_to_be_asked_for():
+    for encoding, count in (("binary", 2**31 - 1), ("ternary", -(2**31)), ("binary", MOST_UNITS + 1)):
+        message = f"encoding={encoding} fires once a unit and would take {abs(count)} steps .*num_steps="
+        refuses(message, ops.spike_encode, torch.tensor([count]), encoding=encoding)
+    assert len(ops.spike_encode(torch.tensor([MOST_UNITS]), encoding="binary")) == MOST_UNITS
+    count, num_steps = torch.tensor([MOST_UNITS + 1]), MOST_UNITS + 2
+    assert len(ops.spike_encode(count, encoding="binary", num_steps=num_steps)) == num_steps
 
 
 @EACH
@@ -148,6 +158,9 @@ def test_spikes_that_the_coding_does_not_have(encoding):
         spikes = torch.tensor([[0.0, 1.0], [spike, 0.0]])
         names = "-1, 0 and 1" if signed else "0 and 1"
         refuses(f"spikes of encoding={encoding} must be {names}", ops.spike_decode, spikes, encoding=encoding)
+    for kind in (torch.uint8, torch.int16):
+        spikes = torch.tensor([[255], [1]], dtype=kind)  # of uint8 the same bits as -1 of int8
+        refuses(f"spikes of encoding={encoding} must be", ops.spike_decode, spikes, encoding=encoding)
     refuses("no such encoding", ops.spike_decode, torch.zeros(2, 2), encoding="morse")
     refuses("spikes must be", ops.spike_decode, torch.tensor(1.0), encoding=encoding)
 
@@ -190,7 +203,9 @@ def test_events_and_spike_linear_compute_the_same():
 
 
 def test_events_of_no_channels():
-    found = spike_linear_events(torch.zeros(2, 0).int(), torch.zeros(5, 0, dtype=torch.int8), encoding="ternary")
+    nothing = torch.zeros(2, 0).int(), torch.zeros(5, 0, dtype=torch.int8)
+    assert spike_linear_events(*nothing, encoding="ternary", group=4).shape == (2, 5, 0)
+    found = spike_linear_events(*nothing, encoding="ternary")
     assert torch.equal(found, torch.zeros(2, 5, dtype=torch.int64))
 
 

@@ -127,7 +127,7 @@ def test_gradients_pass_straight_through(dtype):
     assert not threshold.requires_grad and not count.requires_grad
 
 
-@pytest.mark.parametrize("k", [0, 0.0, -3.0, math.nan, math.inf])
+@pytest.mark.parametrize("k", [0, 0.0, -3.0, math.nan, math.inf, 1e39, "3", None])
 @pytest.mark.parametrize("function", [ops.spike_count, ops.spike_values])
 def test_impossible_k(function, k):
     with pytest.raises(ValueError, match="^k must be positive and finite .*, got") as error:
@@ -139,6 +139,8 @@ def test_impossible_k(function, k):
 def test_impossible_tensors(function):
     with pytest.raises(ValueError, match="x must be floats .*int64"):
         function(torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="x must be floats .*int64"):
+        ops.spike_linear(torch.ones(3, dtype=torch.int64), torch.ones(2, 3))
     with pytest.raises(ValueError, match="x must be floats"):
         function(torch.tensor(1.0))
     for mean in (torch.ones(8), torch.ones(2, 1), torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.int32)):
