@@ -46,7 +46,7 @@ class Layout:
         step and send more often. Needs pp of 2 or more, and rows a step and data-parallel rank in multiples of pp.
     pp_layers: layers of each pipeline stage, first to last, for instance [8,8,8,4]; with vpp those of each chunk in the
         order of the layers, which is chunk 0 of every stage, then chunk 1 of every stage. Empty balances by cost.
-    ep: expert parallel, splits the experts of MoE layers inside the data-parallel ranks.
+    ep: expert parallel, splits the experts of MoE layers over ranks of tp, sp and dp.
     sp: sequence parallel, splits the tokens of a row in contiguous shards.
     tp_sequence_parallel: Megatron's trick of sharding norms and residuals over the tp group.
     sp_algorithm: how each kind of mixer reaches over the shards of sp.

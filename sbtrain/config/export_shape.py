@@ -7,6 +7,8 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sbtrain.config import typed
+from sbtrain.config.mixer_rules import check_shape
 from sbtrain.config.model_schema import (
     FeatureMap,
     Gate,
@@ -20,6 +22,7 @@ from sbtrain.config.model_schema import (
     RopeScaling,
     RouterScore,
 )
+from sbtrain.config.moe_rules import check_moe
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.spiking_export import spiking_of
 
@@ -74,6 +77,10 @@ def model_of_export(values: dict[str, Any], path: Path) -> ModelConfig:
     try:
         model = _parallel(values) if values["model_type"] == "sbtrain_moe" else _sequential({**_RELEASED, **values})
         kinds = parse_pattern(model.pattern, model.num_layers)
+        typed.build(ModelConfig, typed.plain(model), "model")
+        check_shape(model)
+        if any(kind.moe for kind in kinds):
+            check_moe(model)
         if has_int8_weights(values) and any(kind.moe for kind in kinds):
             raise ValueError("spiking.int8_weights is true, and experts have none")
         return model

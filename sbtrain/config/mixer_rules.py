@@ -1,9 +1,39 @@
-"""Rules of what mixers are made of, and of how rows of tokens, meta tokens among them, can be cut."""
+"""Rules of a model's sizes, of what mixers are made of, and of how rows of tokens, meta tokens among them, are cut."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from parallel.layout import Layout
 from sbtrain.config.model_schema import FeatureMap, Gate, ModelConfig
+
+
+def check_shape(model: ModelConfig) -> None:
+    """Sizes are positive, and query heads share key/value heads evenly."""
+    for field in (
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "ffn_size",
+        "max_positions",
+        "vocab_multiple",
+        "window",
+        "norm_eps",
+        "rope_theta",
+    ):
+        if getattr(model, field) <= 0:
+            raise ValueError(f"model.{field}={getattr(model, field)} must be greater than 0")
+    if model.num_heads % model.num_kv_heads:
+        raise ValueError(
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
+            "choose a divisor"
+        )
+    if model.head_dim % 2:
+        raise ValueError(f"model.head_dim={model.head_dim} is odd; rotary embeddings need an even one")
+    check_mixers(model)
 
 
 def check_mixers(model: ModelConfig) -> None:
@@ -28,6 +58,11 @@ def check_mixers(model: ModelConfig) -> None:
             raise ValueError(f"model.meta.{key}={value} must be 0 or more")
     if model.pair.calibration_tokens < 1:
         raise ValueError(f"model.pair.calibration_tokens={model.pair.calibration_tokens} must be 1 or more")
+
+
+def teacher_cut_problem(model: ModelConfig, layout: Layout, *, row_tokens: int) -> str | None:
+    """cut_problem of the unconverted model, which has no meta tokens."""
+    return cut_problem(replace(model, meta=replace(model.meta, num_tokens=0)), layout, row_tokens=row_tokens)
 
 
 def cut_problem(model: ModelConfig, layout: Layout, *, row_tokens: int) -> str | None:

@@ -156,8 +156,8 @@ class MoEConfig:
         that of the step before, in the first step with its own.
     z_loss_coeff: of the squared log-sum-exp of router logits; 0 is none.
     bias_update_rate: step of the balancing bias that only choices see, an optimizer step; 0 is none. sigmoid only.
-    capacity_factor: an expert takes at most this times its even share of a rank's tokens and drops the rest; 0 drops
-        nothing.
+    capacity_factor: in training, an expert takes at most this times its even share of a rank's tokens and drops the
+        rest; 0 drops nothing.
     """
 
     num_experts: int = 16

@@ -15,7 +15,7 @@ class Align(Enum):
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Load of the experts (SpikingBrain report, section 4.1). All but align=drop leave every number as it is.
+    """Load of the experts (SpikingBrain report, section 4.1). Only align=drop changes more than the order of sums.
 
     max_copies: hot experts of a layer whose weights every ep rank holds while they are hot, so that their tokens stay
         where they are; 0 copies none. Each takes the memory of an expert's weights and their fp32 gradient.

@@ -17,7 +17,7 @@ from parallel.sequence.table import pair_problem
 from sbtrain.config.checkpoint_rules import check_checkpoint
 from sbtrain.config.export_shape import is_export
 from sbtrain.config.hf_shape import read_config
-from sbtrain.config.mixer_rules import check_mixers, cut_problem
+from sbtrain.config.mixer_rules import check_shape, cut_problem, teacher_cut_problem
 from sbtrain.config.moe_rules import check_moe, experts_problem, ranks_problem
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Decay, ModelConfig, Objective, Recipe, Stage
@@ -137,34 +137,6 @@ def algorithm_problem(model: ModelConfig, layout: Layout, *, seq_len: int) -> st
     return None
 
 
-def check_shape(model: ModelConfig) -> None:
-    """Sizes are positive, and query heads share key/value heads evenly."""
-    for field in (
-        "vocab_size",
-        "hidden_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "ffn_size",
-        "max_positions",
-        "vocab_multiple",
-        "window",
-        "norm_eps",
-        "rope_theta",
-    ):
-        if getattr(model, field) <= 0:
-            raise ValueError(f"model.{field}={getattr(model, field)} must be greater than 0")
-    if model.num_heads % model.num_kv_heads:
-        raise ValueError(
-            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
-            "choose a divisor"
-        )
-    if model.head_dim % 2:
-        raise ValueError(f"model.head_dim={model.head_dim} is odd; rotary embeddings need an even one")
-    check_mixers(model)
-
-
 def check_pattern(model: ModelConfig) -> None:
     """The pattern parses, fits num_layers and holds only layers that can be trained."""
     for index, kind in enumerate(parse_pattern(model.pattern, model.num_layers)):
@@ -209,8 +181,12 @@ def check_evaluation(recipe: Recipe, name: str, layout: Layout) -> None:
 def evaluation_problem(recipe: Recipe, layout: Layout) -> str | None:
     """Why held-out rows cannot be judged on a layout, or None. Without evaluation.seq_len the longest stage counts."""
     seq_len = recipe.evaluation.seq_len or max(stage.seq_len for stage in recipe.stages.values())
-    problem = cut_problem(recipe.model, layout, row_tokens=seq_len) if recipe.evaluation.tokens > 0 else None
-    return problem and f"{seq_len} tokens{problem}"
+    if recipe.evaluation.tokens <= 0:
+        return None
+    problem, teacher = cut_problem(recipe.model, layout, row_tokens=seq_len), ""
+    if not problem and recipe.evaluation.teacher and recipe.start.path:
+        problem, teacher = teacher_cut_problem(recipe.model, layout, row_tokens=seq_len), " of the teacher"
+    return problem and f"{seq_len} tokens{teacher}{problem}"
 
 
 def check_ops(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ from parallel.place import section
 from parallel.schedule import chunks_of, evaluate_rows
 from parallel.sequence.shard import Row
 from sbtrain.checkpoint.files import write_json
+from sbtrain.config.mixer_rules import teacher_cut_problem
 from sbtrain.config.model_schema import MergeInit, MetaInit, ModelConfig
 from sbtrain.config.pattern import parse_pattern
 from sbtrain.config.schema import Recipe
@@ -88,7 +89,13 @@ class FirstWeights:
             self._say(f"model.meta.init=frequent: there is no {missing}, the meta tokens start at random")
 
     def _calibrate(self, pairs: list[int]) -> None:
-        model = self.recipe.model
+        model, num_tokens = self.recipe.model, len(self._rows[0].tokens)
+        problem = teacher_cut_problem(model, self.mesh.layout, row_tokens=num_tokens)
+        if problem:
+            raise ValueError(
+                f"model.pair.norm_init=calibrated: {num_tokens} tokens of the source, which has no meta tokens,"
+                f"{problem}; begin with a seq_len that can be, or set norm_init=ones"
+            )
         with section("calibration"):
             teacher = self._built(teacher_of(model, self.mesh.layout, seq_len=self.seq_len))
             before = model.pair.norms_before_projection

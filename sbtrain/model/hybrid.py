@@ -79,7 +79,7 @@ class HybridModel(mcore.LanguageModule):
         super().__init__(config, pg_collection=groups)
         self.model_type = mcore.ModelType.encoder_or_decoder
         self.model_config, self.groups, self.kinds = model, groups, kinds
-        self.num_meta, self._meta = model.meta.num_tokens, None
+        self.num_meta, self._meta, self._meta_of = model.meta.num_tokens, None, 0
         self.pre_process, self.post_process = layers.start == 0, layers.stop == model.num_layers
         self.share_embeddings_and_output_weights = model.tie_embeddings
         self.embedding = Embedding(config, model, groups) if self.pre_process else None
@@ -171,8 +171,10 @@ class HybridModel(mcore.LanguageModule):
         return self.decoder(x, documents, cache)
 
     def _meta_layers(self) -> dict[int, LayerCache]:
-        """What each layer knows of the meta tokens, which see nothing else: computed once, until training goes on."""
-        if self._meta is None or self.training:
+        """What each layer knows of the meta tokens, which see nothing else: computed once, until weights change."""
+        weights = sum(parameter._version for parameter in self.parameters())
+        if self._meta is None or self.training or weights != self._meta_of:
+            self._meta_of = weights
             device = self.embedding.meta_tokens.device
             nothing = Documents(with_bounds([0, 0], device), torch.empty(0, dtype=torch.int64, device=device))
             documents = nothing.with_meta(self.num_meta, rotated=self._rotates_meta)

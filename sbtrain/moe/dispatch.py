@@ -216,14 +216,14 @@ class _Depart(torch.autograd.Function):
         first, *others = ctx.departure.place.unbind(1)
         total = _rows_or_zeros(grad, first, ctx.departure.partial)
         if others:
-            total = total.float()
+            total = total.to(torch.promote_types(grad.dtype, torch.float32))
         for column in others:
             total += _rows_or_zeros(grad, column, ctx.departure.partial)
         return total.to(grad.dtype), None
 
 
 class _Combine(torch.autograd.Function):
-    """out[t] = sum over j of weights[t, j] * y[place[t, j]], summed in fp32; dropped choices add nothing."""
+    """out[t] = sum over j of weights[t, j] * y[place[t, j]], summed in weights' dtype; dropped choices add nothing."""
 
     @staticmethod
     def forward(ctx, y: Tensor, weights: Tensor, departure: Departure) -> Tensor:
@@ -246,7 +246,7 @@ class _Combine(torch.autograd.Function):
         of_rows = weights.flatten().index_select(0, departure.order)[:, None]
         grad_y = torch.mul(grads, of_rows, out=torch.empty_like(y))
         grad_weights = torch.zeros_like(weights).flatten()
-        grad_weights.scatter_(0, departure.order, (y.float() * grads).sum(-1).to(weights.dtype))
+        grad_weights.scatter_(0, departure.order, (y.to(weights.dtype) * grads).sum(-1).to(weights.dtype))
         return grad_y, grad_weights.view_as(weights), None
 
 

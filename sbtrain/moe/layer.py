@@ -41,6 +41,7 @@ class MoELayer(mcore.MegatronModule):
         self.spiked_input, self.spiked_active = sites.neuron("gate_up"), sites.neuron("down")
         limits = Limits(moe.capacity_factor, options.align_tokens, options.align is Align.drop)
         self.dispatcher = Dispatcher(moe.num_experts, limits=limits, group=groups.ep)
+        self.without_limits = Dispatcher(moe.num_experts, limits=Limits(), group=groups.ep)
         self.hot = HotExperts(self.experts, num_experts=moe.num_experts, options=options, group=groups.ep)
         none = torch.zeros(moe.num_experts, dtype=torch.uint8, device=torch.cuda.current_device())
         self.register_buffer("hot_experts", none)  # those of the next step, so that a resumed run has the same
@@ -56,16 +57,19 @@ class MoELayer(mcore.MegatronModule):
         self.hot.take_over(self.hot_experts.nonzero().flatten().tolist())
 
     def forward(self, x: Tensor, num_meta: int = 0) -> Tensor:
-        """x [T,1,D] -> [T,1,D]. Losses, limits and statistics leave out its first num_meta rows."""
+        """x [T,1,D] -> [T,1,D]. Losses, limits and statistics leave out its first num_meta rows.
+
+        Limits are training's: elsewhere what a token gets must not depend on the tokens behind it.
+        """
         rows, counted = self._own_rows(x, num_meta)
         weights, experts = self._route(rows, counted)
-        hot = self.hot.active if self.training else ()
-        departure, counts = self.dispatcher.begin(experts, weights, counted, hot)
+        hot, dispatcher = (self.hot.active, self.dispatcher) if self.training else ((), self.without_limits)
+        departure, counts = dispatcher.begin(experts, weights, counted, hot)
         if counts.dropped is not None and self._counts:
             self.router.tally.add_dropped(counts.dropped)
         seen = rows if self.spiked_input is None else self.spiked_input(rows)  # the router sees the rows as they are
         sent = leave(seen, departure)  # before the wait, so that the device has something to do
-        plan = self._observed(self.dispatcher.plan(counts, experts.numel()), departure, counted)
+        plan = self._observed(dispatcher.plan(counts, experts.numel()), departure, counted)
         if self.shared_experts is not None:
             x = self._seen_by_all(x, seen)
         out, shared = self._exchange(sent, x, plan, hot) if self.groups.ep.size() > 1 else self._alone(sent, x, plan)

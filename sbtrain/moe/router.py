@@ -42,7 +42,7 @@ class Router(mcore.MegatronModule):
         self.forced: Tensor | None = None
 
     def forward(self, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D], counted bool [T] (others: no losses, no statistics) -> weights fp32, experts int64 [T, k]."""
+        """x [T, D], counted bool [T] (others: no losses, statistics) -> weights fp32 or fp64, experts int64 [T, k]."""
         weight = self.weight
         if self._tp_group.size() > 1 and not self.config.sequence_parallel:  # each tp rank routes a part of the tokens
             weight = mcore.copy_to_tensor_model_parallel_region(weight, group=self._tp_group)
@@ -95,10 +95,11 @@ class Router(mcore.MegatronModule):
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, D], weight [E, D] -> fp32 [T, E]."""
+    """x [T, D], weight [E, D] -> fp32 or fp64 [T, E]."""
+    exact = torch.promote_types(x.dtype, torch.float32)
     if len(x):
-        return mcore.router_gating_linear(x, weight, None, torch.float32)
-    return nn.functional.linear(x.float(), weight.float())  # megatron's cannot reshape nothing
+        return mcore.router_gating_linear(x, weight, None, exact)
+    return nn.functional.linear(x.to(exact), weight.to(exact))  # megatron's cannot reshape nothing
 
 
 class Tally:

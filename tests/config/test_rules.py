@@ -8,8 +8,8 @@ import pytest
 
 from parallel.layout import Layout, SequenceAlgorithm, SequenceAlgorithms
 from sbtrain.config.load import load
-from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig
-from sbtrain.config.rules import check, check_training, check_world, layout_problem, smallest_world
+from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig
+from sbtrain.config.rules import check, check_evaluation, check_training, check_world, layout_problem, smallest_world
 from sbtrain.config.schema import OnSpike
 
 
@@ -295,6 +295,18 @@ def test_held_out_rows_must_fit_every_layout(demo):
         with pytest.raises(ValueError, match="evaluation.seq_len: 129 tokens .* the 2 shards of stages.short.layout"):
             rule(recipe)
     check(changed(recipe, "evaluation.tokens", 0))
+
+
+def test_held_out_rows_must_fit_the_teacher(demo):
+    """It has no meta tokens: 63 tokens behind one are cut in two, without it they are not."""
+    layout = Layout(tp=2, tp_sequence_parallel=True)
+    stage = replace(demo.stages["ctx_256"], seq_len=63, global_batch_tokens=63, layout=layout)
+    recipe = replace(demo, stages={"odd": stage}, model=replace(demo.model, meta=MetaConfig(num_tokens=1)))
+    recipe = changed(recipe, "evaluation.seq_len", 63)
+    with pytest.raises(ValueError, match="evaluation.seq_len: 63 tokens of the teacher cannot be cut"):
+        check_evaluation(recipe, "odd", layout)
+    check_evaluation(changed(recipe, "evaluation.teacher", False), "odd", layout)
+    check_evaluation(changed(recipe, "evaluation.tokens", 0), "odd", layout)
 
 
 def test_training_needs_data_and_a_tokenizer(demo):

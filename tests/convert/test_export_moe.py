@@ -258,3 +258,43 @@ def test_other_formats_refuse(tmp_path):
         with pytest.raises(ValueError, match=f"format={form}.* cannot hold this model, it has {reason}; use format=hf"):
             export(DictReader({}), model=SEPARATE, out=tmp_path / "out", format=form)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_balancing_bias_is_fp32_in_every_precision(tmp_path):
+    """Rounded, it would choose other experts."""
+    folder = tmp_path / "out"
+    state = random_state(MODELS["no_meta"])
+    exact = 0.01 + 1e-4 * torch.arange(4, dtype=torch.float32)
+    for name in state:
+        if name.endswith("router.expert_bias"):
+            state[name] = exact
+    export(DictReader(state), model=MODELS["no_meta"], out=folder, dtype="bf16")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, torch_dtype=torch.bfloat16
+    )
+    for model in (loaded, loaded.to(torch.bfloat16), loaded.half()):
+        biases = [tensor for name, tensor in model.named_buffers() if name.endswith("expert_bias")]
+        assert biases and all(torch.equal(bias, exact) for bias in biases)
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("num_experts", "6", "num_experts"),
+        ("num_experts", 0, "num_experts"),
+        ("num_experts_per_tok", 9, "top_k=9 exceeds"),
+        ("num_meta_tokens", -1, "num_tokens"),
+        ("router_bias_update_rate", "a", "."),
+        ("sliding_window", None, "window"),
+        ("num_key_value_heads", 3, "num_kv_heads=3 does not divide"),
+        ("norm_topk_prob", "no", "renormalize"),
+        ("moe_intermediate_size", 0, "expert_ffn_size=0"),
+    ],
+)
+def test_configurations_of_no_model(tmp_path, key, value, said):
+    export(DictReader(random_state(SEPARATE)), model=SEPARATE, out=tmp_path / "out", dtype="fp32")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"config.json does not describe a model .*{said}") as error:
+        read_model(tmp_path / "out")
+    assert "\n" not in str(error.value)

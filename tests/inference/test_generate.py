@@ -9,7 +9,7 @@ import torch
 
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, MetaPositions, PairConfig
+from sbtrain.config.model_schema import FeatureMap, Gate, GLAConfig, MetaConfig, MetaPositions, MoEConfig, PairConfig
 from sbtrain.inference.generate import Speed, advance, fork, generate_ids, generate_text, prefill
 from sbtrain.inference.sampling import Sampling
 from sbtrain.model.cache import Cache
@@ -87,6 +87,32 @@ def test_what_is_known_of_meta_tokens_is_computed_once_and_forgotten_by_training
     after = prefill(model, tokens)[0]
     torch.testing.assert_close(after, parallel_logits(model, tokens)[-1], atol=1e-4, rtol=0)
     assert (after - before).abs().max() > 1e-2
+
+
+def test_other_weights_are_seen_without_training(mesh):
+    model, tokens = build(replace(MODEL, **WITH_META["meta"]), mesh), torch.randint(MODEL.vocab_size, (9,))
+    prefill(model, tokens)
+    with torch.no_grad():
+        model.embedding.meta_tokens.neg_()
+    torch.testing.assert_close(prefill(model, tokens)[0], parallel_logits(model, tokens)[-1], atol=1e-4, rtol=0)
+    others = {name: 1.5 * value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    model.load_state_dict(others, strict=False)
+    torch.testing.assert_close(prefill(model, tokens)[0], parallel_logits(model, tokens)[-1], atol=1e-4, rtol=0)
+
+
+def test_limits_of_experts_are_trainings(mesh):
+    """Else pieces of a prompt would not be the prompt, nor a run its export."""
+    without = MoEConfig(num_experts=4, top_k=2)
+    models = [
+        build(replace(MODEL, pattern="L:mS", num_layers=2, moe=replace(without, capacity_factor=factor)), mesh)
+        for factor in (0.0, 0.5)
+    ]
+    tokens = torch.randint(MODEL.vocab_size, (TOTAL,))
+    free, limited = (parallel_logits(model, tokens) for model in models)
+    assert torch.equal(free, limited)
+    models[1].train()
+    assert (parallel_logits(models[1], tokens) - free).abs().max() > 1e-3
+    check_pieces(mesh, models[1].model_config, "chunks")
 
 
 def test_chunked_prefill_gives_the_last_logits(mesh):

@@ -137,6 +137,22 @@ class TokenMixer(nn.Module):
         return o.transpose(1, 2).flatten(2)
 
 
+class Router(nn.Linear):
+    """Scores of the experts before softmax or sigmoid. expert_bias: added where experts are chosen; fp32 always."""
+
+    def __init__(self, inputs, num_experts, *, biased):
+        super().__init__(inputs, num_experts, bias=False)
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if biased else None)
+
+    def _apply(self, fn, recurse=True):
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        if before is not None:  # rounded, it would choose others
+            fresh = before.is_meta or self.expert_bias.is_meta
+            self.expert_bias = self.expert_bias.float() if fresh else before.to(self.expert_bias.device)
+        return self
+
+
 class MixtureOfExperts(nn.Module):
     """Every token goes to its top experts, weighted by the router, and to the shared ones, side by side in one FFN."""
 
@@ -148,9 +164,7 @@ class MixtureOfExperts(nn.Module):
             config.router_score,
             config.norm_topk_prob,
         )
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        if config.router_bias_update_rate:
-            self.router.register_buffer("expert_bias", torch.zeros(config.num_experts))
+        self.router = Router(config.hidden_size, config.num_experts, biased=bool(config.router_bias_update_rate))
         self.experts = nn.ModuleList([ffn(config.moe_intermediate_size) for _ in range(config.num_experts)])
         width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_expert = ffn(width) if width else None
@@ -160,7 +174,7 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, -2)
         logits = F.linear(tokens.float(), self.router.weight.float())
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
-        bias = getattr(self.router, "expert_bias", None)
+        bias = self.router.expert_bias
         chosen = (scores if bias is None else scores + bias).topk(self.top_k, dim=-1).indices
         weights = scores.gather(1, chosen)
         if self.renormalize:
