@@ -27,6 +27,7 @@ import torch.distributed as dist
 from parallel.descendants import end_descendants
 from parallel.lost import gave_up_waiting, lost_a_peer
 from parallel.mesh import device
+from parallel.pace import Pace
 from parallel.place import Kind, Trail, here
 from parallel.post import FAILED, VERDICT, Post
 from parallel.stacks import write_stacks
@@ -149,7 +150,7 @@ class RankWatch:
         """Where the main thread is, and for how long."""
         now, broken = time.monotonic(), self._broken_since is not None
         at = here.broken if broken and here.broken else here.at
-        frame = None if broken else sys._current_frames().get(self._main)
+        frame = None if broken else _innermost(sys._current_frames().get(self._main))
         if (at, _stack(frame)) != self._seen:
             if self._seen is None or at != self._seen[0]:
                 self._stayed_since = now
@@ -277,6 +278,13 @@ def _stack(frame: FrameType | None) -> tuple:
         found.append((id(frame.f_code), frame.f_lasti))
         frame = frame.f_back
     return tuple(found)
+
+
+def _innermost(frame: FrameType | None) -> FrameType | None:
+    """The innermost call that is not a Pace's, which stands between a collective and whoever called it."""
+    while frame is not None and frame.f_globals.get("__name__") == Pace.__module__:
+        frame = frame.f_back
+    return frame
 
 
 def _awaited(frame: FrameType | None) -> str:

@@ -2,10 +2,10 @@
 
 threshold = mean(|x|) / k over the last dimension, clamped to 1e-5 .. 1e4; count = round(x / threshold), half to even,
 not clamped to a range of bits. Nothing is calibrated. The mean is rounded to x's dtype, as in the released code, and
-everything after it is fp32 (fp64 for fp64); a value beyond x's dtype, as near fp16's largest, becomes inf. A mean that
-is not finite (NaN or inf in the token) makes a threshold of NaN, counts of 0 and values of NaN. Source: SpikingBrain
-report, section 3.3.1, and the released W8ASpike model. Tolerance: given the threshold, counts and values are exact.
-Backends add up the mean in different orders, which the rounding to bf16 or fp16 nearly always hides.
+everything after it is fp32 (fp64 for fp64). A mean that is not finite (NaN or inf in the token) makes a threshold of
+NaN, counts of 0 and values of NaN. Source: SpikingBrain report, section 3.3.1, and the released W8ASpike model.
+Tolerance: given the threshold, counts and values are exact. Backends add up the mean in different orders, which the
+rounding to bf16 or fp16 nearly always hides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ops.registry import implementation
 
 __all__ = ["spike_count", "spike_values"]
 
-LARGEST_K = torch.finfo(torch.float32).max
+SMALLEST_K, LARGEST_K = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""Ends of k: thresholds divide by it in fp32, where less may be 0 and more is inf."""
 
 
 def spike_count(x: Tensor, *, k: float = 3.0, mean_abs: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
@@ -28,8 +29,8 @@ def spike_count(x: Tensor, *, k: float = 3.0, mean_abs: Optional[Tensor] = None)
 
     k: spikes per mean activation. mean_abs [..., 1], in x's dtype or fp32: the mean of |x| over the whole token, where
     x is only a part of its channels; rounded to x's dtype like x's own. Counts beyond int32 stay at its ends. No
-    gradient: ops.spike_values passes it straight through. Raises ValueError unless k is positive and finite, x has
-    floats and mean_abs fits.
+    gradient: ops.spike_values passes it straight through. Raises ValueError unless k is positive and finite in fp32, x
+    has floats and mean_abs fits.
     """
     check_countable(x, k, mean_abs)
     return implementation("spike_count", "spike_count", x)(x, k=float(k), mean_abs=mean_abs)
@@ -38,6 +39,8 @@ def spike_count(x: Tensor, *, k: float = 3.0, mean_abs: Optional[Tensor] = None)
 def spike_values(x: Tensor, *, k: float = 3.0, mean_abs: Optional[Tensor] = None) -> Tensor:
     """count * threshold [..., D] of ops.spike_count, rounded once to x's dtype.
 
+    A value is up to half a threshold from its number: in fp16, finite numbers near the largest, 65504, may become inf
+    (65504 everywhere does with k=3, as thresholds end at 1e4). Counts are floats here, with no ends like int32's.
     Its gradient is x's, straight through: counting and the threshold are skipped; mean_abs gets none. Arguments and
     errors as in ops.spike_count.
     """
@@ -47,8 +50,8 @@ def spike_values(x: Tensor, *, k: float = 3.0, mean_abs: Optional[Tensor] = None
 
 def check_countable(x: Tensor, k: float, mean_abs: Optional[Tensor]) -> None:
     """Raise ValueError unless x can be counted with k, and mean_abs is None or a mean of each of its tokens."""
-    if not isinstance(k, Real) or not 0 < k <= LARGEST_K:
-        raise ValueError(f"k must be positive and finite (spikes per mean activation), got {k!r}")
+    if not isinstance(k, Real) or not SMALLEST_K <= k <= LARGEST_K:
+        raise ValueError(f"k must be positive and finite in fp32 (spikes per mean activation, such as 3.0), got {k!r}")
     if not x.dim() or not x.is_floating_point():
         raise ValueError(f"x must be floats [..., D], got {x.dtype} {list(x.shape)}")
     if mean_abs is None:

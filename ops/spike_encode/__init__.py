@@ -7,8 +7,9 @@
     bidirectional    any      -1, 0, 1            bits of the largest |count|      -1,0,-1
     twos_complement  any      0, 1                one more than those, at least 2  1,0,1,1
 
-binary and ternary fire once a unit and are then silent. Bits come most significant first, as in the released code, or
-least significant first, as in the report's equation 23. Counts are those of int32.
+binary and ternary fire once a unit and are then silent; more than 65,536 steps have to be asked for with num_steps.
+Bits come most significant first, as in the released code, or least significant first, as in the report's equation 23.
+Counts are those of int32.
 Source: SpikingBrain report, section 3.3, and Int2Spike of the released W8ASpike model.
 """
 

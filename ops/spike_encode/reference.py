@@ -20,7 +20,8 @@ def spike_encode(count, *, encoding, num_steps=None, lsb_first=False):
     by_step = (-1, *[1] * count.dim())
     if encoding in COUNTED:
         steps = torch.arange(num_steps, device=count.device).view(by_step)
-        return ((steps < count.abs()) * count.sign()).float()
+        # no product of integers: it would take 8 bytes a spike, beside the result's 4
+        return torch.where(steps < count.abs(), count.sign().float(), 0.0)
     places = _places(num_steps, lsb_first, count.device).view(by_step)
     if encoding == "twos_complement":
         return (count >> places & 1).float()
@@ -29,9 +30,8 @@ def spike_encode(count, *, encoding, num_steps=None, lsb_first=False):
 
 def spike_decode(spikes, *, encoding, lsb_first=False):
     """See ops.spike_encode."""
-    spikes = spikes if spikes.is_floating_point() else spikes.to(torch.int64)  # 255 of uint8 is no -1
     strange = (spikes != 0) & (spikes != 1)
-    if encoding in NEGATIVE_SPIKES:
+    if encoding in NEGATIVE_SPIKES and spikes.dtype.is_signed:  # -1 wraps to what unsigned dtypes hold: 255 of uint8
         strange &= spikes != -1
     raise_for(encoding, bool(strange.any()), False)
     spikes = spikes.to(torch.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import operator
 from typing import Optional
 
 ENCODINGS = ("binary", "ternary", "bitwise", "bidirectional", "twos_complement")
@@ -28,9 +28,10 @@ def fitting_steps(encoding: str, least: int, largest: int, num_steps: Optional[i
         raise ValueError(f"encoding={encoding} holds no negative counts, got {least}; use one of {', '.join(SIGNED)}")
     if num_steps is None:
         return _usual_steps(encoding, max(-least, largest))
-    if not isinstance(num_steps, Integral):
-        raise ValueError(f"num_steps={num_steps} must be a whole number")
-    num_steps = int(num_steps)
+    try:
+        num_steps = operator.index(num_steps)  # numpy's integers as well
+    except TypeError:
+        raise ValueError(f"num_steps={num_steps!r} must be a whole number") from None
     needed, most = _fewest_steps(encoding, least, largest)
     if num_steps < needed:
         raise ValueError(f"num_steps={num_steps} cannot hold a count of {most} in {encoding}; use at least {needed}")
@@ -58,8 +59,8 @@ def _usual_steps(encoding: str, size: int) -> int:
     if encoding in COUNTED:
         if size > MOST_UNITS:
             raise ValueError(
-                f"encoding={encoding} fires once a unit and would take {size} steps for a count of that size; use an "
-                "encoding of bits, or ask for so many with num_steps="
+                f"encoding={encoding}: the largest |count|, {size}, takes as many steps, and more than {MOST_UNITS} "
+                f"have to be asked for; use encoding='bitwise' or 'bidirectional', or give num_steps={size}"
             )
         return size
     bits = max(1, size.bit_length())

@@ -25,8 +25,8 @@ def spike_linear_events(
 
     count is coded by ops.spike_encode. At every time step the weights of the channels that fire are added, or for a
     spike of -1 subtracted; between the steps of a coding of bits the sums are doubled, or with lsb_first the weights
-    are. The step of two's complement's sign is subtracted.
-    Raises ValueError on shapes and dtypes that do not fit, and as ops.spike_encode does.
+    are. The step of two's complement's sign is subtracted. Without channels there are no groups.
+    Raises ValueError on shapes and dtypes that do not fit, and as ops.spike_encode does without num_steps.
     """
     size = weight.shape[-1]
     if weight.dim() != 2 or weight.dtype != torch.int8 or not count.dim() or count.shape[-1] != size:

@@ -123,6 +123,8 @@ def refused(rank: int, backend: str) -> list[str]:
         ("ternary", 4 * strange),
         ("twos_complement", -2 * strange),
         ("bidirectional", strange / 0),
+        ("ternary", torch.full((2, 3), 255, dtype=torch.uint8)),
+        ("bidirectional", torch.full((2, 3), 255, dtype=torch.uint8)),
         ("bitwise", torch.ones(40, 3)),
         ("bitwise", torch.ones(64, 3)),
     ):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 from ops.spike_encode.steps import COUNTED, ENCODINGS, MOST_UNITS, SIGNED
@@ -139,16 +142,46 @@ def test_counts_that_are_none():
     for count in (2**31, -(2**31) - 1):
         refuses(f"fit into int32, got {count}", ops.spike_encode, torch.tensor([count, 0]), encoding="bidirectional")
     refuses("at most 63 steps", ops.spike_encode, torch.tensor([3]), encoding="bitwise", num_steps=64)
-    assert len(ops.spike_encode(torch.tensor([3]), encoding="binary", num_steps=numpy.int64(64))) == 64
+
+
+@pytest.mark.parametrize("encoding", ["binary", "bitwise"])
+@pytest.mark.parametrize("kind", [numpy.int64, numpy.uint8, numpy.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_steps_are_whole_numbers_of_any_kind(encoding, kind):
+    assert len(ops.spike_encode(torch.tensor([3]), encoding=encoding, num_steps=kind(60))) == 60
+    for none in (60.0, "60", numpy.float64(60), [60]):
+        message = re.escape(f"num_steps={none!r} must be a whole number")
+        refuses(message, ops.spike_encode, torch.tensor([3]), encoding=encoding, num_steps=none)
 
 
 def test_a_step_for_each_of_many_units_has_to_be_asked_for():
     for encoding, count in (("binary", 2**31 - 1), ("ternary", -(2**31)), ("binary", MOST_UNITS + 1)):
-        message = f"encoding={encoding} fires once a unit and would take {abs(count)} steps .*num_steps="
+        size = abs(count)
+        message = (
+            f"^encoding={encoding}: .* {size}, .*use encoding='bitwise' or 'bidirectional', or give num_steps={size}"
+        )
         refuses(message, ops.spike_encode, torch.tensor([count]), encoding=encoding)
     assert len(ops.spike_encode(torch.tensor([MOST_UNITS]), encoding="binary")) == MOST_UNITS
     count, num_steps = torch.tensor([MOST_UNITS + 1]), MOST_UNITS + 2
     assert len(ops.spike_encode(count, encoding="binary", num_steps=num_steps)) == num_steps
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that operations have made."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.num_bytes = max(self.num_bytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("encoding", COUNTED)
+def test_nothing_on_the_way_to_spikes_of_units_is_larger_than_they_are(encoding):
+    with Largest() as largest:
+        spikes = ops.spike_encode(torch.full((50,), 1000), encoding=encoding)
+    assert largest.num_bytes == spikes.nbytes == 4 * 50 * 1000
 
 
 @EACH
@@ -158,8 +191,8 @@ def test_spikes_that_the_coding_does_not_have(encoding):
         spikes = torch.tensor([[0.0, 1.0], [spike, 0.0]])
         names = "-1, 0 and 1" if signed else "0 and 1"
         refuses(f"spikes of encoding={encoding} must be {names}", ops.spike_decode, spikes, encoding=encoding)
-    for kind in (torch.uint8, torch.int16):
-        spikes = torch.tensor([[255], [1]], dtype=kind)  # of uint8 the same bits as -1 of int8
+    for kind, spike in ((torch.uint8, 255), (torch.int16, 255), (torch.uint64, 2**64 - 1), (torch.complex64, 1 + 1j)):
+        spikes = torch.tensor([[spike], [1]], dtype=kind)  # the unsigned ones have the bits of a signed -1
         refuses(f"spikes of encoding={encoding} must be", ops.spike_decode, spikes, encoding=encoding)
     refuses("no such encoding", ops.spike_decode, torch.zeros(2, 2), encoding="morse")
     refuses("spikes must be", ops.spike_decode, torch.tensor(1.0), encoding=encoding)
@@ -202,10 +235,11 @@ def test_events_and_spike_linear_compute_the_same():
     torch.testing.assert_close(threshold * (sums * scale[..., 0]).sum(-1), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_events_of_no_channels():
+@EACH
+def test_events_of_no_channels(encoding):
     nothing = torch.zeros(2, 0).int(), torch.zeros(5, 0, dtype=torch.int8)
-    assert spike_linear_events(*nothing, encoding="ternary", group=4).shape == (2, 5, 0)
-    found = spike_linear_events(*nothing, encoding="ternary")
+    assert spike_linear_events(*nothing, encoding=encoding, group=4).shape == (2, 5, 0)
+    found = spike_linear_events(*nothing, encoding=encoding)
     assert torch.equal(found, torch.zeros(2, 5, dtype=torch.int64))
 
 

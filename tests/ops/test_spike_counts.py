@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -87,8 +88,23 @@ def test_what_is_not_finite_is_seen_in_its_whole_token_only(bad, dtype):
     assert threshold[1].isnan() and not count[1].any() and x_hat[1].isnan().all()
     for row in (0, 2):
         assert torch.equal(count[row], clean[0][0][row]) and torch.equal(x_hat[row], clean[1][row])
-    count, _ = ops.spike_count(x, mean_abs=torch.ones(3, 1))
-    assert count[1, 5] == 0 and ops.spike_values(x, mean_abs=torch.ones(3, 1))[1, 5].isnan()
+    count, threshold = ops.spike_count(x, mean_abs=torch.ones(3, 1))
+    x_hat = ops.spike_values(x, mean_abs=torch.ones(3, 1))
+    assert count[1, 5] == 0 and threshold.isfinite().all()
+    assert x_hat.isnan().nonzero().tolist() == [[1, 5]]
+
+
+def test_a_mean_that_x_cannot_hold_is_not_finite():
+    x = torch.ones(2, 3, dtype=torch.float16)
+    assert ops.spike_values(x, mean_abs=torch.tensor([[7e4], [6e4]])).isnan().all(-1).tolist() == [True, False]
+
+
+def test_the_largest_of_fp16_may_become_inf():
+    x = torch.tensor([[65504.0, 65504.0], [65504.0, 60000.0], [65504.0, 3.0]], dtype=torch.float16)
+    assert ops.spike_values(x).isinf().tolist() == [[True, True], [True, False], [True, False]]
+    count, threshold = ops.spike_count(x)
+    assert count[0].tolist() == [7, 7] and threshold[0].item() == 1e4
+    assert torch.equal(ops.spike_values(x[:1], k=16.0), x[:1])
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0), (3, 0, 8), (0,)])
@@ -116,6 +132,14 @@ def test_counts_stay_inside_int32():
     assert count.tolist() == [2**31 - 128, -(2**31) + 128, 0, 0]
 
 
+def test_counts_stay_inside_int32_with_int8_weights_alone():
+    x = torch.tensor([1e38, *[0.0] * 31])
+    weight = torch.ones(1, 32, dtype=torch.int8)
+    held = ops.spike_linear(x, weight, weight_scale=torch.ones(1, 1, 1))
+    assert held.item() == pytest.approx((2**31 - 128) * 1e4)
+    assert ops.spike_linear(x, weight.float()).item() == ops.spike_values(x)[0].item() == pytest.approx(1e38)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_pass_straight_through(dtype):
     x, mean = activations(4, 33, dtype=dtype).requires_grad_(), torch.ones(4, 1, dtype=dtype, requires_grad=True)
@@ -127,12 +151,23 @@ def test_gradients_pass_straight_through(dtype):
     assert not threshold.requires_grad and not count.requires_grad
 
 
-@pytest.mark.parametrize("k", [0, 0.0, -3.0, math.nan, math.inf, 1e39, "3", None])
-@pytest.mark.parametrize("function", [ops.spike_count, ops.spike_values])
+def linear(x, **options):
+    """ops.spike_linear with some weight."""
+    return ops.spike_linear(x, torch.ones(2, 8), **options)
+
+
+@pytest.mark.parametrize("k", [0, 0.0, -3.0, math.nan, math.inf, 1e39, 1e-46, "3", None, [3]])
+@pytest.mark.parametrize("function", [ops.spike_count, ops.spike_values, linear])
 def test_impossible_k(function, k):
-    with pytest.raises(ValueError, match="^k must be positive and finite .*, got") as error:
+    with pytest.raises(ValueError, match="^k must be positive and finite in fp32 .*, got") as error:
         function(X, k=k)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("k", [torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max, numpy.float32(3), 3])
+@pytest.mark.parametrize("function", [ops.spike_values, linear])
+def test_possible_k(function, k):
+    assert function(X, k=k).isfinite().all() and not function(torch.zeros(8), k=k).any()
 
 
 @pytest.mark.parametrize("function", [ops.spike_count, ops.spike_values])

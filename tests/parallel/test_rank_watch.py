@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lost_rank_case import LONG_S, ROOT, Template
 from parallel.mesh import start_distributed
+from parallel.pace import Pace
 from parallel.place import At, Kind, Trail, here, primitive, section
-from parallel.watch import EXIT_CODE, FAILED_CODE, RankWatch
+from parallel.watch import EXIT_CODE, FAILED_CODE, RankWatch, _awaited, _innermost, _line
 from run_case import write_inputs
 from sbtrain.checkpoint.run_dir import Exit
 
@@ -265,6 +267,23 @@ def test_one_process_has_nobody_to_watch():
     before = threading.active_count()
     with RankWatch(timeout_s=1, record=lambda *end: None):
         assert threading.active_count() == before
+
+
+def test_a_wait_that_a_pace_measures_is_a_wait():
+    """Of a collective that nobody marked, such as megatron's of gradients: else its hang would be this rank's work."""
+    seen = []
+
+    class Work:
+        def wait(self):
+            frame = sys._current_frames()[threading.get_ident()].f_back  # a wait of torch's has no frame of its own
+            seen.append((_awaited(frame), _awaited(_innermost(frame)), _line(_innermost(frame))))
+
+    pace = Pace(torch.device("cpu"))
+    work = SimpleNamespace(wait=pace._measured(Work().wait))
+    work.wait()
+    ((unseen, awaited, line),) = seen
+    assert unseen == "" and awaited == "wait in test_a_wait_that_a_pace_measures_is_a_wait"
+    assert line.startswith("test_rank_watch.py:")
 
 
 def test_places_nest_and_count():
