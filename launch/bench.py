@@ -1,8 +1,8 @@
 """Speed, side by side with the peers that are installed: a table on the console and a JSON file in out=DIR.
 
 python launch/bench.py train    [model=7b layers=8 seq_len=8192 micro_batch=1 sp=1 patterns=LS,F peers=hand,engine
-                                rounds=2 steps=10 warmup=4 recompute=none precision=bf16 profile=false peak_tflops=0
-                                out=DIR]
+                                rounds=2 steps=10 warmup=4 recompute=none,full precision=bf16 profile=false
+                                peak_tflops=0 out=DIR]
                                 [ep=1 rows=1 expert_load=natural hot_share=0.5 experts.max_copies=0: layers marked :m]
 python launch/bench.py prefill  [model=7b layers=4 seq_len=32768,131072 patterns=F,LS steps=5 warmup=2 ... out=DIR]
                                 [sp=1 cache=false]

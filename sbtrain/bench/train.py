@@ -53,8 +53,9 @@ class TrainOptions:
     attention; several are run one after the other, each on all ranks of torchrun. ep: over how many of the ranks the
     experts of layers marked `:m` are spread; experts.*: how they are run (docs/moe.md); expert_load: natural, as the
     router of random weights deals, or forced: balanced, or skewed, where the first expert gets the share hot_share
-    and the others the rest evenly. MFU counts the parameters that a token meets. steps: timed ones, after warmup.
-    rounds: how often all peers run. profile: where the time of each peer goes, in the first round.
+    and the others the rest evenly. MFU counts the parameters that a token meets. recompute: levels, all of them run in
+    every round. steps: timed ones, after warmup. rounds: how often all peers run. profile: where the time of each peer
+    goes, in the first round.
     deterministic: as with runtime.deterministic, for all peers of this process (its cost: two processes).
     peak_tflops: of the device; 0 takes it by the device's name. out: folder of bench_train.json and profiles.
     """
@@ -71,7 +72,7 @@ class TrainOptions:
     expert_load: ExpertLoad = ExpertLoad.natural
     hot_share: float = 0.5
     precision: Precision = Precision.bf16
-    recompute: Recompute = Recompute.none
+    recompute: tuple[Recompute, ...] = (Recompute.none,)
     steps: int = 10
     warmup: int = 4
     peers: tuple[str, ...] = ("hand", "engine")
@@ -124,10 +125,12 @@ def check_experts(options: TrainOptions, models: list[ModelConfig]) -> None:
     if options.ep > 1 and dist.get_world_size() % options.ep:
         raise ValueError(f"ep={options.ep} does not divide the {dist.get_world_size()} ranks of torchrun")
     for model in models:
-        stage = Stage(layout=Layout(ep=options.ep), recompute=options.recompute, experts=options.experts)
-        problem = experts_problem(model, stage)
-        if problem:
-            raise ValueError(problem)
+        for recompute in options.recompute:
+            problem = experts_problem(
+                model, Stage(layout=Layout(ep=options.ep), recompute=recompute, experts=options.experts)
+            )
+            if problem:
+                raise ValueError(problem)
         if not has_experts(model):
             if options.ep > 1 or options.expert_load is not ExpertLoad.natural:
                 raise ValueError(f"ep and expert_load need layers with :m, which patterns={model.pattern} lacks")
@@ -152,23 +155,31 @@ def _say(text: str) -> None:
 def _bench_model(model: ModelConfig, sp: str, layout: Layout, options: TrainOptions, report: dict) -> None:
     """All rounds of one pattern on one layout; the report is saved after every peer."""
     seq_len = options.seq_len * layout.sp
-    work = Work(model, options.precision, options.recompute, options.micro_batch, seq_len, layout, options.rows)
+    sizes = (options.micro_batch, seq_len, layout, options.rows)
+    work = Work(model, options.precision, Recompute.none, *sizes)
     if has_experts(model):
         forced = forced_shares(options.expert_load, model.moe.num_experts, hot_share=options.hot_share)
         work = replace(work, experts=options.experts, forced=forced)
     for number in range(1, options.rounds + 1):
-        by_peer = {}
-        for name in options.peers:
-            result = {"pattern": model.pattern, "round": number, "peer": name, "sp": sp, "ep": layout.ep}
-            result.update(_measure(name, work, options, peak=report["peak_tflops"], profiled=number == 1))
-            by_peer[name] = result
-            report["results"].append(result)
-            _keep(options, report)
-            _say(_line(result))
-        if not {"engine", "hand"} - by_peer.keys():
-            comparison = compare(by_peer["engine"], by_peer["hand"], options.precision)
-            if comparison is not None:
-                report["comparisons"].append({"pattern": model.pattern, "round": number, **comparison})
+        for level in options.recompute:
+            about = {"pattern": model.pattern, "round": number, "sp": sp, "ep": layout.ep, "recompute": level.name}
+            _bench_peers(about, replace(work, recompute=level), options, report)
+
+
+def _bench_peers(about: dict, work: Work, options: TrainOptions, report: dict) -> None:
+    """All peers once, one after the other, and how they compare."""
+    by_peer = {}
+    for name in options.peers:
+        result = {**about, "peer": name}
+        result.update(_measure(name, work, options, peak=report["peak_tflops"], profiled=about["round"] == 1))
+        by_peer[name] = result
+        report["results"].append(result)
+        _keep(options, report)
+        _say(_line(result))
+    if not {"engine", "hand"} - by_peer.keys():
+        comparison = compare(by_peer["engine"], by_peer["hand"], options.precision)
+        if comparison is not None:
+            report["comparisons"].append({**about, **comparison})
 
 
 def _measure(name: str, work: Work, options: TrainOptions, *, peak: float, profiled: bool) -> dict:
@@ -247,7 +258,8 @@ def _profiled(name: str, peer, work: Work, options: TrainOptions) -> dict:
         "gla": steps * parts["gated_linear_attention"],
     }
     sp = "" if dist.get_world_size() == 1 else f"_sp{work.layout.sp}_{work.layout.sp_algorithm.L.name}"
-    out = Path(options.out) / f"profile_{file_name(work.model.pattern)}_{name}{sp}"
+    level = "" if len(options.recompute) == 1 else f"_{work.recompute.name}"
+    out = Path(options.out) / f"profile_{file_name(work.model.pattern)}_{name}{sp}{level}"
 
     def step():
         peer.step(lambda part: None)
@@ -257,7 +269,8 @@ def _profiled(name: str, peer, work: Work, options: TrainOptions) -> dict:
             step()
         return {}
     found = profile_steps(step, num_steps=NUM_PROFILED_STEPS, device=device(), flops=flops, out=out)
-    print(f"\nprofile of {name}, {work.model.pattern} (also in {out}.txt)\n{found.pop('text')}\n", flush=True)
+    what = f"profile of {name}, {work.model.pattern}, recompute {work.recompute.name} (also in {out}.txt)"
+    print(f"\n{what}\n{found.pop('text')}\n", flush=True)
     return found
 
 
@@ -268,14 +281,17 @@ def _title(report: dict) -> str:
     hand = ", ".join(f"{job}: {kernel}" for job, kernel in report["hand"].items())
     return (
         f"{options['model']} with {options['layers']} layers, {options['micro_batch']} x {options['seq_len']} tokens a "
-        f"rank, {options['precision']}, recompute {options['recompute']}, "
+        f"rank, {options['precision']}, recompute {', '.join(options['recompute'])}, "
         f"on {dist.get_world_size()} x {facts['device']}\n"
         f"torch {facts['torch']}, {packages}\nengine's ops: {backends}\nhand: {hand}"
     )
 
 
 def _line(result: dict) -> str:
-    start = f"{result['pattern']} round {result['round']} {result['peer']} sp {result['sp']} ep {result['ep']}"
+    start = (
+        f"{result['pattern']} round {result['round']} {result['peer']} sp {result['sp']} ep {result['ep']} "
+        f"recompute {result['recompute']}"
+    )
     if "error" in result:
         return f"{start}: {result['error']}"
     held = f", {result['memory_before_bytes'] / 2**30:.1f} GiB in use before" if result["memory_before_bytes"] else ""
@@ -287,20 +303,21 @@ def summary(report: dict) -> str:
     """The results as a table, and how the peers compare."""
     rows = [_row(result) for result in report["results"]]
     times = ("ms/step", "min", "max", "fwd+bwd", "optimizer")
-    header = ("pattern round peer sp", *times, "tokens/s", "TFLOP/s", "MFU", "GiB", "loss")
+    header = ("pattern round peer sp recompute", *times, "tokens/s", "TFLOP/s", "MFU", "GiB", "loss")
     return "\n".join([aligned(header, rows), "", *map(_verdict, report["comparisons"])]).rstrip()
 
 
 def _verdict(item: dict) -> str:
     line = (
-        f"{item['pattern']} round {item['round']}: the engine runs at {item['ratio']:.4f} of the hand-assembled speed; "
-        f"first losses differ by {item['loss_difference']:.1e}, gradient norms by {item['grad_norm_difference']:.1e}"
+        f"{item['pattern']} round {item['round']}, recompute {item['recompute']}: the engine runs at "
+        f"{item['ratio']:.4f} of the hand-assembled speed; first losses differ by {item['loss_difference']:.1e}, "
+        f"gradient norms by {item['grad_norm_difference']:.1e}"
     )
     return line if item["agree"] else f"{line}: MORE THAN ROUNDING, not the same computation, the ratio is void"
 
 
 def _row(result: dict) -> tuple[str, ...]:
-    name = f"{result['pattern']} {result['round']} {result['peer']} {result['sp']}"
+    name = " ".join(str(result[key]) for key in ("pattern", "round", "peer", "sp", "recompute"))
     if "error" in result:
         return (name, *("-",) * 9, "out of memory")
     memory = result["peak_memory_bytes"]

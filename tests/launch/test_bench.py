@@ -307,3 +307,18 @@ def test_train_refuses_experts_where_there_are_none():
     assert done.returncode == 2 and "experts has no effect" in done.stderr
     done = bench("train", "model=tiny", "layers=1", "pattern=L:m")
     assert done.returncode == 2 and "peers=hand knows no mixtures of experts" in done.stderr
+
+
+def test_train_runs_every_level_of_recompute(tmp_path):
+    """On the same weights and batch: the numbers are the same ones."""
+    levels = ["none", "activations", "selective", "full"]
+    done = bench(
+        "train", "model=tiny", "layers=2", "seq_len=32", "pattern=LS:m", "precision=fp32", "steps=1", "warmup=1",
+        "rounds=2", "peers=engine", f"recompute={','.join(levels)}", f"out={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "bench_train.json").read_text())["results"]
+    assert [(row["round"], row["recompute"]) for row in results] == [(n, level) for n in (1, 2) for level in levels]
+    assert all(row["losses"] == results[0]["losses"] for row in results)
+    assert all(row["grad_norms"] == results[0]["grad_norms"] for row in results)
+    assert all(f"LS:m 2 engine 1 {level} " in done.stdout for level in levels)
