@@ -16,13 +16,13 @@ from torch import Tensor
 from parallel import mcore
 from parallel.gradients import GradientBuffers
 from parallel.mesh import Mesh
-from parallel.optimizer import build_optimizer, saved_step_count, set_step_count, sharded_state, step, step_count
+from parallel.optimizer import build_optimizer, saved_step_count, set_step_count, step, step_count
 from parallel.pieces import Piece, objects_of, pieces_of, put_back
 from parallel.place import primitive, section
 from parallel.schedule import LossSum, chunks_of, run_rows
 from parallel.sequence.shard import IGNORE, Row
 
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+_SHARDING = {"non_homogeneous_layers": True}
 
 
 class Engine:
@@ -146,11 +146,6 @@ class Engine:
             self.metrics = {**self.expert_steps.end(skipped=self.skipped), **self.spike_steps.end()}
             return grad_norm
 
-    def sharded_state_dict(self) -> dict:
-        """Model and optimizer as megatron's sharded state dict, to be saved."""
-        model = sharded_weights(self.models, self.mesh)
-        return {"model": model, "optimizer": sharded_state(self.optimizer, model, metadata=_metadata(self.mesh))}
-
     def own_state(self) -> tuple[list[Piece], list[str]]:
         """This rank's own part of what is to be saved, without a word to the others; good while the engine lives.
 
@@ -177,7 +172,7 @@ class Engine:
             model.load_state_dict(model.state_dict())  # some parts take over what follows from a buffer
 
     def common_state(self) -> dict:
-        """What sharded_state_dict holds beside tensors, the same on all ranks."""
+        """What is to be saved beside tensors, the same on all ranks."""
         return {"optimizer": {"step": step_count(self.optimizer)}}
 
     def load_weights(self, state: dict) -> None:
@@ -192,6 +187,23 @@ def _finalize_gradients(chunks, num_tokens=None, **options) -> None:
         for chunk in chunks:
             chunk.module.expert_steps.before_reduction()
         mcore.finalize_model_grads(chunks, None, **options)
+
+
+class Weights:
+    """Weights without an optimizer, to be saved as an engine's state is: what a conversion leaves for training."""
+
+    def __init__(self, model, mesh: Mesh):
+        """model: a stage or the list of its chunks."""
+        self._models, self._mesh = chunks_of(model), mesh
+
+    def own_state(self) -> tuple[list[Piece], list[str]]:
+        """As Engine.own_state."""
+        weights = sharded_weights(self._models, self._mesh)
+        return pieces_of(weights, None, self._models), objects_of(weights)
+
+    def common_state(self) -> dict:
+        """As Engine.common_state: nothing."""
+        return {}
 
 
 def sharded_weights(model, mesh: Mesh) -> dict:

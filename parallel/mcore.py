@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -40,12 +38,10 @@ from megatron.core.datasets.indexed_dataset import (  # noqa: E402, F401
 from megatron.core.dist_checkpointing.core import CheckpointingConfig  # noqa: E402, F401
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402, F401
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica  # noqa: E402, F401
-from megatron.core.dist_checkpointing.strategies import filesystem_async as _tensor_writer  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import torch as _tensor_files  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # noqa: E402, F401
 from megatron.core.dist_checkpointing.strategies.common import (  # noqa: E402
     TorchCommonLoadStrategy,
-    TorchCommonSaveStrategy,
 )
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # noqa: E402
     _split_by_size_and_type as split_by_size_and_type,  # noqa: F401
@@ -62,7 +58,6 @@ from megatron.core.distributed import (  # noqa: E402, F401
 from megatron.core.enums import ModelType  # noqa: E402, F401
 from megatron.core.models.common.language_module.language_module import LanguageModule  # noqa: E402, F401
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402, F401
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate  # noqa: E402, F401
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402, F401
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator  # noqa: E402
@@ -102,13 +97,9 @@ if _ON_CPU:
 
 if not hasattr(_moe_utils, "te_general_gemm"):  # without TransformerEngine every router raises NameError
     _moe_utils.te_general_gemm = None
-DistributedOptimizer.get_parameter_state_dp_zero = fixes.get_parameter_state_dp_zero
-_queue_of_processes = _tensor_writer._get_write_results_queue
-_tensor_writer._get_write_results_queue = fixes.results_queue
 _tensor_files._get_filesystem_reader = safe_load.open_reader
 _tensor_files.MCoreLoadPlanner.load_bytes = safe_load.load_bytes
 TorchCommonLoadStrategy.load_common = safe_load.load_common
-TorchCommonSaveStrategy.save_common = fixes.save_common
 P2PCommunicator._communicate = fixes.keeping_what_is_sent(P2PCommunicator._communicate)
 
 
@@ -133,13 +124,3 @@ def mark_tensor_parallel(module: torch.nn.Module) -> None:
 def mark_sharded(weight: torch.nn.Parameter, *, dim: int) -> None:
     """Say that the weight is one tp rank's part of a larger one, cut along dim."""
     weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, 1
-
-
-@contextmanager
-def saves_of_other_processes() -> Iterator[None]:
-    """Context for megatron's asynchronous saves: another process hands their results over, see fixes.results_queue."""
-    _tensor_writer._get_write_results_queue = _queue_of_processes
-    try:
-        yield
-    finally:
-        _tensor_writer._get_write_results_queue = fixes.results_queue

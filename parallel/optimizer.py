@@ -101,17 +101,6 @@ def allocate_state(optimizer) -> None:
             group.pop("step", None)  # where apex and TransformerEngine count
 
 
-def sharded_state(optimizer, weights: dict, *, metadata: dict) -> dict:
-    """Step count, master weights and moments under the names of their weights, which no layout changes.
-
-    weights: the model's sharded state dict. megatron's own numbers its optimizers (one for experts, one for the rest)
-    and their groups, which differ between layouts, and between stages with and without experts.
-    """
-    allocate_state(optimizer)
-    parts = [part.sharded_param_state_fully_reshardable(weights, False, metadata) for part in parts_of(optimizer)]
-    return {"step": step_count(optimizer), "parts": dict(enumerate(parts))}
-
-
 @torch.no_grad()
 def set_step_count(optimizer, step_count: int) -> None:
     """Go on from so many updates."""

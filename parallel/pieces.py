@@ -62,11 +62,12 @@ def put_back(pieces: list[Piece], tensors: Iterable[Tensor]) -> None:
 def pieces_of(weights: dict, optimizer, models: list) -> list[Piece]:
     """This rank's part of the weights and of the optimizer's state; what the ranks save of it is everything, once.
 
-    weights: the models' sharded state dict. The list is good for as long as models and optimizer live: read() looks up
-    what may have been put in place of a tensor.
+    weights: the models' sharded state dict. optimizer: None for weights alone. The list is good for as long as models
+    and optimizer live: read() looks up what may have been put in place of a tensor.
     """
-    allocate_state(optimizer)
-    shares, known = _shares(optimizer)
+    if optimizer is not None:
+        allocate_state(optimizer)
+    shares, known = _shares([] if optimizer is None else parts_of(optimizer))
     modules = [module for model in models for module in model.modules()]
     buffers = {buffer: (module, name) for module in modules for name, buffer in _own(module)}
     found = []
@@ -122,10 +123,10 @@ def _inside(shape: tuple[int, ...], index: int, start: int, end: int) -> Iterato
         yield first + index * row, (index, *offsets), (1, *sizes)
 
 
-def _shares(optimizer) -> tuple[dict, set]:
+def _shares(parts: list) -> tuple[dict, set]:
     """Parameter -> (megatron's optimizer, first and last element of this rank's share), and all its parameters."""
     shares, known = {}, set()
-    for part in parts_of(optimizer):
+    for part in parts:
         for buffer in part.buffers:
             known.update(buffer.param_index_map)
         for ranges in part.gbuf_ranges:

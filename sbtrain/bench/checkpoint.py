@@ -190,9 +190,8 @@ def _begin_save(state: _State, folder: Path, queue) -> None:
     if queue is None:
         mcore.dist_checkpointing.save(state.sharded(), str(folder), validate_access_integrity=False)
         return
-    with mcore.saves_of_other_processes():
-        about = dict(validate_access_integrity=False, async_sharded_save=True)
-        queue.schedule_async_request(mcore.dist_checkpointing.save(state.sharded(), str(folder), **about))
+    about = dict(validate_access_integrity=False, async_sharded_save=True)
+    queue.schedule_async_request(mcore.dist_checkpointing.save(state.sharded(), str(folder), **about))
 
 
 def _tried(measure: Callable[[], dict]) -> dict:

@@ -261,11 +261,8 @@ class Flash:
 
     def _send_seal(self, head: _Pending) -> None:
         final = self.folder / f"step_{head.step}"
-        entries = {name: entry for each in head.answers for name, entry in each.entries.items()}
-        results = [list(each.results) for each in head.answers]
-        self._writer.send(
-            Seal(head.token, self._partial(head), final, head.small, self._share.metadata, results, entries)
-        )
+        written = [each.written for each in head.answers]
+        self._writer.send(Seal(head.token, self._partial(head), final, head.small, self._share.metadata, written))
 
     def _finish(self) -> None:
         """The checkpoint is whole: say so in the ledger, delete old ones, begin with the next in the queue."""

@@ -1,8 +1,9 @@
-"""Share: how what one rank saves of an engine lies in a slot of shared memory and in files, and the index of all."""
+"""Share: how what one rank saves of an engine lies in files, and in a slot of shared memory, and the index of all."""
 
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +14,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from parallel import mcore
-from parallel.engine import Engine
+from parallel.engine import Engine, Weights
 from parallel.pieces import Box, Piece
 from parallel.place import primitive
 from sbtrain.checkpoint.memory import copy_into, place
-from sbtrain.checkpoint.writer import Item
+from sbtrain.checkpoint.tensor_files import Item
 
 _NUM_FILES = 2
 """Of a rank, as megatron writes them."""
@@ -25,12 +26,12 @@ _NUM_FILES = 2
 
 @dataclass(frozen=True)
 class Share:
-    """Good for one engine. starts, sizes: of the pieces in a slot, bytes. files: name -> boxes.
+    """Good for one engine, or for weights alone. starts, sizes: of the pieces in a slot, bytes. files: name -> boxes.
 
     On rank 0, of all ranks: total_bytes on the disk, and the index (metadata).
     """
 
-    engine: Engine
+    engine: Engine | Weights
     pieces: list[Piece]
     starts: list[int]
     sizes: list[int]
@@ -40,7 +41,7 @@ class Share:
     metadata: Metadata | None
 
     @classmethod
-    def of(cls, engine: Engine) -> Share:
+    def of(cls, engine: Engine | Weights) -> Share:
         """What this rank saves of the engine. Collective."""
         pieces, names = engine.own_state()
         tensors = [piece.read() for piece in pieces]
@@ -56,6 +57,13 @@ class Share:
         saved_bytes = place([size for piece, size in zip(pieces, sizes) if piece.is_saved])[1]
         metadata, total_bytes = _index([each.item for each in items], saved_bytes)
         return cls(engine, pieces, starts, sizes, slot_bytes, _split(items), total_bytes, metadata)
+
+    def read(self, item: Item) -> Tensor:
+        """A box of what is saved, as it is now, in memory of its own on the CPU."""
+        number = bisect_right(self.starts, item.start) - 1
+        whole, sizes = self.pieces[number].read(), item.item.tensor_data.chunk.sizes
+        first = (item.start - self.starts[number]) // whole.element_size()
+        return whole[first:][: sizes.numel()].view(sizes).to("cpu", copy=True)
 
     def copy(self, memory: Tensor, slot: int) -> int:
         """Copy the pieces to a slot of the memory, uint8 [bytes]; bytes."""

@@ -8,28 +8,32 @@ the tensors holds the RunState and the op table.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from parallel import mcore
 from parallel.collectives import together
-from parallel.engine import Engine, sharded_weights
+from parallel.engine import Engine, Weights, sharded_weights
 from parallel.mesh import Mesh
 from parallel.optimizer import saved_step_count
 from parallel.place import primitive, section
 from parallel.safe_load import read_common
-from sbtrain.checkpoint.files import write_json
 from sbtrain.checkpoint.fill import fill
 from sbtrain.checkpoint.flash import Flash
 from sbtrain.checkpoint.ledger import Ledger
-from sbtrain.checkpoint.manifest import MANIFEST, delete, drop, measure, seal
+from sbtrain.checkpoint.manifest import delete, drop, seal
 from sbtrain.checkpoint.partials import Partials
-from sbtrain.checkpoint.reading import FORMAT, causes_of, read_state, readable, reason_of
+from sbtrain.checkpoint.reading import FORMAT, read_state, readable, reason_of
+from sbtrain.checkpoint.share import Share, bytes_of
 from sbtrain.checkpoint.state import RunState
+from sbtrain.checkpoint.tensor_files import Written, write_files, write_rest
+
+_PARTS = ("model", "optimizer")
+"""What a checkpoint of training holds; that of a conversion has the model alone."""
 
 
 class Store:
@@ -56,6 +60,7 @@ class Store:
         self.keep_last, self.keep_every_steps, self.op_table = keep_last, keep_every_steps, op_table
         self.check_lock = check_lock
         self._partials = Partials(self.folder)
+        self._share: Share | None = None
         self.flash = self.in_background() if asynchronous else None
 
     def in_background(self, **parts) -> Flash:
@@ -84,7 +89,7 @@ class Store:
         if self.flash is not None:
             self.flash.take(engine, state, persist=True)
         else:
-            self._write(engine.sharded_state_dict(), state)
+            self._write(self._share_of(engine), state)
 
     def _keep_rollback(self, state: RunState) -> None:
         there = together(lambda: RunState.from_json(read_state(self.ledger.checkpoint)))
@@ -100,6 +105,7 @@ class Store:
 
     def settle(self) -> None:
         """Wait until all that was saved is on the disk; the engine may be closed then. Collective."""
+        self._share = None
         if self.flash is not None:
             self.flash.settle()
             self.flash.forget()
@@ -118,30 +124,43 @@ class Store:
 
         model: a stage or the list of its chunks.
         """
-        self._write({"model": sharded_weights(model, mesh)}, state)
+        self._write(Share.of(Weights(model, mesh)), state, parts=("model",))
 
-    def _write(self, sharded: dict, state: RunState) -> None:
+    def _share_of(self, engine: Engine) -> Share:
+        """How this rank's part of the engine is saved, which is found out once. Collective."""
+        if self._share is None or self._share.engine is not engine:
+            self._share = Share.of(engine)
+        return self._share
+
+    def _write(self, share: Share, state: RunState, parts: tuple[str, ...] = _PARTS) -> None:
         with section("checkpoint save", patient=True):
-            self._write_step(sharded, state)
+            self._write_step(share, state, parts)
 
-    def _write_step(self, sharded: dict, state: RunState) -> None:
-        write = dist.get_rank() == 0
+    def _write_step(self, share: Share, state: RunState, parts: tuple[str, ...]) -> None:
         self._partials.open()
         final, partial = self.folder / f"step_{state.step}", self._partials.of(state.step)
         _first(self.check_lock)
-        self._make_room(sharded, partial, write)
+        self._make_room(partial, share.total_bytes)
         with _intact(partial):
-            mcore.dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False)
-            content = self._content(state, list(sharded))
-            _first(lambda: write_json(partial / "state.json", content))
-            entries = _measure_together(partial)
+            written = together(lambda: _written(partial, share))
+            entries = self._finished(partial, share, written, self._content(state, parts))
         _first(self.check_lock)
         with _intact(partial):
             _first(lambda: seal(partial, final, entries))
         old = self._sealed(state.step)
         _first(lambda: drop(old))
 
-    def _content(self, state: RunState, parts: Sequence[str] = ("model", "optimizer")) -> dict:
+    def _finished(self, partial: Path, share: Share, written: Written, content: dict) -> dict[str, dict]:
+        """Rank 0 adds what is beside the tensors; what the manifest says of all files, on rank 0. Collective."""
+        gathered, entries = [None] * dist.get_world_size(), {}
+        with primitive("places in a checkpoint"):
+            dist.gather_object(written, gathered if dist.get_rank() == 0 else None)
+        common = bytes_of(share.engine.common_state())
+        small = {"state.json": content, "common.pt": common, "metadata.json": mcore.CHECKPOINT_FORMAT}
+        _first(lambda: entries.update(write_rest(partial, small, share.metadata, gathered)))
+        return entries
+
+    def _content(self, state: RunState, parts: tuple[str, ...] = _PARTS) -> dict:
         """Of state.json."""
         return {"format": FORMAT, "parts": list(parts), "op_table": self.op_table, **state.to_json()}
 
@@ -210,13 +229,12 @@ class Store:
             loaded = mcore.dist_checkpointing.load(sharded, str(folder), validate_access_integrity=False)
         engine.load_weights(loaded["model"])
 
-    def _make_room(self, sharded: dict, partial: Path, write: bool) -> None:
-        needed = [None] * dist.get_world_size()
-        dist.all_gather_object(needed, _own_bytes(sharded))
+    def _make_room(self, partial: Path, needed_bytes: int) -> None:
+        """needed_bytes: of all ranks, on rank 0."""
         problem = [None]
-        if write:
+        if dist.get_rank() == 0:
             self._partials.clear()
-            problem = [_cannot_hold(partial, sum(needed))]
+            problem = [_cannot_hold(partial, needed_bytes)]
         dist.broadcast_object_list(problem, src=0)
         if problem[0]:
             raise ValueError(problem[0])
@@ -265,36 +283,25 @@ def _intact(partial: Path) -> Iterator[None]:
     """Context of the writing of a checkpoint: what goes wrong is told as a ValueError, and what was written is gone."""
     try:
         yield
-    except (OSError, ValueError, CheckpointException) as error:  # the last: what a writer process's OSError becomes
+    except (OSError, ValueError) as error:
         if dist.get_rank() == 0:
             delete(partial)  # it may be what fills the disk
-        if _lost_a_process(error):
-            raise
         raise ValueError(
             f"{partial}: {reason_of(error)}; the previous checkpoint is intact, free some space "
             "and start the same command again"
         ) from error
 
 
-def _measure_together(folder: Path) -> dict[str, dict]:
-    """The manifest's entries of a checkpoint: each rank reads what it wrote. Collective."""
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    entries = [None] * num_ranks
-
-    def of_this_rank() -> dict[str, dict]:  # another host may not see a new file yet
-        names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
-        return measure(folder, [name for name in names if _writer(name, num_ranks) == rank])
-
-    ours = together(of_this_rank)
-    with primitive("checksums of a checkpoint"):
-        dist.all_gather_object(entries, ours)
-    return {name: entry for each in entries for name, entry in each.items()}
-
-
-def _writer(name: str, num_ranks: int) -> int:
-    """The rank that wrote a file: tensors are in __RANK_N.distcp, the rest is rank 0's."""
-    number = name.split("_")[2] if name.startswith("__") else ""
-    return int(number) if number.isdecimal() and int(number) < num_ranks else 0
+def _written(partial: Path, share: Share) -> Written:
+    """What this rank has written of its share. Raises ValueError that names rank and file."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # other threads read the tensors, on streams of their own
+    try:
+        partial.mkdir(parents=True, exist_ok=True)  # another host may not see yet that it is there
+        return write_files(partial, share.files, share.read)
+    except OSError as error:
+        name = Path(error.filename).name if error.filename else "a file"
+        raise ValueError(f"rank {dist.get_rank()}: {name}: {error.strerror or error}") from None
 
 
 def check_room(run_dir: Path, needed_bytes: int) -> None:
@@ -304,22 +311,6 @@ def check_room(run_dir: Path, needed_bytes: int) -> None:
     problem = _shortage(run_dir / "checkpoints", needed_bytes, shutil.disk_usage(existing).free)
     if problem:
         raise ValueError(problem)
-
-
-def _lost_a_process(error: BaseException) -> bool:
-    """Whether a process that helps to write is gone, which is no matter of the disk."""
-    return any(isinstance(cause, (ConnectionError, EOFError)) for cause in causes_of(error).values())
-
-
-def _own_bytes(sharded) -> int:
-    """Bytes of the tensors in a sharded state dict that this rank writes (replicas are written once)."""
-    if isinstance(sharded, dict):
-        return sum(_own_bytes(value) for value in sharded.values())
-    if isinstance(sharded, (list, tuple)):
-        return sum(_own_bytes(value) for value in sharded)
-    data, replica = getattr(sharded, "data", None), getattr(sharded, "replica_id", 0)
-    first = not any(replica) if isinstance(replica, tuple) else replica == 0
-    return data.numel() * data.element_size() if first and hasattr(data, "element_size") else 0
 
 
 def _cannot_hold(partial: Path, needed_bytes: int) -> str | None:

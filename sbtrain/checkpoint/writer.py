@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import io
 import mmap
 import os
 import queue
@@ -17,35 +16,21 @@ import sys
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
 
-from sbtrain.checkpoint.files import read_json, write_json
-from sbtrain.checkpoint.manifest import MANIFEST, Checksum, drop, measure, seal
+from sbtrain.checkpoint.files import read_json
+from sbtrain.checkpoint.manifest import MANIFEST, drop, seal
+from sbtrain.checkpoint.tensor_files import Item, Written, write_files, write_rest
 
 _PR_SET_PDEATHSIG = 1
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _POLITE = 5
 """How much further behind the training process it stands in the queue for a core."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One box in shared memory, start in bytes from the beginning of its slot; or content, the same always."""
-
-    item: WriteItem
-    dtype: torch.dtype | None = None
-    start: int = 0
-    content: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +54,7 @@ class Write:
 class Seal:
     """Make a checkpoint of a folder in which all ranks have written.
 
-    small: contents of files beside the tensors; metadata: the index without places; results, entries: of all ranks.
+    small: contents of files beside the tensors; metadata: the index without places; written: by all ranks.
     """
 
     token: int
@@ -77,8 +62,7 @@ class Seal:
     final: Path
     small: dict[str, bytes | dict]
     metadata: Metadata
-    results: list[list[WriteResult]]
-    entries: dict[str, dict]
+    written: list[Written]
 
 
 @dataclass(frozen=True)
@@ -91,38 +75,12 @@ class Delete:
 
 @dataclass(frozen=True)
 class Done:
-    """Answer: to Write with results (where each box lies) and entries (of the manifest). problem: why not."""
+    """Answer: to Write with what was written. problem: why not."""
 
     token: int
     seconds: float = 0.0
-    results: tuple[WriteResult, ...] = ()
-    entries: dict[str, dict] | None = None
+    written: Written | None = None
     problem: str | None = None
-
-
-class _Checked(io.RawIOBase):
-    """A file that is written from its beginning to its end, its checksum, and why it could not be."""
-
-    def __init__(self, file):
-        self._file, self.checksum, self.error = file, Checksum(), None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content) -> int:
-        view = memoryview(content).cast("B")
-        done = 0
-        try:
-            while done < len(view):
-                done += self._file.write(view[done:])
-        except OSError as error:
-            self.error = error  # torch.save makes something else of it
-            raise
-        self.checksum.add(view)
-        return len(view)
-
-    def tell(self) -> int:
-        return self.checksum.num_bytes
 
 
 def main(descriptor: int, memory: int, parent: int) -> None:
@@ -167,35 +125,15 @@ def _answer(message: Write | Seal, files: Files, contents: mmap.mmap) -> Done:
             _seal(message)
             return Done(message.token, time.monotonic() - began)
         message.folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(max(len(files.items), 1)) as pool:
-            written = [pool.submit(_write_file, message, name, items, contents) for name, items in files.items.items()]
-            results = [result for each in written for result in each.result()[0]]
-        entries = {name: each.result()[1] for name, each in zip(files.items, written)}
-        return Done(message.token, time.monotonic() - began, tuple(results), entries)
+        written = write_files(message.folder, files.items, lambda item: _box(item, message.start, contents))
+        return Done(message.token, time.monotonic() - began, written)
     except Exception as error:  # whatever it is, the training process must hear of it
         where = f"{Path(error.filename).name}: " if getattr(error, "filename", None) else ""
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
         return Done(message.token, problem=f"{where}{reason}")
 
 
-def _write_file(message: Write, name: str, items: list[Item], contents: mmap.mmap) -> tuple[list, dict]:
-    """One file of a rank, in torch's format of distributed checkpoints. It is on the disk when this returns."""
-    path, results, transforms = message.folder / name, [], _StorageWriterTransforms()
-    with open(path, "wb", buffering=0) as file:
-        stream = _Checked(file)
-        try:
-            for each in items:
-                content, form = _content(each, message.start, contents), SerializationFormat.TORCH_SAVE
-                results.append(_write_item(transforms, stream, content, each.item, name, form))
-        except Exception as error:
-            raise stream.error or error from None
-        os.fsync(file.fileno())
-    return results, {"bytes": stream.checksum.num_bytes, "crc32": stream.checksum.text}
-
-
-def _content(item: Item, start: int, contents: mmap.mmap) -> torch.Tensor | io.BytesIO:
-    if item.content is not None:
-        return io.BytesIO(item.content)
+def _box(item: Item, start: int, contents: mmap.mmap) -> torch.Tensor:
     sizes = item.item.tensor_data.chunk.sizes
     where = dict(count=sizes.numel(), offset=start + item.start)
     return torch.frombuffer(contents, dtype=item.dtype, **where).view(sizes)  # its storage is that box alone
@@ -203,25 +141,18 @@ def _content(item: Item, start: int, contents: mmap.mmap) -> torch.Tensor | io.B
 
 def _seal(message: Seal) -> None:
     """Small files, index, manifest, name."""
-    partial = message.partial
-    if not partial.is_dir() and _has(message.final, message.entries):
+    partial, final = message.partial, message.final
+    if not partial.is_dir() and _has(final, message.written):
         return  # a writer that died behind the rename had done it
-    for name, content in message.small.items():
-        if isinstance(content, bytes):
-            (partial / name).write_bytes(content)
-        else:
-            write_json(partial / name, content)
-    FileSystemWriter(partial).finish(message.metadata, message.results)
-    entries = {**message.entries, **measure(partial, [".metadata", *message.small])}
-    seal(partial, message.final, entries)
+    seal(partial, final, write_rest(partial, message.small, message.metadata, message.written))
 
 
-def _has(final: Path, entries: dict[str, dict]) -> bool:
+def _has(final: Path, written: list[Written]) -> bool:
     try:
         files = read_json(final / MANIFEST)["files"]
     except FileNotFoundError:
         return False
-    return all(files.get(name) == entry for name, entry in entries.items())
+    return all(files.get(name) == entry for each in written for name, entry in each.entries.items())
 
 
 if __name__ == "__main__":

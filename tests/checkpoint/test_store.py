@@ -8,20 +8,16 @@ import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
-from traceback import StackSummary
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
-from parallel import mcore
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from sbtrain.checkpoint import files, manifest
+from sbtrain.checkpoint import files, manifest, tensor_files
 from sbtrain.checkpoint import ledger as ledger_module
-from sbtrain.checkpoint import store as store_module
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.manifest import fault
 from sbtrain.checkpoint.reading import read_state
@@ -90,13 +86,13 @@ def test_no_space_left_is_noticed_before_anything_is_written(saved, monkeypatch)
         with pytest.raises(ValueError, match=r"no space left in .*checkpoints: .* free some space and start the same"):
             saved.save(4)
         _check_intact(saved, folder, ledger)
-        patch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, needed))
+        patch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 100 * needed))
         saved.save(4)
     assert Ledger(saved.folder).step == 4
 
 
 def test_a_disk_that_fills_up_while_writing_costs_nothing_but_this_checkpoint(saved):
-    """The largest size of a file stands for the disk: the writer fails in its own process, as on a full disk."""
+    """The largest size of a file stands for the disk."""
     folder = saved.save(3)
     ledger = saved.ledger.path.read_bytes()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -107,7 +103,7 @@ def test_a_disk_that_fills_up_while_writing_costs_nothing_but_this_checkpoint(sa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     text = str(caught.value)
-    assert "\n" not in text and f".partial: rank 0: Worker failure: [Errno {errno.EFBIG}]" in text
+    assert "\n" not in text and ".partial: rank 0: __0_0.distcp: File too large; the previous" in text
     assert "the previous checkpoint is intact, free some space" in text
     _check_intact(saved, folder, ledger)  # what was written of the new one is gone, and so is what filled the disk
     saved.save(4)
@@ -140,23 +136,9 @@ def _save_with_a_full_disk(rank: int, folder: Path, full: int) -> tuple[str, boo
 @pytest.mark.parametrize("full", [0, 1])
 def test_a_disk_that_is_full_for_one_rank_is_said_by_all(tmp_path, run_ranks, full):
     (first, intact), (second, also) = run_ranks(2)(_save_with_a_full_disk, tmp_path, full)
-    assert "\n" not in first and f".partial: rank {full}: Worker failure: [Errno {errno.EFBIG}]" in first
-    assert ".partial: " in second and "the previous checkpoint is intact" in second
+    assert "\n" not in first and f".partial: rank {full}: __{full}_0.distcp: File too large; " in first
+    assert second == first
     assert intact and also and Ledger(tmp_path).step == 5
-
-
-@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), EOFError()])
-def test_a_process_that_is_gone_is_no_full_disk(saved, monkeypatch, error):
-    folder = saved.save(3)
-    ledger = saved.ledger.path.read_bytes()
-
-    def save(*args, **kwargs):
-        raise CheckpointException("write", {0: (error, StackSummary())})
-
-    with monkeypatch.context() as patch, pytest.raises(CheckpointException):
-        patch.setattr(mcore.dist_checkpointing, "save", save)
-        saved.save(4)
-    _check_intact(saved, folder, ledger)
 
 
 def test_a_save_leaves_no_process(saved):
@@ -188,7 +170,7 @@ def test_a_disk_that_is_full_at_a_small_file(saved, monkeypatch, name):
         if SMALL[name] == "write_bytes":
             real_bytes = Path.write_bytes
             patch.setattr(Path, "write_bytes", lambda path, content: full(path, content, real_bytes))
-        for module in (manifest, ledger_module, store_module):
+        for module in (manifest, ledger_module, tensor_files):
             patch.setattr(module, "write_json", lambda path, content: full(path, content, files.write_json))
         saved.save(4)
     text = str(caught.value)

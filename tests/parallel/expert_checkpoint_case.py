@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from layout_case import build_engine, coordinates
+from megatron_state import sharded_state
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from sbtrain.checkpoint.ledger import Ledger
@@ -48,7 +49,7 @@ def go_on(
 def state_of(engine) -> dict:
     """Weights, buffers and optimizer state of this rank by global name."""
     optimizer = {}
-    for part in engine.sharded_state_dict()["optimizer"]["parts"].values():
+    for part in sharded_state(engine)["optimizer"]["parts"].values():
         for tensors in part.values():
             optimizer.update({tensor.key: tensor.data.clone() for tensor in tensors.values()})
     weights = {name: weight.detach().clone() for name, weight in global_parameters(engine.model).items()}

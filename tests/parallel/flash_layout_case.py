@@ -1,4 +1,4 @@
-"""A model saved at one step by both stores: with megatron's own save, and in the background."""
+"""A model saved at one step by both stores, which waits and which does not, and by megatron."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from layout_case import build_engine
+from megatron_state import save_as_megatron
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from sbtrain.checkpoint.ledger import Ledger
@@ -19,7 +21,8 @@ from sbtrain.config.schema import Precision
 def save_both(rank: int, layout: Layout, model, rows, folder: str, precision: Precision = Precision.fp32) -> dict:
     """Train two steps, save below a/ (synchronous) and b/ (in the background, while a third step changes everything).
 
-    Then restore from b/. Returns whether this rank's share is what it was at the second step, and its bytes.
+    And to m/ with megatron's own save. Then restore from b/. Returns whether this rank's share is what it was at the
+    second step, and its bytes.
     """
     with ExitStack() as stack:
         mesh = stack.enter_context(Mesh.build(layout))
@@ -31,6 +34,10 @@ def save_both(rank: int, layout: Layout, model, rows, folder: str, precision: Pr
         stores = [_store(Path(folder) / name, stack, background=name == "b") for name in "ab"]
         for store in stores:
             store.save(engine, state)
+        if rank == 0:
+            Path(folder, "m").mkdir()
+        dist.barrier()
+        save_as_megatron(engine, str(Path(folder, "m")))
         before = _own(engine)
         _train(engine, rows)
         changed = sum(not torch.equal(x, y) for x, y in zip(before, _own(engine)))

@@ -121,15 +121,15 @@ def late() -> None:
 
 def save() -> None:
     """This rank takes long for its part of the next checkpoint."""
-    from parallel import mcore
+    from sbtrain.checkpoint import store
 
-    write = mcore.dist_checkpointing.save
+    write = store.write_files
 
     def write_late(*args, **kwargs):
         time.sleep(LONG_S)
         return write(*args, **kwargs)
 
-    mcore.dist_checkpointing.save = write_late
+    store.write_files = write_late
 
 
 FAULTS = {function.__name__: function for function in (kill, stop, sleep, spin, fail, report, sinks, late, save)}
