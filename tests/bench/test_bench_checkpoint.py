@@ -16,7 +16,7 @@ def test_the_table_has_what_was_measured(tmp_path, capfd):
     )
     assert bench_checkpoint(options, "bench.py checkpoint") == 0
     report = json.loads((tmp_path / FILE).read_text())
-    assert list(report["rows"]) == ["flash", "sync", "async"] and report["num_ranks"] == 1
+    assert list(report["rows"]) == ["flash", "waited", "sync", "async"] and report["num_ranks"] == 1
     assert all(set(row) == {"first_s", "blocked_s", "written_s"} for row in report["rows"].values())
     assert report["rank_bytes"] > 0 and report["pinned_copy_bytes_per_s"] > 0
     assert "of pinned copy" in capfd.readouterr().out
