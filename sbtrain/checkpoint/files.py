@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -13,7 +15,7 @@ def write_json(path: Path, value) -> None:
     Raises OSError, which names the file.
     """
     partial = path.with_name(path.name + ".partial")
-    try:
+    with naming(path):
         with open(partial, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=1)
             file.write("\n")
@@ -21,8 +23,15 @@ def write_json(path: Path, value) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context of the writing of a file: an OSError that names none, as that of a write to a full disk, names it."""
+    try:
+        yield
     except OSError as error:
-        if error.errno and not error.filename:  # a write to a full disk names no file
+        if error.errno and not error.filename:
             error.filename = str(path)
         raise
 

@@ -23,7 +23,7 @@ from parallel.mesh import device
 from parallel.place import primitive, section
 from sbtrain.checkpoint.manifest import delete
 from sbtrain.checkpoint.memory import NUM_SLOTS, SharedMemory, check_memory
-from sbtrain.checkpoint.partials import Partials
+from sbtrain.checkpoint.partials import Partials, not_written
 from sbtrain.checkpoint.share import Share, bytes_of
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.writer import Delete, Done, Files, Seal, Write
@@ -299,9 +299,7 @@ class Flash:
         if dist.get_rank() == 0:
             delete(partial)  # it may be what fills the disk
         reasons = "; ".join(f"rank {rank}: {problem}" for rank, problem in found.items())
-        raise ValueError(
-            f"{partial}: {reasons}; the previous checkpoint is intact, free some space and start the same command again"
-        )
+        raise not_written(partial, reasons)
 
     def _end_writer(self) -> None:
         self._writer.kill()

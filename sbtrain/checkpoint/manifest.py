@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import stat
+import time
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,10 @@ FILES = ("state.json", "metadata.json", "common.pt", ".metadata")
 KIND = "crc32 of the crc32s of 16 MiB blocks"
 GONE = "it is gone"
 """The fault of a checkpoint whose folder is not there."""
+LAG_S = 90.0
+"""How long a host may see a folder as it was before: network file systems remember for a minute at most."""
+LOOK_S = 0.5
+ONE_FOLDER = "run_dir must be one folder that all hosts share"
 _BLOCK_BYTES = 16 << 20
 _NUM_THREADS = 4
 _MOST_MANIFEST_BYTES = 64 << 20
@@ -74,13 +79,34 @@ def seal(partial: Path, final: Path, entries: dict[str, dict]) -> None:
     """Write the manifest of a folder whose files are all written, then give the folder its name. Raises OSError.
 
     entries: what `measure` says of all files. Whatever had the name is gone; after a crash there is no folder of that
-    name or a whole one.
+    name or a whole one. Raises ValueError where this host does not see what others say they have written there.
     """
+    _wait_for(partial, entries)
     write_json(partial / MANIFEST, {"checksum": KIND, "files": dict(sorted(entries.items()))})
     if final.exists():
         put_away(final)
     partial.rename(final)
     sync_folder(final.parent)
+
+
+def _wait_for(folder: Path, entries: dict[str, dict]) -> None:
+    """Return when all files are there in their sizes. Other hosts have written some, and may have another folder."""
+    end = time.monotonic() + LAG_S
+    for name, entry in entries.items():
+        while (found := _size_of(folder / name)) != entry["bytes"]:
+            if time.monotonic() >= end:
+                seen = "does not see it" if found is None else f"sees {found} bytes of its {entry['bytes']}"
+                raise ValueError(
+                    f"{name}: host {platform.node()} {seen}, {LAG_S:.0f} s after it was written: {ONE_FOLDER}"
+                )
+            time.sleep(LOOK_S)
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return os.lstat(path).st_size
+    except FileNotFoundError:
+        return None
 
 
 def put_away(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from parallel.place import primitive
-from sbtrain.checkpoint.manifest import delete
+from sbtrain.checkpoint.manifest import ONE_FOLDER, delete
 
 
 class Partials:
@@ -37,3 +37,9 @@ class Partials:
         """Delete them all, those of other starts too. On rank 0, which holds the lock, while no rank writes."""
         for leftover in self._folder.glob("step_*.partial"):
             delete(leftover)
+
+
+def not_written(partial: Path, reasons: str) -> ValueError:
+    """That a checkpoint could not be written there, and what to do, in one line."""
+    advice = "" if ONE_FOLDER in reasons else ", free some space and start the same command again"
+    return ValueError(f"{partial}: {reasons}; the previous checkpoint is intact{advice}")

@@ -16,8 +16,8 @@ from sbtrain.checkpoint.state import RunState
 
 FORMAT = 1
 TENSOR_FORMAT = "torch_dist"
-_OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-"""Errors for which another checkpoint is no help; torch 2.8 and later tell a GPU's error by its class."""
+_OF_THE_GPU = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+"""A GPU's error, which torch 2.8 and later tell by its class: another checkpoint is no help, as where memory lacks."""
 _NO_MEMORY = "can't allocate memory"
 """What a RuntimeError of torch says where the host has none left."""
 _OF_ODD_BYTES = (None, errno.EINVAL)
@@ -67,7 +67,7 @@ def readable(folder: Path) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as error:  # bytes that no checkpoint has can raise anything
         for rank, cause in causes_of(error).items():
-            if isinstance(cause, _OF_THE_MACHINE) or (isinstance(cause, RuntimeError) and _NO_MEMORY in str(cause)):
+            if isinstance(cause, _OF_THE_GPU) or lacks_memory(cause):
                 raise cause from None
             if isinstance(cause, OSError) and cause.errno not in _OF_ODD_BYTES and says_nothing(cause):
                 raise unreadable(folder, cause, folder, who="" if rank is None else f"rank {rank}") from error
@@ -83,6 +83,12 @@ def reason_of(error: BaseException) -> str:
         return "; ".join(f"rank {rank}: {reason_of(failure)}" for rank, (failure, _) in error.failures.items())
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0].split("; free some space")[0]
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the host or the GPU had no memory left."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or (isinstance(error, RuntimeError) and _NO_MEMORY in str(error))
 
 
 def causes_of(error: BaseException) -> dict[int | None, BaseException]:

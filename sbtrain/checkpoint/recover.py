@@ -18,12 +18,8 @@ import torch.distributed as dist
 from parallel.collectives import together
 from parallel.place import primitive
 from sbtrain.checkpoint.ledger import Ledger, empty
-from sbtrain.checkpoint.manifest import GONE, Unreadable, delete, fault
+from sbtrain.checkpoint.manifest import GONE, LAG_S, LOOK_S, ONE_FOLDER, Unreadable, delete, fault
 from sbtrain.checkpoint.reading import read_state
-
-LAG_S = 90.0
-"""How long another host may see a folder as it was before: network file systems remember for a minute at most."""
-_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,7 @@ def _shared_fault(folder: Path) -> str | None:
     if not all(problems) and any(problems):
         end = time.monotonic() + LAG_S
         while problem and time.monotonic() < end:
-            time.sleep(_LOOK_S)
+            time.sleep(LOOK_S)
             problem = _seen(folder, deep=False)
         problems = _of_all(problem)
     _check_readable(problems)
@@ -171,10 +167,7 @@ def _shared_fault(folder: Path) -> str | None:
         return problems[0]
     for rank, (problem, host) in enumerate(zip(problems, _of_all(platform.node()))):
         if problem:
-            raise ValueError(
-                f"rank {rank} (host {host}) does not see {folder} as others do: {problem}; run_dir must be one folder "
-                "that all hosts share"
-            )
+            raise ValueError(f"rank {rank} (host {host}) does not see {folder} as others do: {problem}; {ONE_FOLDER}")
     problems = _of_all(_seen(folder, rank=dist.get_rank(), num_ranks=dist.get_world_size()))
     _check_readable(problems)
     return next((problem for problem in problems if problem), None)

@@ -26,8 +26,8 @@ from sbtrain.checkpoint.fill import fill
 from sbtrain.checkpoint.flash import Flash
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.manifest import delete, drop, seal
-from sbtrain.checkpoint.partials import Partials
-from sbtrain.checkpoint.reading import FORMAT, read_state, readable, reason_of
+from sbtrain.checkpoint.partials import Partials, not_written
+from sbtrain.checkpoint.reading import FORMAT, lacks_memory, read_state, readable, reason_of
 from sbtrain.checkpoint.share import Share, bytes_of
 from sbtrain.checkpoint.state import RunState
 from sbtrain.checkpoint.tensor_files import Written, write_files, write_rest
@@ -89,7 +89,8 @@ class Store:
         if self.flash is not None:
             self.flash.take(engine, state, persist=True)
         else:
-            self._write(self._share_of(engine), state)
+            with section("checkpoint save", patient=True):
+                self._write(self._share_of(engine), state, _PARTS)
 
     def _keep_rollback(self, state: RunState) -> None:
         there = together(lambda: RunState.from_json(read_state(self.ledger.checkpoint)))
@@ -116,6 +117,7 @@ class Store:
 
     def close(self) -> None:
         """End the writer process, if there is one. What it has not finished is no checkpoint."""
+        self._share = None
         if self.flash is not None:
             self.flash.close()
 
@@ -124,7 +126,8 @@ class Store:
 
         model: a stage or the list of its chunks.
         """
-        self._write(Share.of(Weights(model, mesh)), state, parts=("model",))
+        with section("checkpoint save", patient=True):
+            self._write(Share.of(Weights(model, mesh)), state, ("model",))
 
     def _share_of(self, engine: Engine) -> Share:
         """How this rank's part of the engine is saved, which is found out once. Collective."""
@@ -132,11 +135,7 @@ class Store:
             self._share = Share.of(engine)
         return self._share
 
-    def _write(self, share: Share, state: RunState, parts: tuple[str, ...] = _PARTS) -> None:
-        with section("checkpoint save", patient=True):
-            self._write_step(share, state, parts)
-
-    def _write_step(self, share: Share, state: RunState, parts: tuple[str, ...]) -> None:
+    def _write(self, share: Share, state: RunState, parts: tuple[str, ...]) -> None:
         self._partials.open()
         final, partial = self.folder / f"step_{state.step}", self._partials.of(state.step)
         _first(self.check_lock)
@@ -286,10 +285,7 @@ def _intact(partial: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if dist.get_rank() == 0:
             delete(partial)  # it may be what fills the disk
-        raise ValueError(
-            f"{partial}: {reason_of(error)}; the previous checkpoint is intact, free some space "
-            "and start the same command again"
-        ) from error
+        raise not_written(partial, reason_of(error)) from error
 
 
 def _written(partial: Path, share: Share) -> Written:
@@ -302,6 +298,10 @@ def _written(partial: Path, share: Share) -> Written:
     except OSError as error:
         name = Path(error.filename).name if error.filename else "a file"
         raise ValueError(f"rank {dist.get_rank()}: {name}: {error.strerror or error}") from None
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        raise ValueError(f"rank {dist.get_rank()}: no memory for a copy of a tensor ({reason_of(error)})") from None
 
 
 def check_room(run_dir: Path, needed_bytes: int) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from sbtrain.checkpoint.files import write_json
+from sbtrain.checkpoint.files import naming, write_json
 from sbtrain.checkpoint.manifest import Checksum, measure
 
 
@@ -81,17 +81,14 @@ def write_files(folder: Path, files: dict[str, list[Item]], read: Callable[[Item
 
 def _write_file(path: Path, items: list[Item], read: Callable[[Item], Tensor]) -> tuple[list, dict]:
     results, transforms, form = [], _StorageWriterTransforms(), SerializationFormat.TORCH_SAVE
-    with open(path, "wb", buffering=0) as file:
+    with naming(path), open(path, "wb", buffering=0) as file:
         stream = _Checked(file)
         try:
             for each in items:
                 content = read(each) if each.content is None else io.BytesIO(each.content)
                 results.append(_write_item(transforms, stream, content, each.item, path.name, form))
         except Exception as error:
-            cause = stream.error or error
-            if isinstance(cause, OSError) and cause.errno is not None:
-                raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from None
-            raise cause from None
+            raise (stream.error or error) from None
         os.fsync(file.fileno())
     return results, {"bytes": stream.checksum.num_bytes, "crc32": stream.checksum.text}
 
@@ -105,9 +102,11 @@ def write_rest(
     """
     for name, content in small.items():
         if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
+            with naming(folder / name):
+                (folder / name).write_bytes(content)
         else:
             write_json(folder / name, content)
-    FileSystemWriter(folder).finish(metadata, [list(each.results) for each in written])
+    with naming(folder / ".metadata"):
+        FileSystemWriter(folder).finish(metadata, [list(each.results) for each in written])
     entries = {name: entry for each in written for name, entry in each.entries.items()}
     return {**entries, **measure(folder, [".metadata", *small])}

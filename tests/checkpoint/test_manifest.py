@@ -181,3 +181,27 @@ def test_an_entry_for_a_file_that_is_not_there_is_refused_while_sealing(tmp_path
     with pytest.raises(FileNotFoundError):
         seal(tmp_path / "p", tmp_path / "f", measure(tmp_path / "p", ["x"]))
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_file_that_another_host_has_written_is_waited_for_and_missed(tmp_path, monkeypatch, late):
+    """late: it has its size at the third look, as a network file system may show it."""
+    partial, final, looks = tmp_path / "p", tmp_path / "f", []
+    partial.mkdir()
+    (partial / "x").write_bytes(b"12")
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if late and len(looks) == 2:
+            (partial / "x").write_bytes(b"123")
+
+    monkeypatch.setattr(manifest, "LAG_S", 60.0 if late else 0.01)
+    monkeypatch.setattr(manifest.time, "sleep", sleep)
+    entries = {"x": {"bytes": 3, "crc32": "00000000"}}
+    if late:
+        seal(partial, final, entries)
+        assert (final / "x").read_bytes() == b"123" and len(looks) == 2
+        return
+    with pytest.raises(ValueError, match=rf"^x: host {platform.node()} sees 2 bytes of its 3, .*one folder that"):
+        seal(partial, final, entries)
+    assert not final.exists() and not (partial / MANIFEST).exists()

@@ -191,7 +191,7 @@ def _recover(rank: int, run_dir: Path, late: tuple[int, int] = (-1, 0), wait_s: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recover_module, "fault", Lagging(late[1]) if rank == late[0] else fault)
         patch.setattr(recover_module, "LAG_S", wait_s)
-        patch.setattr(recover_module, "_LOOK_S", 0.01)
+        patch.setattr(recover_module, "LOOK_S", 0.01)
         found = recover(run_dir, STAGES)
     return found.ledger.value, found.lines
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import shutil
 from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
+from flash_case import Held
+from parallel.engine import Weights
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from sbtrain.checkpoint import files, manifest, tensor_files
-from sbtrain.checkpoint import ledger as ledger_module
-from sbtrain.checkpoint.ledger import Ledger
+from parallel.place import Kind, here
+from sbtrain.checkpoint import manifest
+from sbtrain.checkpoint.ledger import Ledger, empty
 from sbtrain.checkpoint.manifest import fault
 from sbtrain.checkpoint.reading import read_state
+from sbtrain.checkpoint.share import Share
+from sbtrain.checkpoint.state import RunState
 from sbtrain.convert.reader import CheckpointReader
 from sbtrain.model.build import global_parameters
 from store_case import Saved
@@ -80,13 +86,14 @@ def _check_intact(saved: Saved, folder: Path, ledger: bytes) -> None:
 def test_no_space_left_is_noticed_before_anything_is_written(saved, monkeypatch):
     folder = saved.save(3)
     ledger = saved.ledger.path.read_bytes()
-    needed = sum(parameter.numel() * 4 for parameter in saved.model.parameters())
+    needed = Share.of(Weights(saved.model, saved.mesh)).total_bytes
+    assert needed >= sum(parameter.numel() * 4 for parameter in saved.model.parameters())
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, needed - 1))
         with pytest.raises(ValueError, match=r"no space left in .*checkpoints: .* free some space and start the same"):
             saved.save(4)
         _check_intact(saved, folder, ledger)
-        patch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 100 * needed))
+        patch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, needed))
         saved.save(4)
     assert Ledger(saved.folder).step == 4
 
@@ -110,68 +117,95 @@ def test_a_disk_that_fills_up_while_writing_costs_nothing_but_this_checkpoint(sa
     assert saved.there() == ["step_3", "step_4"]
 
 
-def _save_with_a_full_disk(rank: int, folder: Path, full: int) -> tuple[str, bool]:
-    """Save step 3, and step 4 where one rank has a full disk; what this rank says, and whether step 5 can be saved."""
+@contextmanager
+def _full_disk() -> Iterator[None]:
+    """The largest size of a file stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def _full_memory() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Share, "read", lambda self, item: torch.empty(1 << 60, dtype=torch.uint8))
+        yield
+
+
+def _save_with_one_full(rank: int, folder: Path, bad: int, full: Callable) -> tuple[str, bool]:
+    """Save step 3, and step 4 where one rank has no room; what this rank says, and whether step 5 can be saved."""
     with Mesh.build(Layout(pp=2)) as mesh:
         saved = Saved(folder, mesh)
         saved.save(3)
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if rank == full else before[0], before[1]))
-        try:
+        with full() if rank == bad else nullcontext(), pytest.raises(ValueError) as caught:
             saved.save(4)
-            says = "nothing"
-        except ValueError as error:
-            says = str(error)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         dist.barrier()  # rank 0 has deleted what was written
         intact = (
             saved.there() == ["step_3"] and Ledger(folder).step == 3 and fault(folder / "checkpoints/step_3") is None
         )
         dist.barrier()
         saved.save(5)
-        return says, intact
+        return str(caught.value), intact
 
 
-@pytest.mark.parametrize("full", [0, 1])
-def test_a_disk_that_is_full_for_one_rank_is_said_by_all(tmp_path, run_ranks, full):
-    (first, intact), (second, also) = run_ranks(2)(_save_with_a_full_disk, tmp_path, full)
-    assert "\n" not in first and f".partial: rank {full}: __{full}_0.distcp: File too large; " in first
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("full", [_full_disk, _full_memory])
+def test_a_disk_or_a_memory_that_is_full_for_one_rank_is_said_by_all(tmp_path, run_ranks, bad, full):
+    (first, intact), (second, also) = run_ranks(2)(_save_with_one_full, tmp_path, bad, full)
+    reason = f"__{bad}_0.distcp: File too large; " if full is _full_disk else "no memory for a copy of a tensor ("
+    assert "\n" not in first and f".partial: rank {bad}: {reason}" in first
+    assert "the previous checkpoint is intact, free some space and start the same command again" in first
     assert second == first
     assert intact and also and Ledger(tmp_path).step == 5
 
 
-def test_a_save_leaves_no_process(saved):
-    """A signal to the whole job, as Slurm sends it, would end that process and make the next save fail."""
-    before = psutil.Process().children()
-    saved.save(3)
-    assert psutil.Process().children() == before
+def _save_apart(rank: int, folder: Path) -> tuple[str, dict, list[str]]:
+    """Save where every host has a run directory of its own; what this rank says, its ledger, its checkpoints."""
+    with Mesh.build(Layout(pp=2)) as mesh, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "LAG_S", 0.2)
+        saved = Saved(folder / str(rank), mesh)
+        with pytest.raises(ValueError) as caught:
+            saved.save(3)
+        return str(caught.value), Ledger(saved.folder).value, [path.name for path in saved.folder.glob("*/step_3")]
 
 
-SMALL = {
-    "common.pt": "write_bytes",
-    "state.json": "write_json",
-    "manifest.json": "write_json",
-    "ledger.json": "write_json",
-}
+def test_hosts_that_do_not_share_the_run_directory_are_told_before_anything_counts_on_it(tmp_path, run_ranks):
+    (first, *nothing), (second, *also) = run_ranks(2)(_save_apart, tmp_path)
+    assert ".partial: __1_0.distcp: host " in first and " does not see it, " in first and "\n" not in first
+    assert "run_dir must be one folder that all hosts share" in first and "free some space" not in first
+    assert "__1_0.distcp: host " in second
+    assert nothing == also == [empty(), []]
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_disk_that_is_full_at_a_small_file(saved, monkeypatch, name):
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_others_are_as_patient_with_the_index_as_with_the_writing(saved, monkeypatch, whole):
+    places, of = [], Share.of
+    monkeypatch.setattr(Share, "of", lambda weights: places.append(here.at) or of(weights))
+    if whole:
+        saved.store.save(Held(), RunState(stage="a", step=3))
+    else:
+        saved.save(3)
+    assert [(at.name, at.kind) for at in places] == [("checkpoint save", Kind.patient)]
+
+
+@pytest.mark.parametrize(
+    "name", ["__0_0.distcp", "common.pt", "state.json", ".metadata", "manifest.json", "ledger.json"]
+)
+def test_a_disk_that_is_full_at_one_file(saved, monkeypatch, name):
+    """It is noticed where a file is to be on the disk; such an error names no file."""
     folder = saved.save(3)
-    ledger = saved.ledger.path.read_bytes()
+    ledger, fsync = saved.ledger.path.read_bytes(), os.fsync
 
-    def full(path, content, real):
-        if path.name == name:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return real(path, content)
+    def full(descriptor):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.startswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
 
     with monkeypatch.context() as patch, pytest.raises(ValueError) as caught:
-        if SMALL[name] == "write_bytes":
-            real_bytes = Path.write_bytes
-            patch.setattr(Path, "write_bytes", lambda path, content: full(path, content, real_bytes))
-        for module in (manifest, ledger_module, tensor_files):
-            patch.setattr(module, "write_json", lambda path, content: full(path, content, files.write_json))
+        patch.setattr(os, "fsync", full)
         saved.save(4)
     text = str(caught.value)
     assert (
