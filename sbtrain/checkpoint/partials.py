@@ -39,7 +39,11 @@ class Partials:
             delete(leftover)
 
 
+NO_MEMORY = "no memory for a copy of a tensor"
+
+
 def not_written(partial: Path, reasons: str) -> ValueError:
     """That a checkpoint could not be written there, and what to do, in one line."""
-    advice = "" if ONE_FOLDER in reasons else ", free some space and start the same command again"
+    lacks = "memory" if NO_MEMORY in reasons else "space"
+    advice = "" if ONE_FOLDER in reasons else f", free some {lacks} and start the same command again"
     return ValueError(f"{partial}: {reasons}; the previous checkpoint is intact{advice}")

@@ -26,7 +26,7 @@ from sbtrain.checkpoint.fill import fill
 from sbtrain.checkpoint.flash import Flash
 from sbtrain.checkpoint.ledger import Ledger
 from sbtrain.checkpoint.manifest import delete, drop, seal
-from sbtrain.checkpoint.partials import Partials, not_written
+from sbtrain.checkpoint.partials import NO_MEMORY, Partials, not_written
 from sbtrain.checkpoint.reading import FORMAT, lacks_memory, read_state, readable, reason_of
 from sbtrain.checkpoint.share import Share, bytes_of
 from sbtrain.checkpoint.state import RunState
@@ -301,7 +301,7 @@ def _written(partial: Path, share: Share) -> Written:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        raise ValueError(f"rank {dist.get_rank()}: no memory for a copy of a tensor ({reason_of(error)})") from None
+        raise ValueError(f"rank {dist.get_rank()}: {NO_MEMORY} ({reason_of(error)})") from None
 
 
 def check_room(run_dir: Path, needed_bytes: int) -> None:
